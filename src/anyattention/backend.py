@@ -1,0 +1,188 @@
+"""What Flax's attention needs of an array library, in terms of the array API standard alone.
+
+`Backend` serves every conforming library as it is. A library that needs something else, for its bits, its speed
+or because it lacks a function, has a module in ``anyattention_backends`` that overrides the method and says why.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import array_api_compat
+
+from anyattention import dtypes, random
+
+Array = Any
+
+# The products of attention, each with the axes (counted from the end) that make it a matrix product:
+# left [..., rows, summed], right [..., summed, columns], then the axes of that product in the order of the result.
+# `g` counts the query heads that share a key head; keys and values have one there.
+QUERY_KEY, WEIGHTS_VALUE = "...qhd,...khd->...hqk", "...hqk,...khd->...qhd"
+GROUPED_QUERY_KEY, GROUPED_WEIGHTS_VALUE = "...qhgd,...khgd->...hgqk", "...hgqk,...khgd->...qhgd"
+PRODUCTS: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = {
+    QUERY_KEY: ((-2, -3, -1), (-2, -1, -3), (-3, -2, -1)),
+    WEIGHTS_VALUE: ((-3, -2, -1), (-2, -3, -1), (-2, -3, -1)),
+    GROUPED_QUERY_KEY: ((-3, -2, -4, -1), (-3, -2, -1, -4), (-4, -3, -2, -1)),
+    GROUPED_WEIGHTS_VALUE: ((-4, -3, -2, -1), (-3, -2, -4, -1), (-2, -4, -3, -1)),
+}
+
+
+class Backend:
+    """One array library, as attention sees it. Dtypes go by name."""
+
+    name: str
+    #: `precision` values that change nothing here, since products are computed in full precision anyway.
+    full_precision = (
+        "default",
+        "high",
+        "highest",
+        "float32",
+        "tensorfloat32",
+        "bfloat16",
+        "bfloat16_3x",
+        "fastest",
+    )
+
+    def __init__(self, xp: Any) -> None:
+        self.xp = xp
+        self.name = xp.__name__.removeprefix("array_api_compat.")
+
+    # --- arrays and dtypes ---
+
+    def adopt(self, guest: Any, like: Array | None) -> Array:
+        """An array of this library, on the device of `like`, from a scalar, a NumPy array or a nested list."""
+        device = None if like is None else array_api_compat.device(like)
+        return self.xp.asarray(guest, device=device)
+
+    def check_array(self, x: Array) -> Array:
+        """An array of this library, or something that stands for one, made plain."""
+        return x
+
+    def adopt_key(self, words: Any) -> Array:
+        """A dropout key of this library from two words as `key_data` gives them."""
+        return self.adopt(words, None)
+
+    def key_data(self, key: Any) -> Any:
+        """A dropout key of this library as something that NumPy reads: two uint32 words."""
+        return key
+
+    def dtype_name(self, x: Array) -> str:
+        return dtypes.name_of(x.dtype)
+
+    def cast(self, x: Array, name: str) -> Array:
+        dtype = getattr(self.xp, name)
+        return x if x.dtype == dtype else self.xp.astype(x, dtype)
+
+    def promote(self, arrays: Sequence[Array], dtype: Any = None) -> tuple[list[Array], str]:
+        """The arrays in Flax's compute dtype, and its name: by JAX's lattice, or as `dtype` says."""
+        name = dtypes.compute_dtype(tuple(self.dtype_name(x) for x in arrays), dtype)
+        return [self.cast(x, name) for x in arrays], name
+
+    def join(self, x: Array, y: Any) -> tuple[Array, Any]:
+        """Both in their common dtype by JAX's lattice. A Python scalar takes the array's dtype, rounded first."""
+        left, right = self.dtype_name(x), dtypes.scalar_dtype(y)
+        if right is None:
+            right = self.dtype_name(y)
+        if left == right:
+            return x, y
+        name = dtypes.promote(left, right)
+        if isinstance(y, bool | int | float):
+            return self.cast(x, name), dtypes.round_to(float(y), name)
+        return self.cast(x, name), y if isinstance(y, complex) else self.cast(y, name)
+
+    # --- the steps of attention ---
+
+    def run(self, function: Callable[..., Array], /, *args: Any, **kwargs: Any) -> Array:
+        """Call the implementation under whatever settings this library needs around it."""
+        return function(*args, **kwargs)
+
+    def scale(self, query: Array, depth: int, dtype: str) -> Array:
+        """``query / sqrt(depth)``, the root rounded to the compute dtype."""
+        return self.divide_by_scalar(query, depth**0.5, dtype)
+
+    def divide(self, x: Array, y: Array) -> Array:
+        """``x / y``; in float16 ``x`` times the rounded reciprocal, which is how XLA divides there."""
+        return x * (1.0 / y) if self.dtype_name(y) == "float16" else x / y
+
+    def divide_by_scalar(self, x: Array, value: Any, dtype: str) -> Array:
+        """The same, with a scalar that is first rounded to the dtype of `x`."""
+        value = dtypes.round_to(float(value), dtype)
+        if dtype == "float16" and value:
+            return x * dtypes.round_to(1.0 / value, dtype)
+        return x / value
+
+    def contract(
+        self, equation: str, x: Array, y: Array, precision: Any = None, dot_general: Any = None
+    ) -> Array:
+        """The einsum of a product in `PRODUCTS`, as a matrix product: the standard has no einsum."""
+        self.check_precision(precision, dot_general)
+        x, y = self.join(x, y)
+        left, right, result = PRODUCTS[equation]
+        x, y = self._permute(x, left), self._permute(y, right)
+        if y.shape[-2] == 1 and x.shape[-1] != 1:
+            x = self.xp.sum(x, axis=-1, keepdims=True)  # as einsum: one value serves all the weights
+        return self._permute(self.xp.matmul(x, y), result)
+
+    def _permute(self, x: Array, axes: tuple[int, ...]) -> Array:
+        rank = x.ndim
+        return self.xp.permute_dims(x, (*range(rank - len(axes)), *(rank + axis for axis in axes)))
+
+    def check_precision(self, precision: Any, dot_general: Any) -> None:
+        """Raise where these cannot be honoured; the classic levels ask for no more than full precision."""
+        if dot_general:
+            raise ValueError(
+                f"einsum_dot_general is called as jax.lax.dot_general is, which {self.name} cannot do: pass "
+                "qk_attn_weights_einsum and attn_weights_value_einsum instead"
+            )
+        for level in precision if isinstance(precision, tuple | list) else (precision,):
+            if level is not None and str(getattr(level, "name", level)).lower() not in self.full_precision:
+                raise ValueError(
+                    f"precision={precision!r} cannot be honoured by {self.name}, which computes products in the "
+                    f"compute dtype; pass None or one of {', '.join(self.full_precision)}"
+                )
+
+    def where(self, mask: Array, x: Array, fill: float) -> Array:
+        """`x` where the mask is truthy (any nonzero, NaN too), `fill` elsewhere."""
+        return self.xp.where(self.truth(mask), x, fill)
+
+    def truth(self, mask: Array) -> Array:
+        return mask if self.dtype_name(mask) == "bool" else mask != 0
+
+    def lowest(self, dtype: str) -> Any:
+        return dtypes.lowest(dtype)
+
+    def softmax(self, logits: Array) -> Array:
+        """Softmax over the last axis, each step rounded to the logits' dtype."""
+        xp = self.xp
+        if logits.shape[-1] == 0:
+            return logits  # no keys, and the standard has no maximum of nothing
+        weights = xp.exp(logits - xp.max(logits, axis=-1, keepdims=True))
+        return self.divide(weights, xp.sum(weights, axis=-1, keepdims=True))
+
+    def keep(self, key: Any, keep_prob: Any, shape: tuple[int, ...], like: Array) -> Array:
+        """The dropout mask of this key: True with probability `keep_prob`."""
+        if any(size is None or size != size for size in shape):
+            raise ValueError(f"dropout needs known lengths, got the weights' shape {shape}")
+        return random.keep(self.xp, key, keep_prob, shape)
+
+    def causal(self, query: Array, key: Array) -> Array:
+        """True where the key's position is at most the query's: ``[q_length, kv_length]``.
+
+        Lengths known at run time only are counted there, which keeps one batch entry and one head as axes.
+        """
+        rows, columns = (
+            self.positions(self.xp.permute_dims(x[..., 0], _heads_first(x.ndim - 1))) for x in (query, key)
+        )
+        return self.xp.expand_dims(rows, axis=-1) >= self.xp.expand_dims(columns, axis=-2)
+
+    def positions(self, x: Array) -> Array:
+        """0, 1, 2, ... along the last axis, int32: ``[length]``, or the shape of `x` where its length is unknown."""
+        length = x.shape[-1]
+        if length is None or length != length:
+            return self.xp.cumulative_sum(
+                self.xp.ones_like(x, dtype=self.xp.int32), axis=-1, dtype=self.xp.int32
+            )
+        return self.xp.arange(length, dtype=self.xp.int32, device=array_api_compat.device(x))
+
+
+def _heads_first(rank: int) -> tuple[int, ...]:
+    return (*range(rank - 2), rank - 1, rank - 2)

@@ -1,0 +1,140 @@
+"""JAX's dtype rules as data, by name: promotion, compute dtype, the masking fill, rounding of scalars.
+
+Every library names its dtypes alike ("float32"), but no two promote them alike, so promotion is never left
+to the library. Source of the lattice: the type promotion page of JAX's documentation.
+"""
+
+import math
+from typing import Any
+
+# Each name with the names directly above it in JAX's promotion lattice. "int*", "float*" and "complex*" are
+# the kinds of Python's own scalars, which do not widen an array of their kind.
+_ABOVE: dict[str, tuple[str, ...]] = {
+    "bool": ("int*",),
+    "int*": ("uint8", "int8"),
+    "uint8": ("uint16", "int16"),
+    "uint16": ("uint32", "int32"),
+    "uint32": ("uint64", "int64"),
+    "uint64": ("float*",),
+    "int8": ("int16",),
+    "int16": ("int32",),
+    "int32": ("int64",),
+    "int64": ("float*",),
+    "float*": ("bfloat16", "float16", "complex*"),
+    "bfloat16": ("float32",),
+    "float16": ("float32",),
+    "float32": ("float64", "complex64"),
+    "float64": ("complex128",),
+    "complex*": ("complex64",),
+    "complex64": ("complex128",),
+    "complex128": (),
+}
+
+# Explicit mantissa bits and the most negative finite value, which is what Flax puts in place of a masked logit.
+_MANTISSA_BITS = {"bfloat16": 7, "float16": 10, "float32": 23, "float64": 52}
+_LOWEST = {
+    "bfloat16": -((2 - 2.0**-7) * 2.0**127),
+    "float16": -65504.0,
+    "float32": -((2 - 2.0**-23) * 2.0**127),
+    "float64": -((2 - 2.0**-52) * 2.0**1023),
+}
+_PART = {"complex64": "float32", "complex128": "float64"}
+_PYTHON_SCALARS: dict[Any, str] = {bool: "bool", int: "int*", float: "float*", complex: "complex*"}
+
+
+def _closure(name: str) -> frozenset[str]:
+    return frozenset({name}.union(*(_closure(above) for above in _ABOVE[name])))
+
+
+_REACH = {name: _closure(name) for name in _ABOVE}
+_JOIN = {
+    (a, b): min(_REACH[a] & _REACH[b], key=lambda name: -len(_REACH[name])) for a in _ABOVE for b in _ABOVE
+}
+
+
+def name_of(dtype: Any) -> str:
+    """Name of a dtype of any library, of a scalar type (``numpy.float16``, ``float``), or of a string.
+
+    >>> name_of("float32"), name_of(float), name_of(int)
+    ('float32', 'float64', 'int64')
+    """
+    if isinstance(dtype, type):
+        wide = {float: "float64", complex: "complex128", int: "int64", bool: "bool"}
+        name = wide.get(dtype) or dtype.__name__
+    else:
+        name = str(dtype).rpartition(".")[2]  # "torch.float32", "mlx.core.float32"
+    return name.removesuffix("_")  # "bool_"
+
+
+def promote(*names: str) -> str:
+    """The least dtype that holds them all, by JAX's lattice.
+
+    >>> promote("float16", "int64"), promote("float16", "bfloat16"), promote("float32", "int64")
+    ('float16', 'float32', 'float32')
+
+    Raises:
+        TypeError: a dtype that has no place in the lattice (float8, int4, strings, objects, swapped bytes).
+    """
+    result = names[0]
+    for name in names:
+        if (result, name) not in _JOIN:
+            raise TypeError(
+                f"attention cannot compute with dtypes {', '.join(names)}: cast to one of bfloat16, float16, "
+                "float32, float64 (in native byte order) first"
+            )
+        result = _JOIN[result, name]
+    return result
+
+
+def is_inexact(name: str) -> bool:
+    """Whether the name is of a floating or complex dtype that attention computes in."""
+    return name in _MANTISSA_BITS or name in _PART
+
+
+def compute_dtype(names: tuple[str, ...], dtype: Any = None) -> str:
+    """The dtype in which Flax computes on arrays of these dtypes; `dtype`, where given, decides alone.
+
+    >>> compute_dtype(("int64", "int8")), compute_dtype(("float16", "int32")), compute_dtype(("int8",), "bfloat16")
+    ('float32', 'float16', 'bfloat16')
+
+    Raises:
+        ValueError: an explicit `dtype` that is neither floating nor complex.
+        TypeError: as in `promote`.
+    """
+    if dtype is None:
+        name = promote(*names)
+        return name if is_inexact(name) else promote("float32", name)
+    name = name_of(dtype)
+    if not is_inexact(name):
+        raise ValueError(
+            f"Dtype must be inexact: {dtype!r}; pass a floating or complex dtype, or None to infer it"
+        )
+    return name
+
+
+def scalar_dtype(value: Any) -> str | None:
+    """Lattice name of a Python scalar, which never widens an array of its own kind; None for anything else."""
+    return _PYTHON_SCALARS.get(type(value))
+
+
+def lowest(name: str) -> float:
+    """The most negative finite value: ``finfo(dtype).min``."""
+    return _LOWEST[_PART.get(name, name)]
+
+
+def round_to(value: float, name: str) -> float:
+    """`value` rounded to nearest, ties to even, in the dtype called `name`; still a Python float.
+
+    Libraries disagree on whether a Python scalar is rounded before it meets a 16-bit array. A scalar that
+    is already exact in the array's dtype has one meaning everywhere.
+
+    >>> round_to(96**0.5, "bfloat16")
+    9.8125
+    """
+    bits = _MANTISSA_BITS[_PART.get(name, name)]
+    if bits == 52 or value == 0 or not math.isfinite(value):
+        return value
+    mantissa, exponent = math.frexp(value)
+    least = -14 if name == "float16" else -126  # exponent of the smallest normal number
+    bits = min(bits, bits + exponent - 1 - least)
+    return math.ldexp(round(math.ldexp(mantissa, bits + 1)), exponent - bits - 1)

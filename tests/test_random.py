@@ -1,0 +1,49 @@
+"""Our threefry against JAX's own, bit for bit."""
+
+import jax
+import jax.extend.random
+import numpy as np
+import pytest
+import torch
+
+import anyattention as aa
+
+
+@pytest.mark.parametrize("seed", [0, 1, 12345, -1, 2**31, 2**40 + 5, 2**63 - 1])
+def test_key(seed):
+    np.testing.assert_array_equal(aa.random.key(seed), jax.random.key_data(jax.random.key(seed)))
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**32 - 1])
+def test_split_and_fold_in(seed):
+    key = jax.random.key(seed)
+    np.testing.assert_array_equal(
+        aa.random.split(aa.random.key(seed), 5), jax.random.key_data(jax.random.split(key, 5))
+    )
+    for data in (0, 5, 2**32 - 1):
+        folded = aa.random.fold_in(aa.random.key(seed), data)
+        np.testing.assert_array_equal(folded, jax.random.key_data(jax.random.fold_in(key, data)))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1, 3, 5), (2, 3, 4, 5), (33, 65)])
+@pytest.mark.parametrize("p", [0.5, 0.9, 1e-3, 1.0, 0.0, np.float32(0.7), np.float16(0.7)], ids=repr)
+def test_bernoulli(shape, p):
+    for seed in range(4):
+        expected = np.asarray(jax.random.bernoulli(jax.random.key(seed), p, shape))
+        key = aa.random.key(seed)
+        np.testing.assert_array_equal(aa.random.bernoulli(key, p, shape), expected)
+        key = torch.tensor(key.astype(np.int64))
+        np.testing.assert_array_equal(aa.random.bernoulli(key, p, shape).numpy(), expected)
+
+
+def test_indices_beyond_32_bits():
+    shape, side = (2**17, 2**17), 3
+    start = tuple(size - side for size in shape)
+    import array_api_compat.numpy as xp
+
+    actual = aa.random.random_bits(xp, aa.random.key(3), shape, start, shape).astype(np.uint32)
+    index = np.ravel_multi_index(np.indices((side, side)).reshape(2, -1) + np.reshape(start, (2, 1)), shape)
+    assert index.max() == 2**34 - 1
+    counts = np.concatenate([index >> 32, index & 0xFFFFFFFF]).astype(np.uint32)
+    words = jax.extend.random.threefry_2x32(jax.random.key_data(jax.random.key(3)), counts)
+    np.testing.assert_array_equal(actual.ravel(), words[:9] ^ words[9:])
