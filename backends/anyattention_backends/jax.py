@@ -50,9 +50,7 @@ class JAXBackend(Backend):
                 if not jnp.issubdtype(dtype, jnp.inexact):
                     dtype = jnp.promote_types(jnp.float32, dtype)
         if not jnp.issubdtype(dtype, jnp.inexact):
-            raise ValueError(
-                f"Dtype must be inexact: {dtype!r}; pass a floating or complex dtype, or None to infer it"
-            )
+            raise ValueError(f"Dtype must be inexact: {dtype!r}; pass a floating or complex dtype, or None to infer it")
         arrays = [jnp.asarray(x, dtype) for x in arrays]
         return arrays, arrays[0].dtype.name
 
@@ -76,9 +74,7 @@ class JAXBackend(Backend):
         """Reason: bits."""
         return x / jnp.asarray(value, dtype=x.dtype)
 
-    def contract(
-        self, equation: str, x: Array, y: Array, precision: Any = None, dot_general: Any = None
-    ) -> Array:
+    def contract(self, equation: str, x: Array, y: Array, precision: Any = None, dot_general: Any = None) -> Array:
         """Reason: bits. A matrix product of permuted axes rounds differently from Flax's einsum."""
         kwargs: dict[str, Any] = {}
         if dot_general:

@@ -67,9 +67,7 @@ class NumPyBackend(Backend):
         x, y = super().join(x, y)
         return x, (np.asarray(y, x.dtype) if isinstance(y, float) else y)
 
-    def contract(
-        self, equation: str, x: Array, y: Array, precision: Any = None, dot_general: Any = None
-    ) -> Array:
+    def contract(self, equation: str, x: Array, y: Array, precision: Any = None, dot_general: Any = None) -> Array:
         """Reason: bits and speed. 16-bit products accumulate in float32 and are rounded once."""
         x, y = self.join(x, y)
         name = x.dtype.name

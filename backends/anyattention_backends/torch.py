@@ -62,15 +62,9 @@ class TorchBackend(Backend):
                 return function(*args, **kwargs)
         return function(*args, **kwargs)
 
-    def contract(
-        self, equation: str, x: Array, y: Array, precision: Any = None, dot_general: Any = None
-    ) -> Array:
+    def contract(self, equation: str, x: Array, y: Array, precision: Any = None, dot_general: Any = None) -> Array:
         """Reason: missing. On an accelerator PyTorch's own switch decides how float32 products are computed."""
-        if (
-            precision is not None
-            and x.device.type != "cpu"
-            and torch.get_float32_matmul_precision() != "highest"
-        ):
+        if precision is not None and x.device.type != "cpu" and torch.get_float32_matmul_precision() != "highest":
             raise ValueError(
                 f"precision={precision!r} is decided by PyTorch on {x.device.type}: call "
                 "torch.set_float32_matmul_precision('highest') and pass None"

@@ -44,8 +44,6 @@ def _scale(arguments: dict[str, Any]) -> Array:
     weights = weights / (1.0 - arguments.get("dropout_rate", 0.0))
     if value.shape[-3] == 1:
         weights = weights.sum(axis=-1, keepdims=True)
-    spread = np.einsum("...hqk,...khd->...qhd", weights, np.abs(value)).max(
-        axis=-1, keepdims=True, initial=0.0
-    )
+    spread = np.einsum("...hqk,...khd->...qhd", weights, np.abs(value)).max(axis=-1, keepdims=True, initial=0.0)
     kappa = np.swapaxes(size.max(axis=-1, keepdims=True), -3, -2)
     return (1 + kappa) * spread

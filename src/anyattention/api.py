@@ -132,9 +132,7 @@ def dot_product_attention_weights(
     """
     _check_einsum(precision, einsum_dot_general, einsum)
     backend = dispatch.backend_for(query=query, key=key, bias=bias, mask=mask)
-    (query, key), compute_dtype = backend.promote(
-        [_array(backend, "query", query), _array(backend, "key", key)], dtype
-    )
+    (query, key), compute_dtype = backend.promote([_array(backend, "query", query), _array(backend, "key", key)], dtype)
     _check_shapes(query, key, None, grouped=not einsum)
     bias, mask = _guests(backend, query, key, bias, mask, is_causal)
     return backend.run(
@@ -168,16 +166,12 @@ def explain(
     >>> explain(x, x, x).implementation
     'exact'
     """
-    return choose(
-        implementation, dispatch.backend_for(query=query, key=key, value=value, bias=bias, mask=mask).name
-    )
+    return choose(implementation, dispatch.backend_for(query=query, key=key, value=value, bias=bias, mask=mask).name)
 
 
 def _check_einsum(precision: Any, einsum_dot_general: Any, einsum: Any) -> None:
     if (precision or einsum_dot_general) and einsum:
-        raise ValueError(
-            "precision/einsum_dot_general and einsum overrides are mutually exclusive: pass one of them"
-        )
+        raise ValueError("precision/einsum_dot_general and einsum overrides are mutually exclusive: pass one of them")
 
 
 def _array(backend: Backend, name: str, x: Any) -> Array:
@@ -186,9 +180,7 @@ def _array(backend: Backend, name: str, x: Any) -> Array:
     return backend.adopt(x, None) if dispatch.backend_of(x) is not backend else backend.check_array(x)
 
 
-def _guests(
-    backend: Backend, query: Array, key: Array, bias: Any, mask: Any, is_causal: bool
-) -> tuple[Any, Any]:
+def _guests(backend: Backend, query: Array, key: Array, bias: Any, mask: Any, is_causal: bool) -> tuple[Any, Any]:
     """Bias and mask as arrays of the call's library, once their shapes are known to fit."""
     if bias is None and mask is None and not is_causal:
         return None, None
@@ -212,16 +204,12 @@ def _guest(backend: Backend, name: str, x: Any, like: Array) -> Array:
     return x if dispatch.backend_of(x) is backend else backend.adopt(x, like)
 
 
-def _dropout(
-    backend: Backend, broadcast: bool, key: Any, rate: Any, deterministic: Any
-) -> exact.Dropout | None:
+def _dropout(backend: Backend, broadcast: bool, key: Any, rate: Any, deterministic: Any) -> exact.Dropout | None:
     """The dropout to apply, or None; checked only where it is active, since Flax's modules always pass a rate."""
     if deterministic or rate == 0.0:
         return None
     if not 0.0 <= rate < 1.0:
-        raise ValueError(
-            f"dropout_rate must be in [0, 1), got {rate}; deterministic=True switches dropout off"
-        )
+        raise ValueError(f"dropout_rate must be in [0, 1), got {rate}; deterministic=True switches dropout off")
     if key is None:
         raise ValueError(
             "dropout needs a key: pass dropout_rng=anyattention.random.key(seed), or deterministic=True for none"
@@ -236,9 +224,7 @@ def _check_shapes(query: Array, key: Array, value: Array | None, grouped: bool) 
 
     def fail(sentence: str) -> ShapeError:
         names = "q, k" if value is None else "q, k, v"
-        return ShapeError(
-            f"{sentence.format(names)} Got shapes {', '.join(str(tuple(x.shape)) for x in arrays)}."
-        )
+        return ShapeError(f"{sentence.format(names)} Got shapes {', '.join(str(tuple(x.shape)) for x in arrays)}.")
 
     if not len(q) == len(k) == len(v):
         raise fail("{} must have same rank.")
@@ -270,8 +256,6 @@ def _broadcast(shape: tuple[Any, ...], other: tuple[Any, ...], name: str) -> tup
     result = []
     for a, b in zip((1,) * (rank - len(shape)) + shape, (1,) * (rank - len(other)) + other, strict=True):
         if not (a == b or a == 1 or b == 1 or _unknown(a) or _unknown(b)):
-            raise ShapeError(
-                f"Incompatible shapes for broadcasting: {name} {other} with attention weights {shape}"
-            )
+            raise ShapeError(f"Incompatible shapes for broadcasting: {name} {other} with attention weights {shape}")
         result.append(b if a == 1 else a)
     return tuple(result)

@@ -28,7 +28,7 @@ Einsum = Callable[[str, Array, Array], Array]
 
 
 class Dropout(NamedTuple):
-    """Dropout that is switched on: a key, the probability to keep a weight, one mask for all batches and heads?"""
+    """Dropout that is switched on: a key, the probability to keep a weight, whether one mask serves all heads."""
 
     key: Any
     keep_prob: Any

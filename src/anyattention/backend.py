@@ -110,9 +110,7 @@ class Backend:
             return x * dtypes.round_to(1.0 / value, dtype)
         return x / value
 
-    def contract(
-        self, equation: str, x: Array, y: Array, precision: Any = None, dot_general: Any = None
-    ) -> Array:
+    def contract(self, equation: str, x: Array, y: Array, precision: Any = None, dot_general: Any = None) -> Array:
         """The einsum of a product in `PRODUCTS`, as a matrix product: the standard has no einsum."""
         self.check_precision(precision, dot_general)
         x, y = self.join(x, y)
@@ -178,9 +176,7 @@ class Backend:
         """0, 1, 2, ... along the last axis, int32: ``[length]``, or the shape of `x` where its length is unknown."""
         length = x.shape[-1]
         if length is None or length != length:
-            return self.xp.cumulative_sum(
-                self.xp.ones_like(x, dtype=self.xp.int32), axis=-1, dtype=self.xp.int32
-            )
+            return self.xp.cumulative_sum(self.xp.ones_like(x, dtype=self.xp.int32), axis=-1, dtype=self.xp.int32)
         return self.xp.arange(length, dtype=self.xp.int32, device=array_api_compat.device(x))
 
 

@@ -47,9 +47,7 @@ def _closure(name: str) -> frozenset[str]:
 
 
 _REACH = {name: _closure(name) for name in _ABOVE}
-_JOIN = {
-    (a, b): min(_REACH[a] & _REACH[b], key=lambda name: -len(_REACH[name])) for a in _ABOVE for b in _ABOVE
-}
+_JOIN = {(a, b): min(_REACH[a] & _REACH[b], key=lambda name: -len(_REACH[name])) for a in _ABOVE for b in _ABOVE}
 
 
 def name_of(dtype: Any) -> str:
@@ -106,9 +104,7 @@ def compute_dtype(names: tuple[str, ...], dtype: Any = None) -> str:
         return name if is_inexact(name) else promote("float32", name)
     name = name_of(dtype)
     if not is_inexact(name):
-        raise ValueError(
-            f"Dtype must be inexact: {dtype!r}; pass a floating or complex dtype, or None to infer it"
-        )
+        raise ValueError(f"Dtype must be inexact: {dtype!r}; pass a floating or complex dtype, or None to infer it")
     return name
 
 

@@ -78,9 +78,7 @@ def combine_masks(*masks: Array | None, dtype: Any = "float32") -> Array | None:
     if len(set(ranks)) > 1:
         raise ShapeError(f"masks must have same rank: {ranks}")
     backend = dispatch.backend_for(**{f"masks[{i}]": mask for i, mask in enumerate(present)})
-    present = [
-        mask if dispatch.backend_of(mask) is backend else backend.adopt(mask, None) for mask in present
-    ]
+    present = [mask if dispatch.backend_of(mask) is backend else backend.adopt(mask, None) for mask in present]
     result = present[0]
     for mask in present[1:]:
         result = backend.xp.logical_and(backend.truth(result), backend.truth(mask))

@@ -29,7 +29,5 @@ def choose(implementation: str | None, library: str) -> Plan:
     if implementation is None:
         return Plan("exact", library, (RULES["exact"],))
     if implementation not in RULES:
-        raise ValueError(
-            f"implementation={implementation!r} is unknown: pass None or one of {', '.join(RULES)}"
-        )
+        raise ValueError(f"implementation={implementation!r} is unknown: pass None or one of {', '.join(RULES)}")
     return Plan(implementation, library, ("asked for by name",))

@@ -110,9 +110,7 @@ def flat_index(
         if last - first == 1 and first == 0:
             continue
         stride = math.prod(shape[axis + 1 :])
-        index = xp.reshape(
-            _arange(xp, like, first, last), tuple(-1 if a == axis else 1 for a in range(len(shape)))
-        )
+        index = xp.reshape(_arange(xp, like, first, last), tuple(-1 if a == axis else 1 for a in range(len(shape))))
         if wide:
             total = _add(total, _times(xp, index, stride), xp)
         else:
