@@ -57,10 +57,14 @@ class TorchBackend(Backend):
     def run(self, function: Callable[..., Array], /, *args: Any, **kwargs: Any) -> Array:
         """Reason: bits. Autocast would compute the products in 16 bits."""
         device = args[2].device.type
-        if torch.is_autocast_enabled(device):
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
                 return function(*args, **kwargs)
         return function(*args, **kwargs)
+
+    def scale(self, query: Array, depth: int, dtype: str) -> Array:
+        """Reason: missing. Under ``torch.compile(dynamic=True)`` the depth is a symbol until it is used as a length."""
+        return super().scale(query, len(range(depth)), dtype)
 
     def contract(self, equation: str, x: Array, y: Array, precision: Any = None, dot_general: Any = None) -> Array:
         """Reason: missing. On an accelerator PyTorch's own switch decides how float32 products are computed."""

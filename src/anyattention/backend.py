@@ -7,8 +7,6 @@ or because it lacks a function, has a module in ``anyattention_backends`` that o
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import array_api_compat
-
 from anyattention import dtypes, random
 
 Array = Any
@@ -44,14 +42,13 @@ class Backend:
 
     def __init__(self, xp: Any) -> None:
         self.xp = xp
-        self.name = xp.__name__.removeprefix("array_api_compat.")
+        self.name = xp.__name__.removeprefix("array_api_compat.").partition(".")[0]
 
     # --- arrays and dtypes ---
 
     def adopt(self, guest: Any, like: Array | None) -> Array:
         """An array of this library, on the device of `like`, from a scalar, a NumPy array or a nested list."""
-        device = None if like is None else array_api_compat.device(like)
-        return self.xp.asarray(guest, device=device)
+        return self.xp.asarray(guest, **random.device_of(like))
 
     def check_array(self, x: Array) -> Array:
         """An array of this library, or something that stands for one, made plain."""
@@ -177,7 +174,7 @@ class Backend:
         length = x.shape[-1]
         if length is None or length != length:
             return self.xp.cumulative_sum(self.xp.ones_like(x, dtype=self.xp.int32), axis=-1, dtype=self.xp.int32)
-        return self.xp.arange(length, dtype=self.xp.int32, device=array_api_compat.device(x))
+        return self.xp.arange(length, dtype=self.xp.int32, **random.device_of(x))
 
 
 def _heads_first(rank: int) -> tuple[int, ...]:

@@ -4,7 +4,6 @@ query, key and value decide. NumPy arrays, Python scalars and lists are guests o
 and dropout key, and for query, key and value beside JAX, as in Flax. Two other libraries in one call are an error.
 """
 
-import importlib
 from typing import Any
 
 import array_api_compat
@@ -13,13 +12,27 @@ from anyattention.backend import Backend
 
 Array = Any
 
-# Root module of an array type -> the module of the backend that overrides something for it.
-_BACKENDS = {
-    "numpy": "anyattention_backends.numpy",
-    "jax": "anyattention_backends.jax",
-    "jaxlib": "anyattention_backends.jax",
-    "torch": "anyattention_backends.torch",
-}
+
+def _numpy() -> Backend:
+    from anyattention_backends.numpy import backend
+
+    return backend
+
+
+def _jax() -> Backend:
+    from anyattention_backends.jax import backend
+
+    return backend
+
+
+def _torch() -> Backend:
+    from anyattention_backends.torch import backend
+
+    return backend
+
+
+# Root module of an array type -> how to get its backend. Import statements, since torch.compile traces those.
+_LOADERS = {"numpy": _numpy, "jax": _jax, "jaxlib": _jax, "torch": _torch}
 _BY_TYPE: dict[type, Backend | None] = dict.fromkeys((type(None), bool, int, float, complex, list, tuple))
 
 
@@ -36,12 +49,15 @@ def backend_of(x: Any) -> Backend | None:
 
 
 def _find(x: Any) -> Backend:
+    root = type(x).__module__.partition(".")[0]
+    if root in _LOADERS:
+        return _LOADERS[root]()
     roots = [kind.__module__.partition(".")[0] for kind in type(x).__mro__]
     for root in roots:
-        if root in _BACKENDS:
-            return importlib.import_module(_BACKENDS[root]).backend
+        if root in _LOADERS:
+            return _LOADERS[root]()
     if hasattr(type(x), "__jax_array__"):
-        return importlib.import_module(_BACKENDS["jax"]).backend
+        return _jax()
     from importlib.metadata import entry_points  # slow, so only for a type nobody here knows
 
     for entry in entry_points(group="anyattention.backends"):
@@ -79,7 +95,7 @@ def backend_for(**arrays: Any) -> Backend:
             other = backend_of(arrays.get(name))
             if other is not None and other is not found:
                 raise _mixed(arrays)
-    return found or importlib.import_module(_BACKENDS["numpy"]).backend
+    return found or _numpy()
 
 
 def _mixed(arrays: dict[str, Any]) -> TypeError:

@@ -52,7 +52,7 @@ def threefry2x32(key: tuple[Array, Array], high: Array, low: Array) -> tuple[Arr
 def _key_words(key: Array, xp: Any) -> tuple[Array, Array]:
     """Both words of a raw key as int32[1]: one axis, since NumPy warns when a 0-d integer wraps around."""
     shape, name = tuple(key.shape), dtypes.name_of(key.dtype)
-    allowed = ("uint32", "int64") if array_api_compat.is_torch_namespace(xp) else ("uint32",)
+    allowed = ("uint32", "int64") if xp.__name__.endswith("torch") else ("uint32",)
     if name not in allowed:
         raise TypeError(
             f"a dropout key must have dtype {' or '.join(allowed)}, got {name}: make one with "
@@ -73,8 +73,13 @@ def _like_key(words: Array, key: Array, xp: Any) -> Array:
     return xp.astype(words, key.dtype)
 
 
+def device_of(x: Array) -> dict[str, Any]:
+    """The `device` argument that creates an array beside `x`; none where arrays have none (MLX, Dask)."""
+    return {"device": x.device} if hasattr(x, "device") else {}
+
+
 def _arange(xp: Any, like: Array, start: int, stop: int) -> Array:
-    return xp.arange(start, stop, dtype=xp.int32, device=array_api_compat.device(like))
+    return xp.arange(start, stop, dtype=xp.int32, **device_of(like))
 
 
 def _times(xp: Any, index: Array, factor: int) -> tuple[Array, Array]:
