@@ -15,6 +15,7 @@ from anyattention.backend import Backend
 
 Array = Any
 _HALF = ("float16", "bfloat16")
+_NAMES = {np.dtype(name): name for name in ("float16", "float32", "float64", "complex64", "complex128", "bool")}
 
 
 class NumPyBackend(Backend):
@@ -31,16 +32,16 @@ class NumPyBackend(Backend):
         """Reason: missing. Subclasses would carry their own arithmetic in: a masked array its mask."""
         if isinstance(x, np.ma.MaskedArray):
             raise ValueError("numpy masked arrays are not supported: pass the data, and the mask as mask=")
-        return np.asarray(x)
+        return x if type(x) is np.ndarray else np.asarray(x)
 
     def dtype_name(self, x: Array) -> str:
         """Reason: speed, and NumPy's own name hides a swapped byte order."""
         dtype = x.dtype
-        return dtype.name if dtype.isnative else str(dtype)
+        return _NAMES.get(dtype) or (dtype.name if dtype.isnative else str(dtype))
 
     def cast(self, x: Array, name: str) -> Array:
         """Reason: missing. The namespace has no bfloat16."""
-        if x.dtype.name == name:
+        if self.dtype_name(x) == name:
             return x
         if name == "bfloat16":
             return x.astype(_bfloat16())
@@ -70,15 +71,16 @@ class NumPyBackend(Backend):
     def contract(self, equation: str, x: Array, y: Array, precision: Any = None, dot_general: Any = None) -> Array:
         """Reason: bits and speed. 16-bit products accumulate in float32 and are rounded once."""
         x, y = self.join(x, y)
-        name = x.dtype.name
-        if name in _HALF:
+        if self.dtype_name(x) in _HALF:
             x32, y32 = x.astype(np.float32), y.astype(np.float32)
             return super().contract(equation, x32, y32, precision, dot_general).astype(x.dtype)
         return super().contract(equation, x, y, precision, dot_general)
 
-    def _permute(self, x: Array, axes: tuple[int, ...]) -> Array:
-        rank = x.ndim
-        return x.transpose(*range(rank - len(axes)), *(rank + axis for axis in axes))
+    def permute(self, x: Array, axes: tuple[int, ...]) -> Array:
+        """Reason: speed."""
+        if x.ndim == len(axes) + 1:
+            return x.transpose(0, *[1 + len(axes) + axis for axis in axes])
+        return x.transpose(*range(x.ndim - len(axes)), *[x.ndim + axis for axis in axes])
 
     def where(self, mask: Array, x: Array, fill: float) -> Array:
         """Reason: bits. A Python scalar turns bfloat16 into float64."""
@@ -86,10 +88,10 @@ class NumPyBackend(Backend):
 
     def softmax(self, logits: Array) -> Array:
         """Reason: bits. A 16-bit sum accumulates in float32; the maximum of no keys is minus infinity."""
-        if logits.dtype.name not in _HALF:
-            weights = logits - np.max(logits, axis=-1, keepdims=True, initial=-np.inf)
+        if self.dtype_name(logits) not in _HALF:
+            weights = logits - logits.max(axis=-1, keepdims=True, initial=-np.inf)
             np.exp(weights, out=weights)
-            weights /= np.sum(weights, axis=-1, keepdims=True)
+            weights /= weights.sum(axis=-1, keepdims=True)
             return weights
         half = logits.dtype
         logits = logits.astype(np.float32)

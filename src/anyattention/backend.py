@@ -71,11 +71,18 @@ class Backend:
 
     def promote(self, arrays: Sequence[Array], dtype: Any = None) -> tuple[list[Array], str]:
         """The arrays in Flax's compute dtype, and its name: by JAX's lattice, or as `dtype` says."""
+        first = arrays[0].dtype
+        if dtype is None and all(x.dtype == first for x in arrays):
+            name = self.dtype_name(arrays[0])
+            if dtypes.is_inexact(name):
+                return list(arrays), name
         name = dtypes.compute_dtype(tuple(self.dtype_name(x) for x in arrays), dtype)
         return [self.cast(x, name) for x in arrays], name
 
     def join(self, x: Array, y: Any) -> tuple[Array, Any]:
         """Both in their common dtype by JAX's lattice. A Python scalar takes the array's dtype, rounded first."""
+        if getattr(y, "dtype", None) == x.dtype:
+            return x, y
         left, right = self.dtype_name(x), dtypes.scalar_dtype(y)
         if right is None:
             right = self.dtype_name(y)
@@ -109,15 +116,21 @@ class Backend:
 
     def contract(self, equation: str, x: Array, y: Array, precision: Any = None, dot_general: Any = None) -> Array:
         """The einsum of a product in `PRODUCTS`, as a matrix product: the standard has no einsum."""
-        self.check_precision(precision, dot_general)
+        if precision is not None or dot_general is not None:
+            self.check_precision(precision, dot_general)
         x, y = self.join(x, y)
         left, right, result = PRODUCTS[equation]
-        x, y = self._permute(x, left), self._permute(y, right)
+        x, y = self.permute(x, left), self.permute(y, right)
         if y.shape[-2] == 1 and x.shape[-1] != 1:
             x = self.xp.sum(x, axis=-1, keepdims=True)  # as einsum: one value serves all the weights
-        return self._permute(self.xp.matmul(x, y), result)
+        return self.permute(self.matmul(x, y), result)
 
-    def _permute(self, x: Array, axes: tuple[int, ...]) -> Array:
+    def matmul(self, x: Array, y: Array) -> Array:
+        """Matrix product over the last two axes, in one dtype."""
+        return self.xp.matmul(x, y)
+
+    def permute(self, x: Array, axes: tuple[int, ...]) -> Array:
+        """The last axes in this order, those before them as they are."""
         rank = x.ndim
         return self.xp.permute_dims(x, (*range(rank - len(axes)), *(rank + axis for axis in axes)))
 
