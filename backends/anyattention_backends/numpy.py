@@ -30,9 +30,11 @@ class NumPyBackend(Backend):
 
     def check_array(self, x: Array) -> Array:
         """Reason: missing. Subclasses would carry their own arithmetic in: a masked array its mask."""
+        if type(x) is np.ndarray:
+            return x
         if isinstance(x, np.ma.MaskedArray):
             raise ValueError("numpy masked arrays are not supported: pass the data, and the mask as mask=")
-        return x if type(x) is np.ndarray else np.asarray(x)
+        return np.asarray(x)
 
     def dtype_name(self, x: Array) -> str:
         """Reason: speed, and NumPy's own name hides a swapped byte order."""
@@ -76,11 +78,13 @@ class NumPyBackend(Backend):
             return super().contract(equation, x32, y32, precision, dot_general).astype(x.dtype)
         return super().contract(equation, x, y, precision, dot_general)
 
-    def permute(self, x: Array, axes: tuple[int, ...]) -> Array:
+    def permute_dims(self, x: Array, axes: tuple[int, ...]) -> Array:
         """Reason: speed."""
-        if x.ndim == len(axes) + 1:
-            return x.transpose(0, *[1 + len(axes) + axis for axis in axes])
-        return x.transpose(*range(x.ndim - len(axes)), *[x.ndim + axis for axis in axes])
+        return x.transpose(axes)
+
+    def matmul(self, x: Array, y: Array) -> Array:
+        """Reason: speed."""
+        return np.matmul(x, y)
 
     def where(self, mask: Array, x: Array, fill: float) -> Array:
         """Reason: bits. A Python scalar turns bfloat16 into float64."""

@@ -67,24 +67,22 @@ class TorchBackend(Backend):
         """Reason: missing. Under ``torch.compile(dynamic=True)`` the depth is a symbol until it is used as a length."""
         return super().scale(query, len(range(depth)), dtype)
 
-    def contract(self, equation: str, x: Array, y: Array, precision: Any = None, dot_general: Any = None) -> Array:
+    def check_precision(self, precision: Any, dot_general: Any, x: Array) -> None:
         """Reason: missing. On an accelerator PyTorch's own switch decides how float32 products are computed."""
         if precision is not None and x.device.type != "cpu" and torch.get_float32_matmul_precision() != "highest":
             raise ValueError(
                 f"precision={precision!r} is decided by PyTorch on {x.device.type}: call "
                 "torch.set_float32_matmul_precision('highest') and pass None"
             )
-        return super().contract(equation, x, y, precision, dot_general)
+        super().check_precision(precision, dot_general, x)
 
     def matmul(self, x: Array, y: Array) -> Array:
         """Reason: speed."""
         return torch.matmul(x, y)
 
-    def permute(self, x: Array, axes: tuple[int, ...]) -> Array:
+    def permute_dims(self, x: Array, axes: tuple[int, ...]) -> Array:
         """Reason: speed."""
-        if x.ndim == len(axes) + 1:
-            return x.permute(0, *[1 + len(axes) + axis for axis in axes])
-        return x.permute(*range(x.ndim - len(axes)), *[x.ndim + axis for axis in axes])
+        return torch.permute(x, axes)
 
     def where(self, mask: Array, x: Array, fill: float) -> Array:
         """Reason: missing. ``torch.where`` refuses a complex array beside a real scalar."""

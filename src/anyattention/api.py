@@ -87,7 +87,7 @@ def dot_product_attention(
     )
     _check_shapes(query, key, value, grouped=not qk_attn_weights_einsum)
     bias, mask = _guests(backend, query, key, bias, mask, is_causal)
-    einsum = partial(backend.contract, precision=precision, dot_general=einsum_dot_general)
+    einsum = _einsum(backend, precision, einsum_dot_general)
     return backend.run(
         exact.attention,
         backend,
@@ -146,7 +146,7 @@ def dot_product_attention_weights(
         dropout=_dropout(backend, broadcast_dropout, dropout_rng, dropout_rate, deterministic),
         module=module,
         force_fp32_for_softmax=force_fp32_for_softmax,
-        query_key=einsum or partial(backend.contract, precision=precision, dot_general=einsum_dot_general),
+        query_key=einsum or _einsum(backend, precision, einsum_dot_general),
     )
 
 
@@ -172,6 +172,12 @@ def explain(
 def _check_einsum(precision: Any, einsum_dot_general: Any, einsum: Any) -> None:
     if (precision or einsum_dot_general) and einsum:
         raise ValueError("precision/einsum_dot_general and einsum overrides are mutually exclusive: pass one of them")
+
+
+def _einsum(backend: Backend, precision: Any, dot_general: Any) -> Callable[..., Array]:
+    if precision is None and dot_general is None:
+        return backend.contract
+    return partial(backend.contract, precision=precision, dot_general=dot_general)
 
 
 def _array(backend: Backend, name: str, x: Any) -> Array:
@@ -219,8 +225,10 @@ def _dropout(backend: Backend, broadcast: bool, key: Any, rate: Any, determinist
 
 def _check_shapes(query: Array, key: Array, value: Array | None, grouped: bool) -> None:
     """Raise ShapeError with Flax's sentence, in Flax's order; heads may be grouped, as in flax.nnx."""
-    arrays = (query, key) if value is None else (query, key, value)
     q, k, v = query.shape, key.shape, (key if value is None else value).shape
+    if len(q) > 2 and q == k and k == v:
+        return
+    arrays = (query, key) if value is None else (query, key, value)
 
     def fail(sentence: str) -> ShapeError:
         names = "q, k" if value is None else "q, k, v"

@@ -12,15 +12,30 @@ from anyattention import dtypes, random
 Array = Any
 
 # The products of attention, each with the axes (counted from the end) that make it a matrix product:
-# left [..., rows, summed], right [..., summed, columns], then the axes of that product in the order of the result.
-# `g` counts the query heads that share a key head; keys and values have one there.
+# left [..., rows, summed], right [..., summed, columns], then the axes of that product in the order of the result;
+# None where they stand in order already. `g` counts the query heads that share a key head; keys and values have one.
+Axes = tuple[int, ...] | None
 QUERY_KEY, WEIGHTS_VALUE = "...qhd,...khd->...hqk", "...hqk,...khd->...qhd"
 GROUPED_QUERY_KEY, GROUPED_WEIGHTS_VALUE = "...qhgd,...khgd->...hgqk", "...hgqk,...khgd->...qhgd"
-PRODUCTS: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = {
-    QUERY_KEY: ((-2, -3, -1), (-2, -1, -3), (-3, -2, -1)),
-    WEIGHTS_VALUE: ((-3, -2, -1), (-2, -3, -1), (-2, -3, -1)),
-    GROUPED_QUERY_KEY: ((-3, -2, -4, -1), (-3, -2, -1, -4), (-4, -3, -2, -1)),
-    GROUPED_WEIGHTS_VALUE: ((-4, -3, -2, -1), (-3, -2, -4, -1), (-2, -4, -3, -1)),
+PRODUCTS: dict[str, tuple[Axes, Axes, Axes]] = {
+    QUERY_KEY: ((-2, -3, -1), (-2, -1, -3), None),
+    WEIGHTS_VALUE: (None, (-2, -3, -1), (-2, -3, -1)),
+    GROUPED_QUERY_KEY: ((-3, -2, -4, -1), (-3, -2, -1, -4), None),
+    GROUPED_WEIGHTS_VALUE: (None, (-3, -2, -4, -1), (-2, -4, -3, -1)),
+}
+
+
+def _order(axes: tuple[int, ...], rank: int) -> tuple[int, ...]:
+    """The permutation that moves the last axes so, and leaves those before them."""
+    return (*range(rank - len(axes)), *(rank + axis for axis in axes))
+
+
+_ORDERS = {
+    (axes, rank): _order(axes, rank)
+    for product in PRODUCTS.values()
+    for axes in product
+    if axes
+    for rank in range(len(axes), 8)
 }
 
 
@@ -71,8 +86,8 @@ class Backend:
 
     def promote(self, arrays: Sequence[Array], dtype: Any = None) -> tuple[list[Array], str]:
         """The arrays in Flax's compute dtype, and its name: by JAX's lattice, or as `dtype` says."""
-        first = arrays[0].dtype
-        if dtype is None and all(x.dtype == first for x in arrays):
+        kinds = [x.dtype for x in arrays]
+        if dtype is None and kinds.count(kinds[0]) == len(kinds):
             name = self.dtype_name(arrays[0])
             if dtypes.is_inexact(name):
                 return list(arrays), name
@@ -117,8 +132,9 @@ class Backend:
     def contract(self, equation: str, x: Array, y: Array, precision: Any = None, dot_general: Any = None) -> Array:
         """The einsum of a product in `PRODUCTS`, as a matrix product: the standard has no einsum."""
         if precision is not None or dot_general is not None:
-            self.check_precision(precision, dot_general)
-        x, y = self.join(x, y)
+            self.check_precision(precision, dot_general, x)
+        if x.dtype != y.dtype:
+            x, y = self.join(x, y)
         left, right, result = PRODUCTS[equation]
         x, y = self.permute(x, left), self.permute(y, right)
         if y.shape[-2] == 1 and x.shape[-1] != 1:
@@ -129,13 +145,18 @@ class Backend:
         """Matrix product over the last two axes, in one dtype."""
         return self.xp.matmul(x, y)
 
-    def permute(self, x: Array, axes: tuple[int, ...]) -> Array:
+    def permute(self, x: Array, axes: Axes) -> Array:
         """The last axes in this order, those before them as they are."""
+        if axes is None:
+            return x
         rank = x.ndim
-        return self.xp.permute_dims(x, (*range(rank - len(axes)), *(rank + axis for axis in axes)))
+        return self.permute_dims(x, _ORDERS.get((axes, rank)) or _order(axes, rank))
 
-    def check_precision(self, precision: Any, dot_general: Any) -> None:
-        """Raise where these cannot be honoured; the classic levels ask for no more than full precision."""
+    def permute_dims(self, x: Array, axes: tuple[int, ...]) -> Array:
+        return self.xp.permute_dims(x, axes)
+
+    def check_precision(self, precision: Any, dot_general: Any, x: Array) -> None:
+        """Raise where these cannot be honoured for a product with `x`; the classic levels ask for full precision."""
         if dot_general:
             raise ValueError(
                 f"einsum_dot_general is called as jax.lax.dot_general is, which {self.name} cannot do: pass "
@@ -177,9 +198,7 @@ class Backend:
 
         Lengths known at run time only are counted there, which keeps one batch entry and one head as axes.
         """
-        rows, columns = (
-            self.positions(self.xp.permute_dims(x[..., 0], _heads_first(x.ndim - 1))) for x in (query, key)
-        )
+        rows, columns = (self.positions(self.permute(x[..., 0], (-1, -2))) for x in (query, key))
         return self.xp.expand_dims(rows, axis=-1) >= self.xp.expand_dims(columns, axis=-2)
 
     def positions(self, x: Array) -> Array:
@@ -188,7 +207,3 @@ class Backend:
         if length is None or length != length:
             return self.xp.cumulative_sum(self.xp.ones_like(x, dtype=self.xp.int32), axis=-1, dtype=self.xp.int32)
         return self.xp.arange(length, dtype=self.xp.int32, **random.device_of(x))
-
-
-def _heads_first(rank: int) -> tuple[int, ...]:
-    return (*range(rank - 2), rank - 1, rank - 2)

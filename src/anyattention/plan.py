@@ -1,13 +1,12 @@
 """Which implementation serves a call, and why: the one place where that is decided."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 #: Every implementation there is, with the rule by which ``implementation=None`` picks it, first match first.
 RULES = {"exact": "Flax's own operations serve every call"}
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """The decision for one call: what runs, on which library, and the reasons."""
 
     implementation: str
