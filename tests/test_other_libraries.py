@@ -7,17 +7,11 @@ import numpy as np
 import pytest
 
 import anyattention as aa
-from anyattention_conformance import SMOKE, flax_attention, within_c2
-
-# What a library cannot do, by the ids of the cases.
-LACKING = {
-    "array_api_strict": {},
-    "dask.array": {"q-length-0": "Dask has no maximum of an array without elements"},
-    "mlx.core": {},
-}
+from anyattention.backend import Backend
+from anyattention_conformance import SMOKE, flax_answer, flax_attention, truth, within_c2, within_c3
 
 
-@pytest.fixture(params=list(LACKING))
+@pytest.fixture(params=["array_api_strict", "dask.array", "mlx.core"])
 def xp(request):
     if request.param == "array_api_strict":
         with array_api_strict.ArrayAPIStrictFlags(
@@ -32,19 +26,39 @@ def put(xp, x):
     return xp.from_array(x) if xp.__name__ == "dask.array" else xp.array(x) if "mlx" in xp.__name__ else xp.asarray(x)
 
 
+def put_all(xp, arguments):
+    return {
+        name: put(xp, x) if isinstance(x, np.ndarray) and name != "dropout_rng" else x for name, x in arguments.items()
+    }
+
+
 # A row without a finite logit is NaN, as in Flax; strict and Dask hand on the warning of the NumPy beneath them.
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize("case", SMOKE, ids=lambda case: case.id)
 def test_matches_flax(xp, case):
-    if case.id in LACKING[xp.__name__]:
-        pytest.skip(LACKING[xp.__name__][case.id])
     arguments = case.inputs()
-    arrays = {
-        name: put(xp, x) if isinstance(x, np.ndarray) and name != "dropout_rng" else x for name, x in arguments.items()
-    }
+    arrays = put_all(xp, arguments)
     actual = aa.dot_product_attention(**arrays)
     assert type(actual) is type(arrays["query"])
     assert not within_c2(np.asarray(actual), flax_attention(**arguments), arguments, "float32")
+
+
+@pytest.mark.filterwarnings("ignore:(invalid value|divide by zero):RuntimeWarning")
+@pytest.mark.parametrize("case", SMOKE, ids=lambda case: case.id)
+def test_tiled_and_its_gradients(xp, case, monkeypatch):
+    monkeypatch.setattr(Backend, "tiles", lambda self, block: (16, 16) if case.id == "large-logits" else (2, 3))
+    arguments = case.inputs()
+    expected = flax_attention(**arguments)
+    cotangent = np.random.default_rng(0).standard_normal(expected.shape, dtype=np.float32)
+    flax, (exact, size) = flax_answer(arguments, cotangent), truth(arguments, "float32", cotangent)
+    arrays = put_all(xp, arguments)
+    output, pullback = aa.dot_product_attention_vjp(**arrays)
+    assert type(output) is type(arrays["query"])
+    assert not within_c3(np.asarray(output), flax.output, exact.output, size.output, "float32")
+    for name, gradient in zip(("query", "key", "value", "bias"), pullback(put(xp, cotangent)), strict=True):
+        if name in arguments:
+            answers = (x.gradients[name] for x in (flax, exact, size))
+            assert not within_c3(np.asarray(gradient), *answers, "float32"), name
 
 
 def test_dask_stays_lazy():

@@ -48,7 +48,7 @@ def test_requirements(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         (metadata,) = (archive.read(name).decode() for name in archive.namelist() if name.endswith("METADATA"))
     required = re.findall(r"^Requires-Dist: ([\w-]+)((?!.*extra ==).*)$", metadata, flags=re.MULTILINE)
-    assert sorted(name for name, _ in required) == ["array-api-compat", "numpy"]
+    assert sorted(name for name, _ in required) == ["array-api-compat", "numpy", "threadpoolctl"]
     assert {"jax", "torch", "demo", "test", "all"} <= set(re.findall(r"Provides-Extra: (\w+)", metadata))
     assert "Requires-Python: >=3.11" in metadata
     assert "torch==2.13.0" in metadata

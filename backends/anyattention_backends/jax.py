@@ -1,6 +1,7 @@
 """JAX: the steps are Flax's own calls, so that the traced program, and with it every bit, is Flax's."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -8,12 +9,36 @@ import jax.numpy as jnp
 import numpy as np
 
 from anyattention.backend import Backend
+from anyattention.blocks import Block, cut_columns, cut_rows
 
 Array = Any
 
 
 class JAXBackend(Backend):
     """Overrides for JAX arrays and tracers."""
+
+    def __init__(self, xp: Any) -> None:
+        super().__init__(xp)
+        self.registered: set[type] = set()
+
+    def register(self, kind: type) -> None:
+        """Reason: missing. Masks, which are dataclasses, pass through jit, vmap and grad; integers are static."""
+        if kind in self.registered:
+            return
+        self.registered.add(kind)
+
+        def flatten(mask: Any) -> tuple[list[Any], tuple[Any, ...]]:
+            values = list(vars(mask).values())
+            static = tuple(x if isinstance(x, int | str) else None for x in values)
+            return [x if fixed is None else None for x, fixed in zip(values, static, strict=True)], static
+
+        def unflatten(static: tuple[Any, ...], leaves: list[Any]) -> Any:
+            mask: Any = object.__new__(kind)
+            values = (leaf if fixed is None else fixed for leaf, fixed in zip(leaves, static, strict=True))
+            vars(mask).update(zip(kind.__dataclass_fields__, values, strict=True))  # type: ignore[attr-defined]
+            return mask
+
+        jax.tree_util.register_pytree_node(kind, flatten, unflatten)
 
     def adopt(self, guest: Any, like: Array | None) -> Array:
         """Reason: bits. Placement is left to JAX, which moves guests to where they are used."""
@@ -103,6 +128,141 @@ class JAXBackend(Backend):
     def keep(self, key: Any, keep_prob: Any, shape: tuple[int, ...], like: Array) -> Array:
         """Reason: bits. Every kind of key, under the flags in force."""
         return jax.random.bernoulli(key, keep_prob, shape)
+
+    # --- tiles ---
+
+    def tiles(self, block: Block) -> tuple[int, int]:
+        """Reason: speed. XLA does best with a whole row of keys, while it fits."""
+        columns = min(block.lengths[1], 8192)
+        return max(64, min(512, 2**20 // max(columns, 1))), columns
+
+    def row_max(self, x: Array) -> Array:
+        """Reason: speed. The weights do not depend on what is subtracted, so no derivative of it is needed."""
+        return jax.lax.stop_gradient(jnp.max(x, axis=-1, keepdims=True))
+
+    def fill(self, x: Array, visible: Array, value: float) -> Array:
+        """Reason: bits. ``jnp.where`` with a fill of the logits' dtype."""
+        return jnp.where(visible, x, np.asarray(value).astype(x.dtype))
+
+    def map_rows(
+        self, function: Callable[[Block], tuple[Any, Any]], block: Block, tiles: tuple[int, int]
+    ) -> tuple[Any, Any]:
+        """Reason: speed. Loops of XLA's, compiled once; derivatives recompute each tile."""
+        if block.lead:
+            return _map_lead(lambda slab: self.map_rows(function, slab, tiles), block)
+        function = jax.checkpoint(function, prevent_cse=False)
+        length, size = block.lengths[0], tiles[0]
+        full = length - length % size
+
+        def step(carry: Any, tile: Block) -> tuple[Any, Any]:
+            rows, sums = function(tile)
+            return jax.tree.map(jnp.add, carry, sums), rows
+
+        sums = jax.tree.map(jnp.zeros_like, jax.eval_shape(function, block)[1])
+        results = []
+        for part in (cut_rows(block, 0, full), cut_rows(block, full, length)):
+            if part.lengths[0]:
+                sums, rows = _scan(step, sums, part, size, -2)
+                results.append(rows)
+        return self.join_rows(results), sums
+
+    def scan_columns(
+        self, step: Callable[[Any, Block], tuple[Any, Any]], block: Block, tiles: tuple[int, int]
+    ) -> tuple[Any, Any]:
+        """Reason: speed. As `map_rows`."""
+        if block.lengths[1] > tiles[1]:
+            step = jax.checkpoint(step, prevent_cse=False)
+        length, size = block.lengths[1], tiles[1]
+        full = length - length % size
+        state, results = None, []
+        for start, stop in ((0, min(size, length)), (size, full), (max(size, full), length)):
+            if start < stop:  # the first tile alone, since it makes the state
+                state, result = _scan(step, state, cut_columns(block, start, stop), size, -1)
+                results.append(result)
+        return state, self.join_rows(results)
+
+    def matmul(self, x: Array, y: Array, precision: Any = None) -> Array:
+        """Reason: missing. Precision is JAX's own."""
+        return jnp.matmul(x, y, precision=precision)
+
+    def beside(self, like: Array | None) -> dict[str, Any]:
+        """Reason: missing. A tracer has no device, and the sharding of one array does not fit another."""
+        return {}
+
+    def key_array(self, key: Any) -> Array:
+        """Reason: missing. A typed key hides its words."""
+        return jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jnp.asarray(key)
+
+    def no_keep_tiles(self, key: Any, keep_prob: Any) -> str:
+        """Reason: bits. Some layouts of random bits are not a function of key and index."""
+        if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and str(jax.random.key_impl(key)) != "threefry2x32":
+            return f"dropout bits of {jax.random.key_impl(key)} keys cannot be drawn by tiles"
+        if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and jax.config.jax_default_prng_impl != "threefry2x32":
+            return f"dropout bits of {jax.config.jax_default_prng_impl} keys cannot be drawn by tiles"
+        if not jax.config.jax_threefry_partitionable:
+            return "with jax_threefry_partitionable off, dropout bits cannot be drawn by tiles"
+        if jax.config.jax_enable_x64 and jnp.asarray(keep_prob).dtype == jnp.float64:
+            return "under x64 a float64 rate draws 64 bits an element: pass numpy.float32(rate)"
+        return ""
+
+    def compiled(self, function: Callable[..., Any], call: Any, *arrays: Any) -> Any:
+        """Reason: speed. One program, also when called eagerly."""
+        return _compiled(function, call, *arrays)
+
+    def differentiable(
+        self, forward: Callable[..., Any], backward: Callable[..., Any], call: Any, block: Block
+    ) -> Array:
+        """Reason: speed. JAX differentiates the loops itself, in every mode it has."""
+        return _compiled(forward, call, block)[0]
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _compiled(function: Callable[..., Any], call: Any, *arrays: Any) -> Any:
+    return function(call, *arrays)
+
+
+def _map_lead(function: Callable[[Block], Any], block: Block) -> Any:
+    """Call the function for each index of the first axis; arrays of size 1 there serve them all."""
+    size = block.lead[0]
+    leaves, structure = jax.tree.flatten(block)
+    if size == 1:
+        return jax.tree.map(lambda x: x[None], function(structure.unflatten([x[0] for x in leaves])))
+    mapped = [x for x in leaves if x.shape[0] != 1]
+
+    def one(mapped: list[Array]) -> Any:
+        parts = iter(mapped)
+        return function(structure.unflatten([x[0] if x.shape[0] == 1 else next(parts) for x in leaves]))
+
+    return jax.lax.map(one, mapped)
+
+
+def _scan(
+    step: Callable[[Any, Block], tuple[Any, Any]], carry: Any, block: Block, size: int, axis: int
+) -> tuple[Any, Any]:
+    """Carry something through tiles of one size along rows (-2) or columns (-1); join the other results along rows."""
+    cut, length = (cut_rows, block.lengths[0]) if axis == -2 else (cut_columns, block.lengths[1])
+    if length <= size:
+        return step(carry, block)
+    leaves, structure = jax.tree.flatten(block)
+    tile = jax.tree.leaves(cut(block, 0, size))
+    along = [next((a for a in (-2, -1) if x.shape[a] != y.shape[a]), 0) for x, y in zip(leaves, tile, strict=True)]
+
+    def split(x: Array, axis: int) -> Array:
+        axis += x.ndim
+        return jnp.moveaxis(jnp.reshape(x, (*x.shape[:axis], -1, size, *x.shape[axis + 1 :])), axis, 0)
+
+    def one(carry: Any, parts: list[Array]) -> tuple[Any, Any]:
+        rest = iter(parts)
+        return step(carry, structure.unflatten([next(rest) if a else x for x, a in zip(leaves, along, strict=True)]))
+
+    parts = [split(x, a) for x, a in zip(leaves, along, strict=True) if a]
+    carry, results = jax.lax.scan(one, carry, parts)
+
+    def join(x: Array) -> Array:
+        x = jnp.moveaxis(x, 0, -3)
+        return jnp.reshape(x, (*x.shape[:-3], x.shape[-3] * x.shape[-2], x.shape[-1]))
+
+    return carry, jax.tree.map(join, results)
 
 
 backend = JAXBackend(jnp)

@@ -4,6 +4,7 @@ NumPy promotes bfloat16 (from ml_dtypes) to float32 or float64 in most operation
 ones make 256), and multiplies float16 matrices fifty times slower than float32 ones.
 """
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,8 @@ import numpy as np
 
 from anyattention import dtypes
 from anyattention.backend import Backend
+from anyattention.blocks import Block, at, cut_rows, tree_map
+from anyattention_backends import threads
 
 Array = Any
 _HALF = ("float16", "bfloat16")
@@ -82,7 +85,7 @@ class NumPyBackend(Backend):
         """Reason: speed."""
         return x.transpose(axes)
 
-    def matmul(self, x: Array, y: Array) -> Array:
+    def matmul(self, x: Array, y: Array, precision: Any = None) -> Array:
         """Reason: speed."""
         return np.matmul(x, y)
 
@@ -102,6 +105,75 @@ class NumPyBackend(Backend):
         weights = (logits - np.max(logits, axis=-1, keepdims=True, initial=-np.inf)).astype(half)
         weights = np.exp(weights.astype(np.float32)).astype(half)
         return self.divide(weights, np.sum(weights.astype(np.float32), axis=-1, keepdims=True).astype(half))
+
+    # --- tiles ---
+
+    def tiles(self, block: Block) -> tuple[int, int]:
+        """Reason: speed. Logits of a tile stay in the cache."""
+        return 256, 1024
+
+    def transpose(self, x: Array) -> Array:
+        """Reason: speed."""
+        return x.swapaxes(-1, -2)
+
+    def row_sum(self, x: Array) -> Array:
+        """Reason: speed. A product with ones sums at the rate of memory."""
+        return np.matmul(x, np.ones((x.shape[-1], 1), x.dtype))
+
+    def exp_minus(self, x: Array, shift: Array) -> Array:
+        """Reason: speed. In place."""
+        np.subtract(x, shift, out=x)
+        return np.exp(x, out=x)
+
+    def fill(self, x: Array, visible: Array, value: float) -> Array:
+        """Reason: speed. In place."""
+        np.copyto(x, value, where=~visible)
+        return x
+
+    def surely(self, x: Any, value: bool) -> bool:
+        """Reason: speed. The values are at hand."""
+        return x is not None and bool(x.all() if value else not x.any())
+
+    def map_rows(
+        self, function: Callable[[Block], tuple[Any, Any]], block: Block, tiles: tuple[int, int]
+    ) -> tuple[Any, Any]:
+        """Reason: speed. One head at a time, tiles shared among threads, results in place."""
+        lead, (length, _) = block.lead, block.lengths
+        results = _Results(lead, length)
+
+        def work(item: tuple[tuple[int, ...], int]) -> None:
+            index, start = item
+            stop = min(start + tiles[0], length)
+            with np.errstate(all="ignore"):
+                results.put(index, start, stop, *function(cut_rows(at(block, index), start, stop)))
+
+        threads.for_each(work, [(index, i) for index in np.ndindex(*lead) for i in range(0, length, tiles[0])])
+        return results.rows, results.sums
+
+
+class _Results:
+    """Arrays of the whole, filled from the results of tiles, from several threads."""
+
+    def __init__(self, lead: tuple[int, ...], length: int) -> None:
+        self.lead, self.length, self.lock = lead, length, threading.Lock()
+        self.rows: Any = None
+        self.sums: Any = None
+
+    def put(self, index: tuple[int, ...], start: int, stop: int, rows: Any, sums: Any) -> None:
+        with self.lock:
+            if self.rows is None:
+                self.rows = tree_map(lambda x: np.empty((*self.lead, self.length, x.shape[-1]), x.dtype), rows)
+                self.sums = tree_map(lambda x: np.zeros((*self.lead, *x.shape), x.dtype), sums)
+
+            def add(whole: Array, x: Array) -> None:
+                whole[index] += x
+
+            tree_map(add, self.sums, sums)
+
+        def store(whole: Array, x: Array) -> None:
+            whole[index][start:stop] = x
+
+        tree_map(store, self.rows, rows)
 
 
 def _bfloat16() -> Any:

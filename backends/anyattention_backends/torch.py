@@ -1,6 +1,6 @@
 """PyTorch: autocast is kept out, float32 softmax is PyTorch's own, and guests in bfloat16 find a way in."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import array_api_compat.torch as xp
@@ -8,6 +8,7 @@ import torch
 
 from anyattention import dtypes
 from anyattention.backend import Backend
+from anyattention.blocks import Block, leaves, tree_map
 
 Array = Any
 _NAMES = {
@@ -57,7 +58,7 @@ class TorchBackend(Backend):
 
     def run(self, function: Callable[..., Array], /, *args: Any, **kwargs: Any) -> Array:
         """Reason: bits. Autocast would compute the products in 16 bits."""
-        device = args[2].device.type
+        device = (args[2] if len(args) > 2 else args[0]).device.type  # of the query, or of a gradient
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
                 return function(*args, **kwargs)
@@ -76,7 +77,7 @@ class TorchBackend(Backend):
             )
         super().check_precision(precision, dot_general, x)
 
-    def matmul(self, x: Array, y: Array) -> Array:
+    def matmul(self, x: Array, y: Array, precision: Any = None) -> Array:
         """Reason: speed."""
         return torch.matmul(x, y)
 
@@ -100,6 +101,78 @@ class TorchBackend(Backend):
     def keep(self, key: Any, keep_prob: Any, shape: tuple[int, ...], like: Array) -> Array:
         """Reason: missing. The key is brought to the device of the weights."""
         return super().keep(key.to(like.device), keep_prob, shape, like)
+
+    # --- tiles ---
+
+    def transpose(self, x: Array) -> Array:
+        """Reason: speed."""
+        return x.mT
+
+    def row_max(self, x: Array) -> Array:
+        """Reason: speed. The weights do not depend on what is subtracted, so no derivative of it is needed."""
+        return torch.amax(x.detach(), dim=-1, keepdim=True)
+
+    def exp_minus(self, x: Array, shift: Array) -> Array:
+        """Reason: speed. In place, unless it is to be differentiated."""
+        return torch.exp(x - shift) if x.requires_grad else x.sub_(shift).exp_()
+
+    def fill(self, x: Array, visible: Array, value: float) -> Array:
+        """Reason: speed. In place, unless it is to be differentiated."""
+        return torch.where(visible, x, value) if x.requires_grad else x.masked_fill_(~visible, value)
+
+    def surely(self, x: Any, value: bool) -> bool:
+        """Reason: speed. The values are at hand, but for tensors without storage or in a trace."""
+        if type(x) is not torch.Tensor or x.device.type != "cpu" or torch.compiler.is_compiling():
+            return False
+        return bool(x.all() if value else not x.any())
+
+    def differentiable(
+        self, forward: Callable[..., Any], backward: Callable[..., Any], call: Any, block: Block
+    ) -> Array:
+        """Reason: speed. The backward pass is the written one; autograd would keep every tile."""
+        arrays = leaves(block)
+        numbers = iter(range(len(arrays)))
+        structure = tree_map(lambda _: next(numbers), block)
+        return _Tiled.apply(forward, backward, call, structure, *arrays)[0]
+
+
+def _block(structure: Any, arrays: Sequence[Array]) -> Block:
+    return tree_map(lambda index: arrays[index], structure)
+
+
+class _Tiled(torch.autograd.Function):  # type: ignore[misc]
+    """The tiled forward and backward pass as one step of autograd."""
+
+    @staticmethod
+    def forward(forward: Any, backward: Any, call: Any, structure: Any, *arrays: Array) -> tuple[Array, ...]:
+        return forward(call, _block(structure, arrays))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Array, ...]) -> None:
+        *ctx.how, ctx.structure = inputs[:4]
+        ctx.save_for_backward(*output, *inputs[4:])
+        ctx.mark_non_differentiable(*output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, doutput: Array, *_: Any) -> tuple[Any, ...]:
+        forward, backward, call = ctx.how
+        results, arrays = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+        block = _block(ctx.structure, arrays)
+        if torch.is_grad_enabled():  # a second derivative may follow, through the row statistics too
+            results = forward(call, block)
+        gradients = backward(call, block, *results, doutput)
+        wanted = (ctx.structure.rows[0], *ctx.structure.columns, ctx.structure.pairs.bias)
+        by_index = dict(zip(wanted, gradients, strict=True))
+        return (None, None, None, None, *(by_index.get(index) for index in range(len(arrays))))
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: Any, forward: Any, backward: Any, call: Any, structure: Any, *arrays: Array
+    ) -> tuple[Any, Any]:
+        """The mapped axis becomes one more lead axis."""
+        dims = in_dims[4:]
+        moved = [x[None] if d is None else x.movedim(d, 0) for x, d in zip(arrays, dims, strict=True)]
+        return _Tiled.apply(forward, backward, call, structure, *moved), (0, 0, 0)
 
 
 def _max(x: Array) -> Array:

@@ -1,7 +1,7 @@
-"""What it means to have Flax's numbers: cases as data, Flax as the oracle, and the budgets of the contracts."""
+"""What it means to have Flax's numbers: cases as data, oracles, and the budgets of the contracts."""
 
-from anyattention_conformance.budgets import within_c2
+from anyattention_conformance.budgets import within_c2, within_c3
 from anyattention_conformance.cases import SMOKE, Case
-from anyattention_conformance.oracles import flax_attention
+from anyattention_conformance.oracles import Answer, flax_answer, flax_attention, truth
 
-__all__ = ["SMOKE", "Case", "flax_attention", "within_c2"]
+__all__ = ["SMOKE", "Answer", "Case", "flax_answer", "flax_attention", "truth", "within_c2", "within_c3"]

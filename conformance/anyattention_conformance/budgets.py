@@ -47,3 +47,28 @@ def _scale(arguments: dict[str, Any]) -> Array:
     spread = np.einsum("...hqk,...khd->...qhd", weights, np.abs(value)).max(axis=-1, keepdims=True, initial=0.0)
     kappa = np.swapaxes(size.max(axis=-1, keepdims=True), -3, -2)
     return (1 + kappa) * spread
+
+
+def within_c3(actual: Array, flax: Array, truth: Array, size: Array, dtype: str) -> str:
+    """Contract C3 for an output or a gradient; the empty string if it holds, else what is wrong.
+
+    Error against float64 truth, in units of the largest `size` (sum of absolute values of what was added) in its
+    row: maximum and root mean square over all rows are at most twice Flax's own, plus 4 eps.
+    """
+    if actual.shape != truth.shape:
+        return f"shape {actual.shape} instead of {truth.shape}"
+    if not np.array_equal(np.isnan(actual), np.isnan(truth)):
+        return "NaN in other places than the truth"
+    unit = np.max(size, axis=-1, keepdims=True, initial=0.0)
+    unit = np.where(unit > 0, unit, 1.0)
+
+    def errors(x: Array) -> Array:
+        with np.errstate(invalid="ignore"):
+            error = np.abs(x.astype(np.float64) - truth) / unit
+        return np.where(np.isfinite(truth) & np.isfinite(x.astype(np.float64)), error, 0.0)
+
+    for name, measure in (("maximum", lambda x: np.max(x, initial=0.0)), ("rms", lambda x: np.sqrt(np.mean(x * x)))):
+        ours, theirs = (float(measure(errors(x))) if x.size else 0.0 for x in (actual, flax))
+        if ours > 2 * theirs + 4 * EPS[dtype]:
+            return f"{name} error {ours:.3g}, Flax's {theirs:.3g}"
+    return ""

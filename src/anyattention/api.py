@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from anyattention import attention as exact
-from anyattention import dispatch
+from anyattention import dispatch, tiled
 from anyattention.backend import Backend
 from anyattention.errors import ShapeError
+from anyattention.masks import CausalMask, Mask
 from anyattention.plan import Plan, choose
 
 Array = Any
@@ -60,7 +61,7 @@ def dot_product_attention(
         qk_attn_weights_einsum: called as ``f("...qhd,...khd->...hqk", query, key)`` for the logits.
         attn_weights_value_einsum: called as ``f("...hqk,...khd->...qhd", weights, value)`` for the output.
         is_causal: a query sees the keys at its own position and before (top-left aligned), and-ed with `mask`.
-        implementation: ``"exact"``, or None to choose; see `explain`.
+        implementation: ``"exact"``, ``"tiled"``, or None to choose; see `explain`.
 
     Returns:
         ``[batch..., q_length, num_heads, v_depth]``, in the compute dtype.
@@ -79,25 +80,18 @@ def dot_product_attention(
     if bool(qk_attn_weights_einsum) != bool(attn_weights_value_einsum):
         raise ValueError("qk_attn_weights_einsum and attn_weights_value_einsum must be specified together")
     _check_einsum(precision, einsum_dot_general, qk_attn_weights_einsum)
-
-    backend = dispatch.backend_for(query=query, key=key, value=value, bias=bias, mask=mask)
-    choose(implementation, backend.name)
-    (query, key, value), compute_dtype = backend.promote(
-        [_array(backend, "query", query), _array(backend, "key", key), _array(backend, "value", value)], dtype
+    call = _resolve(
+        *(query, key, value, bias, mask, is_causal, dtype, implementation, module),
+        *(broadcast_dropout, dropout_rng, dropout_rate, deterministic),
+        einsum=einsum_dot_general or qk_attn_weights_einsum,
     )
-    _check_shapes(query, key, value, grouped=not qk_attn_weights_einsum)
-    bias, mask = _guests(backend, query, key, bias, mask, is_causal)
+    backend = call.backend
+    if call.plan.implementation == "tiled":
+        return backend.run(tiled.attention, *call[:-1], precision, force_fp32_for_softmax)
     einsum = _einsum(backend, precision, einsum_dot_general)
     return backend.run(
         exact.attention,
-        backend,
-        compute_dtype,
-        query,
-        key,
-        value,
-        bias=bias,
-        mask=mask,
-        dropout=_dropout(backend, broadcast_dropout, dropout_rng, dropout_rate, deterministic),
+        *call[:-1],
         module=module,
         force_fp32_for_softmax=force_fp32_for_softmax,
         query_key=qk_attn_weights_einsum or einsum,
@@ -122,6 +116,7 @@ def dot_product_attention_weights(
     einsum: Callable[..., Array] | None = None,
     *,
     is_causal: bool = False,
+    implementation: str | None = None,
 ) -> Array:
     """The attention weights, ``[batch..., num_heads, q_length, kv_length]``; arguments as `dot_product_attention`.
 
@@ -131,10 +126,15 @@ def dot_product_attention_weights(
     [[[1.0, 0.0], [0.5, 0.5]]]
     """
     _check_einsum(precision, einsum_dot_general, einsum)
-    backend = dispatch.backend_for(query=query, key=key, bias=bias, mask=mask)
-    (query, key), compute_dtype = backend.promote([_array(backend, "query", query), _array(backend, "key", key)], dtype)
-    _check_shapes(query, key, None, grouped=not einsum)
-    bias, mask = _guests(backend, query, key, bias, mask, is_causal)
+    if implementation == "tiled":
+        raise NotImplementedError("implementation='tiled' never has all the weights: pass None or 'exact'")
+    call = _resolve(
+        *(query, key, None, bias, mask, is_causal, dtype, implementation or "exact", module),
+        *(broadcast_dropout, dropout_rng, dropout_rate, deterministic),
+        einsum=einsum,
+        weights_only=True,
+    )
+    backend, compute_dtype, query, key, _, bias, mask, dropout, _ = call
     return backend.run(
         exact.attention_weights,
         backend,
@@ -143,11 +143,49 @@ def dot_product_attention_weights(
         key,
         bias=bias,
         mask=mask,
-        dropout=_dropout(backend, broadcast_dropout, dropout_rng, dropout_rate, deterministic),
+        dropout=dropout,
         module=module,
         force_fp32_for_softmax=force_fp32_for_softmax,
         query_key=einsum or _einsum(backend, precision, einsum_dot_general),
     )
+
+
+def dot_product_attention_vjp(
+    query: Array,
+    key: Array,
+    value: Array,
+    bias: Any = None,
+    mask: Any = None,
+    broadcast_dropout: bool = True,
+    dropout_rng: Any = None,
+    dropout_rate: float = 0.0,
+    deterministic: bool = False,
+    dtype: Any = None,
+    precision: Any = None,
+    force_fp32_for_softmax: bool = False,
+    *,
+    is_causal: bool = False,
+) -> tuple[Array, Callable[[Array], tuple[Array, Array, Array, Any]]]:
+    """The output and its pullback: gradients for any library, NumPy included, in memory that grows with the lengths.
+
+    Computed by the tiled implementation; arguments as `dot_product_attention`.
+
+    Returns:
+        The output, and a function from the gradient of a loss by the output to its gradients by query, key, value
+        and bias, each of the shape and dtype of what it belongs to, None where the bias is None or a scalar.
+
+    >>> import numpy as np
+    >>> x = np.ones((2, 1, 4), dtype=np.float32)
+    >>> output, pullback = dot_product_attention_vjp(x, x, x)
+    >>> [gradient.sum().item() for gradient in pullback(output)[:3]]
+    [0.0, 0.0, 8.0]
+    """
+    call = _resolve(
+        *(query, key, value, bias, mask, is_causal, dtype, "tiled", None),
+        *(broadcast_dropout, dropout_rng, dropout_rate, deterministic),
+    )
+    output, pullback = call.backend.run(tiled.vjp, *call[:-1], precision, force_fp32_for_softmax)
+    return output, partial(call.backend.run, pullback)
 
 
 def explain(
@@ -156,17 +194,124 @@ def explain(
     value: Array,
     bias: Any = None,
     mask: Any = None,
+    broadcast_dropout: bool = True,
+    dropout_rng: Any = None,
+    dropout_rate: float = 0.0,
+    deterministic: bool = False,
+    dtype: Any = None,
+    precision: Any = None,
+    module: Any = None,
+    force_fp32_for_softmax: bool = False,
+    einsum_dot_general: Callable[..., Array] | None = None,
+    qk_attn_weights_einsum: Callable[..., Array] | None = None,
+    attn_weights_value_einsum: Callable[..., Array] | None = None,
     *,
+    is_causal: bool = False,
     implementation: str | None = None,
 ) -> Plan:
-    """The plan that `dot_product_attention` follows for these arguments; prints as a table.
+    """The plan that `dot_product_attention` follows for these very arguments; prints as a table.
 
     >>> import numpy as np
     >>> x = np.zeros((2, 1, 4))
     >>> explain(x, x, x).implementation
     'exact'
     """
-    return choose(implementation, dispatch.backend_for(query=query, key=key, value=value, bias=bias, mask=mask).name)
+    return _resolve(
+        *(query, key, value, bias, mask, is_causal, dtype, implementation, module),
+        *(broadcast_dropout, dropout_rng, dropout_rate, deterministic),
+        einsum=einsum_dot_general or qk_attn_weights_einsum,
+    ).plan
+
+
+class _Call(NamedTuple):
+    """A call whose arguments are checked and in one library."""
+
+    backend: Backend
+    dtype: str
+    query: Array
+    key: Array
+    value: Array
+    bias: Any
+    mask: Any
+    dropout: exact.Dropout | None
+    plan: Plan
+
+
+def _resolve(
+    query: Any,
+    key: Any,
+    value: Any,
+    bias: Any,
+    mask: Any,
+    is_causal: bool,
+    dtype: Any,
+    implementation: str | None,
+    module: Any,
+    broadcast_dropout: bool,
+    dropout_rng: Any,
+    dropout_rate: Any,
+    deterministic: Any,
+    einsum: Any = None,
+    weights_only: bool = False,
+) -> _Call:
+    """Find the library and the plan, and make all arguments fit them."""
+    masked_by = {f"mask[{i}]": x for i, x in enumerate(mask.arrays())} if isinstance(mask, Mask) else {"mask": mask}
+    backend = dispatch.backend_for(query=query, key=key, value=value, bias=bias, **masked_by)
+    arrays = [_array(backend, "query", query), _array(backend, "key", key)]
+    if not weights_only:
+        arrays.append(_array(backend, "value", value))
+    arrays, compute_dtype = backend.promote(arrays, dtype)
+    query, key, value = (*arrays, None) if weights_only else arrays
+    _check_shapes(query, key, value, grouped=not einsum)
+    bias, mask = _guests(backend, query, key, bias, mask)
+    dropout = _dropout(backend, broadcast_dropout, dropout_rng, dropout_rate, deterministic)
+    plan = choose(
+        implementation,
+        backend.name,
+        (query.shape, key.shape),
+        lambda: _refusals(backend, compute_dtype, (query, key, value), bias, dropout, module, einsum),
+    )
+    if is_causal or isinstance(mask, Mask):
+        mask = _structured(backend, plan, query, key, mask, is_causal)
+    return _Call(backend, compute_dtype, query, key, value, bias, mask, dropout, plan)
+
+
+def _structured(backend: Backend, plan: Plan, query: Array, key: Array, mask: Any, is_causal: bool) -> Any:
+    """The mask with causality; a dense one for the exact implementation, which has all logits anyway."""
+    if isinstance(mask, Mask) or plan.implementation == "tiled":
+        if is_causal:
+            mask = CausalMask() if mask is None else CausalMask() & mask
+        if plan.implementation == "tiled":
+            return mask
+        return mask.on(backend, tuple(query.shape[:-3]), (query.shape[-3], key.shape[-3]), query)
+    causal = backend.causal(query, key)
+    return causal if mask is None else backend.truth(mask) & causal
+
+
+def _refusals(
+    backend: Backend,
+    dtype: str,
+    arrays: tuple[Array, ...],
+    bias: Any,
+    dropout: exact.Dropout | None,
+    module: Any,
+    einsum: Any,
+) -> list[str]:
+    """Why the call cannot be tiled."""
+    reasons = []
+    if isinstance(bias, complex) or (hasattr(bias, "shape") and backend.dtype_name(bias).startswith("complex")):
+        reasons.append("the bias is complex")
+    if dtype not in ("bfloat16", "float16", "float32", "float64"):
+        reasons.append(f"tiles of {dtype} are not supported")
+    if module:
+        reasons.append("module is given the weights, which tiled never has all at once")
+    if einsum:
+        reasons.append("einsum overrides take whole products")
+    if any(_unknown(size) for x in arrays for size in x.shape):
+        reasons.append("lengths are unknown")
+    if dropout and (reason := backend.no_keep_tiles(dropout.key, dropout.keep_prob)):
+        reasons.append(reason)
+    return reasons
 
 
 def _check_einsum(precision: Any, einsum_dot_general: Any, einsum: Any) -> None:
@@ -186,21 +331,18 @@ def _array(backend: Backend, name: str, x: Any) -> Array:
     return backend.adopt(x, None) if dispatch.backend_of(x) is not backend else backend.check_array(x)
 
 
-def _guests(backend: Backend, query: Array, key: Array, bias: Any, mask: Any, is_causal: bool) -> tuple[Any, Any]:
+def _guests(backend: Backend, query: Array, key: Array, bias: Any, mask: Any) -> tuple[Any, Any]:
     """Bias and mask as arrays of the call's library, once their shapes are known to fit."""
-    if bias is None and mask is None and not is_causal:
+    if bias is None and mask is None:
         return None, None
     if bias is not None and type(bias) not in (bool, int, float, complex):
         bias = _guest(backend, "bias", bias, query)
-    if mask is not None:
+    if mask is not None and not isinstance(mask, Mask):
         mask = _guest(backend, "mask", mask, query)
     shape = (*query.shape[:-3], query.shape[-2], query.shape[-3], key.shape[-3])
     for name, x in (("bias", bias), ("mask", mask)):
         if hasattr(x, "shape"):
             shape = _broadcast(shape, tuple(x.shape), name)
-    if is_causal:
-        causal = backend.causal(query, key)
-        mask = causal if mask is None else backend.truth(mask) & causal
     return bias, mask
 
 

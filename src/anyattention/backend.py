@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from anyattention import dtypes, random
+from anyattention.blocks import Block, cut_columns, cut_rows, tree_map
 
 Array = Any
 
@@ -59,11 +60,18 @@ class Backend:
         self.xp = xp
         self.name = xp.__name__.removeprefix("array_api_compat.").partition(".")[0]
 
+    def register(self, kind: type) -> None:
+        """Take note of a dataclass of arrays, where the library's transformations look into such."""
+
     # --- arrays and dtypes ---
 
     def adopt(self, guest: Any, like: Array | None) -> Array:
         """An array of this library, on the device of `like`, from a scalar, a NumPy array or a nested list."""
-        return self.xp.asarray(guest, **random.device_of(like))
+        return self.xp.asarray(guest, **self.beside(like))
+
+    def beside(self, like: Array | None) -> dict[str, Any]:
+        """The `device` argument that makes a new array stand beside `like`."""
+        return random.device_of(like)
 
     def check_array(self, x: Array) -> Array:
         """An array of this library, or something that stands for one, made plain."""
@@ -81,7 +89,9 @@ class Backend:
         return dtypes.name_of(x.dtype)
 
     def cast(self, x: Array, name: str) -> Array:
-        dtype = getattr(self.xp, name)
+        dtype = getattr(self.xp, name, None)
+        if dtype is None:
+            raise TypeError(f"{self.name} has no dtype {name}")
         return x if x.dtype == dtype else self.xp.astype(x, dtype)
 
     def promote(self, arrays: Sequence[Array], dtype: Any = None) -> tuple[list[Array], str]:
@@ -116,6 +126,8 @@ class Backend:
 
     def scale(self, query: Array, depth: int, dtype: str) -> Array:
         """``query / sqrt(depth)``, the root rounded to the compute dtype."""
+        if depth is None or depth != depth:
+            raise ValueError(f"attention needs a known depth, got the query's shape {tuple(query.shape)}")
         return self.divide_by_scalar(query, depth**0.5, dtype)
 
     def divide(self, x: Array, y: Array) -> Array:
@@ -141,7 +153,7 @@ class Backend:
             x = self.xp.sum(x, axis=-1, keepdims=True)  # as einsum: one value serves all the weights
         return self.permute(self.matmul(x, y), result)
 
-    def matmul(self, x: Array, y: Array) -> Array:
+    def matmul(self, x: Array, y: Array, precision: Any = None) -> Array:
         """Matrix product over the last two axes, in one dtype."""
         return self.xp.matmul(x, y)
 
@@ -182,8 +194,8 @@ class Backend:
     def softmax(self, logits: Array) -> Array:
         """Softmax over the last axis, each step rounded to the logits' dtype."""
         xp = self.xp
-        if logits.shape[-1] == 0:
-            return logits  # no keys, and the standard has no maximum of nothing
+        if 0 in logits.shape:
+            return logits  # the standard has no maximum of nothing
         weights = xp.exp(logits - xp.max(logits, axis=-1, keepdims=True))
         return self.divide(weights, xp.sum(weights, axis=-1, keepdims=True))
 
@@ -193,17 +205,98 @@ class Backend:
             raise ValueError(f"dropout needs known lengths, got the weights' shape {shape}")
         return random.keep(self.xp, key, keep_prob, shape)
 
+    # --- tiles ---
+
+    def tiles(self, block: Block) -> tuple[int, int]:
+        """How many queries and keys to take at a time."""
+        return 256, 1024
+
+    def transpose(self, x: Array) -> Array:
+        """The last two axes swapped."""
+        return self.permute(x, (-1, -2))
+
+    def row_max(self, x: Array) -> Array:
+        return self.xp.max(x, axis=-1, keepdims=True)
+
+    def row_sum(self, x: Array) -> Array:
+        return self.xp.sum(x, axis=-1, keepdims=True)
+
+    def column_sum(self, x: Array) -> Array:
+        return self.xp.sum(x, axis=-2, keepdims=True)
+
+    def zeros(self, shape: tuple[int, ...], like: Array) -> Array:
+        """Zeros of the dtype of `like`, beside it."""
+        return self.xp.zeros(shape, dtype=like.dtype, **self.beside(like))
+
+    def exp_minus(self, x: Array, shift: Array) -> Array:
+        """``exp(x - shift)``; may overwrite `x`."""
+        return self.xp.exp(x - shift)
+
+    def fill(self, x: Array, visible: Array, value: float) -> Array:
+        """`x` where visible, else the value; may overwrite `x`."""
+        return self.xp.where(visible, x, value)
+
+    def key_array(self, key: Any) -> Array:
+        """A dropout key of this library as raw words."""
+        return key
+
+    def no_keep_tiles(self, key: Any, keep_prob: Any) -> str:
+        """Why dropout bits of this key cannot be drawn tile by tile; empty where they can."""
+        return ""
+
+    def surely(self, x: Any, value: bool) -> bool:
+        """Whether the array is known to hold this value throughout; False where finding out is not possible."""
+        return False
+
+    def map_rows(
+        self, function: Callable[[Block], tuple[Any, Any]], block: Block, tiles: tuple[int, int]
+    ) -> tuple[Any, Any]:
+        """Call the function with every tile of rows; join its first results along the rows, add up the second."""
+        length, size = block.lengths[0], tiles[0]
+        results = [function(cut_rows(block, i, min(i + size, length))) for i in range(0, length, size)]
+        rows, sums = zip(*results, strict=True)
+        return self.join_rows(rows), tree_map(lambda *x: sum(x[1:], x[0]), *sums)
+
+    def scan_columns(
+        self, step: Callable[[Any, Block], tuple[Any, Any]], block: Block, tiles: tuple[int, int]
+    ) -> tuple[Any, Any]:
+        """Carry a state, None at first, through every tile of columns; join what else the step returns along rows."""
+        length, size = block.lengths[1], tiles[1]
+        state, results = None, []
+        for i in range(0, length, size):
+            state, result = step(state, cut_columns(block, i, min(i + size, length)))
+            results.append(result)
+        return state, self.join_rows(results)
+
+    def join_rows(self, trees: Sequence[Any]) -> Any:
+        return tree_map(lambda *x: x[0] if len(x) == 1 else self.xp.concat(x, axis=-2), *trees)
+
+    def compiled(self, function: Callable[..., Any], call: Any, *arrays: Any) -> Any:
+        """``function(call, *arrays)``; `call` is hashable."""
+        return function(call, *arrays)
+
+    def differentiable(
+        self, forward: Callable[..., Any], backward: Callable[..., Any], call: Any, block: Block
+    ) -> Array:
+        """The output of the block, with its gradient where the library differentiates."""
+        return forward(call, block)[0]
+
+    # --- positions ---
+
     def causal(self, query: Array, key: Array) -> Array:
         """True where the key's position is at most the query's: ``[q_length, kv_length]``.
 
-        Lengths known at run time only are counted there, which keeps one batch entry and one head as axes.
+        Lengths known at run time only are counted there, which keeps the batch axes, and one head.
         """
-        rows, columns = (self.positions(self.permute(x[..., 0], (-1, -2))) for x in (query, key))
+        rows, columns = (self.positions(x, axis=-3) for x in (query, key))
         return self.xp.expand_dims(rows, axis=-1) >= self.xp.expand_dims(columns, axis=-2)
 
-    def positions(self, x: Array) -> Array:
-        """0, 1, 2, ... along the last axis, int32: ``[length]``, or the shape of `x` where its length is unknown."""
-        length = x.shape[-1]
+    def positions(self, x: Array, axis: int = -1) -> Array:
+        """0, 1, 2, ... along the last axis, or -3, int32: ``[length]``, or ``[..., length]`` where that is unknown."""
+        length = x.shape[axis]
         if length is None or length != length:
-            return self.xp.cumulative_sum(self.xp.ones_like(x, dtype=self.xp.int32), axis=-1, dtype=self.xp.int32)
-        return self.xp.arange(length, dtype=self.xp.int32, **random.device_of(x))
+            if axis == -3:  # one head serves all, since queries may have more of them than keys
+                x = self.permute(x[..., :1, 0], (-1, -2))
+            ones = self.xp.ones_like(x, dtype=self.xp.int32)
+            return self.xp.cumulative_sum(ones, axis=-1, dtype=self.xp.int32) - 1
+        return self.xp.arange(length, dtype=self.xp.int32, **self.beside(x))

@@ -4,6 +4,7 @@ query, key and value decide. NumPy arrays, Python scalars and lists are guests o
 and dropout key, and for query, key and value beside JAX, as in Flax. Two other libraries in one call are an error.
 """
 
+import sys
 from typing import Any
 
 import array_api_compat
@@ -31,8 +32,14 @@ def _torch() -> Backend:
     return backend
 
 
+def _ndonnx() -> Backend:
+    from anyattention_backends.ndonnx import backend
+
+    return backend
+
+
 # Root module of an array type -> how to get its backend. Import statements, since torch.compile traces those.
-_LOADERS = {"numpy": _numpy, "jax": _jax, "jaxlib": _jax, "torch": _torch}
+_LOADERS = {"numpy": _numpy, "jax": _jax, "jaxlib": _jax, "torch": _torch, "ndonnx": _ndonnx}
 _BY_TYPE: dict[type, Backend | None] = dict.fromkeys((type(None), bool, int, float, complex, list, tuple))
 
 
@@ -70,6 +77,12 @@ def _find(x: Any) -> Backend:
             f"{type(x).__module__}.{type(x).__qualname__} is not an array of a library that follows the array API "
             "standard: convert it first, for example with numpy.asarray"
         ) from None
+
+
+def register(kind: type) -> None:
+    """Make a dataclass of arrays known to JAX's transformations, if JAX is in use."""
+    if "jax" in sys.modules:
+        _jax().register(kind)
 
 
 def backend_for(**arrays: Any) -> Backend:

@@ -1,9 +1,18 @@
-"""Which implementation serves a call, and why: the one place where that is decided."""
+"""Which implementation serves a call, and why: the one place where that is decided.
 
-from typing import NamedTuple
+The choice depends on nothing but shapes, dtypes, the library and the arguments given, so that a traced call and an
+eager one are served alike.
+"""
 
-#: Every implementation there is, with the rule by which ``implementation=None`` picks it, first match first.
-RULES = {"exact": "Flax's own operations serve every call"}
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+#: Every implementation there is.
+IMPLEMENTATIONS = ("exact", "tiled")
+#: The rule for ``implementation=None``: tiled from this many logits on, by library, where nothing speaks against it;
+#: exact everywhere else.
+TILED_FROM = {"numpy": 2**18}
 
 
 class Plan(NamedTuple):
@@ -19,14 +28,38 @@ class Plan(NamedTuple):
         return "\n".join(f"{name:<16}{text}" for name, text in rows)
 
 
-def choose(implementation: str | None, library: str) -> Plan:
+def choose(
+    implementation: str | None, library: str, shapes: tuple[Any, Any], refusals: Callable[[], list[str]]
+) -> Plan:
     """The plan for a call.
+
+    Args:
+        implementation: the name that was asked for, or None.
+        library: of the arrays.
+        shapes: of query and key.
+        refusals: says why the call cannot be tiled; asked only if it might be.
 
     Raises:
         ValueError: a name that no implementation has.
+        NotImplementedError: an implementation asked for by name that cannot serve the call.
     """
     if implementation is None:
-        return Plan("exact", library, (RULES["exact"],))
-    if implementation not in RULES:
-        raise ValueError(f"implementation={implementation!r} is unknown: pass None or one of {', '.join(RULES)}")
+        least = TILED_FROM.get(library)
+        if least is None:
+            return Plan("exact", library, (f"tiled has not been found faster on {library}",))
+        logits = math.prod(shapes[0][:-1]) * shapes[1][-3]
+        if logits < least:
+            return Plan("exact", library, ("few logits: see TILED_FROM",))
+        reasons = refusals()
+        if reasons:
+            return Plan("exact", library, tuple(f"not tiled: {reason}" for reason in reasons))
+        return Plan("tiled", library, (f"{logits} logits, tiled from {least} on",))
+    if implementation == "tiled":
+        reasons = refusals()
+        if reasons:
+            raise NotImplementedError(f"implementation='tiled' cannot serve this call: {'; '.join(reasons)}")
+    elif implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation={implementation!r} is unknown: pass None or one of {', '.join(IMPLEMENTATIONS)}"
+        )
     return Plan(implementation, library, ("asked for by name",))

@@ -140,6 +140,29 @@ def random_bits(
     return xp.reshape(x ^ y, tuple(last - first for first, last in zip(start, stop, strict=True)))
 
 
+def counts(xp: Any, key: Array, shape: Sequence[int]) -> tuple[Any, ...]:
+    """What `keep_at` needs for every element of ``[lead..., rows, columns]``, in arrays that cut as its tiles do.
+
+    The words of the key, the (high, low) count at the start of each row, high None if all are zero, and the column.
+    """
+    *lead, _, columns = shape
+    words = tuple(xp.reshape(word, (1,) * len(shape)) for word in _key_words(key, xp))
+    high, low = flat_index(xp, key, shape, (0,) * len(shape), (*shape[:-1], 1))
+    column = xp.reshape(_arange(xp, key, 0, columns), (*(1 for _ in lead), 1, columns))
+    return *words, high if math.prod(shape) > 2**32 else None, low, column
+
+
+def keep_at(xp: Any, p: Any, counts: tuple[Any, ...]) -> Array:
+    """`bernoulli` with probability `p` at some `counts`."""
+    one, two, high, low, column = counts
+    if high is None:
+        high, low = low * 0, low + column
+    else:
+        high, low = _add((high, low), (column * 0, column), xp)
+    x, y = threefry2x32((one, two), high, low)
+    return _below(x ^ y, p)
+
+
 def keep(
     xp: Any,
     key: Array,
@@ -148,16 +171,20 @@ def keep(
     start: Sequence[int] | None = None,
     stop: Sequence[int] | None = None,
 ) -> Array:
-    """`bernoulli` for a box of the array; the comparison with `p` is in integers.
+    """`bernoulli` for a box of the array."""
+    return _below(random_bits(xp, key, shape, start, stop), p)
+
+
+def _below(bits: Array, p: Any) -> Array:
+    """True where the uniform number that JAX makes of these bits is below `p`.
 
     A uniform number is ``(bits >> shift) * 2**-mantissa``, so it is below p where ``bits >> shift`` is below
-    ``ceil(p * 2**mantissa)``: no floating point, no rounding to differ in.
+    ``ceil(p * 2**mantissa)``: a comparison in integers, with no rounding to differ in.
     """
     # JAX draws in the dtype of p. A Python float and a float64 are float32 there, unless x64 is on.
     name = dtypes.name_of(p.dtype) if hasattr(p, "dtype") else "float32"
     name = name if name in _UNIFORM else "float32"
     shift, mantissa = _UNIFORM[name]
-    bits = random_bits(xp, key, shape, start, stop)
     if _WORD_BITS[name] < 32:
         bits = bits & (2 ** _WORD_BITS[name] - 1)
     drawn = (bits >> shift) & (2**mantissa - 1)

@@ -1,0 +1,80 @@
+"""The tiled implementation against Flax and float64 truth (C3), in tiles so small that no case fits one."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+import anyattention as aa
+from anyattention.dispatch import backend_of
+from anyattention_conformance import SMOKE, Answer, flax_answer, flax_attention, truth, within_c3
+
+NAMES = ("query", "key", "value", "bias")
+# In queries and keys, where the cases have 3 and 5: ragged at both ends. Each size is a compilation on JAX.
+TILES = {"numpy": [(1, 1), (3, 2), (2, 16)], "torch": [(1, 1), (3, 2), (2, 16)], "jax": [(2, 2)]}
+
+
+@pytest.fixture
+def use_tiles(library, monkeypatch):
+    """Set the size of tiles, in queries and keys."""
+    kind = type(backend_of(library.put(np.ones(1, np.float32))))
+    return lambda size: monkeypatch.setattr(kind, "tiles", lambda self, block: size)
+
+
+@functools.cache
+def case_answers(case, dtype):
+    """Inputs, a random gradient of the output, Flax's answer, the truth, and the size of its terms."""
+    arguments = case.inputs(dtype)
+    cotangent = np.random.default_rng(1).standard_normal(flax_attention(**arguments).shape)
+    cotangent = cotangent.astype(arguments["query"].dtype)
+    return arguments, cotangent, flax_answer(arguments, cotangent), *truth(arguments, dtype, cotangent)
+
+
+def differentiate(library, arguments, cotangent):
+    """Output and gradients by the library's own automatic differentiation."""
+    names = [name for name in NAMES if name in arguments]
+    placed = library.put_all(arguments)
+    rest = {name: x for name, x in placed.items() if name not in names} | {"implementation": "tiled"}
+    if library.name == "jax":
+        output, pullback = jax.vjp(lambda *x: aa.dot_product_attention(*x[:3], *x[3:], **rest), *map(placed.get, names))
+        gradients = pullback(jnp.asarray(cotangent).astype(output.dtype))
+    else:
+        leaves = [placed[name].requires_grad_() for name in names]
+        output = aa.dot_product_attention(*leaves, **rest)
+        gradients = torch.autograd.grad(output, leaves, library.put(cotangent).to(output.dtype))
+        output = output.detach()
+    return Answer(library.get(output), {n: library.get(x) for n, x in zip(names, gradients, strict=True)})
+
+
+def pull_back(library, arguments, cotangent):
+    """The same by the public vjp."""
+    output, pullback = aa.dot_product_attention_vjp(**library.put_all(arguments))
+    gradients = dict(zip(NAMES, pullback(library.put(cotangent)), strict=True))
+    return Answer(library.get(output), {name: library.get(x) for name, x in gradients.items() if name in arguments})
+
+
+def check(answer, flax, exact, size, dtype):
+    assert answer.output.dtype == flax.output.dtype
+    assert not within_c3(answer.output, flax.output, exact.output, size.output, dtype)
+    assert set(answer.gradients) == set(flax.gradients)
+    for name, gradient in answer.gradients.items():
+        assert gradient.dtype == flax.gradients[name].dtype, name
+        problem = within_c3(gradient, flax.gradients[name], exact.gradients[name], size.gradients[name], dtype)
+        assert not problem, f"gradient of {name}: {problem}"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("case", SMOKE, ids=lambda case: case.id)
+def test_output_and_gradients(library, use_tiles, case, dtype):
+    if library.name == "jax" and dtype != "float32" and (case.bias or case.mask) is None:
+        pytest.skip("compiles for seconds, and differs from float32 by casts alone")
+    arguments, cotangent, *answers = case_answers(case, dtype)
+    for size in TILES[library.name] if case.id != "large-logits" else [(16, 16)]:
+        use_tiles(size)
+        if library.name != "jax":
+            check(pull_back(library, arguments, cotangent), *answers, dtype)
+        if library.name != "numpy":
+            check(differentiate(library, arguments, cotangent), *answers, dtype)
