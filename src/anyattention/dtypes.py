@@ -103,7 +103,7 @@ def compute_dtype(names: tuple[str, ...], dtype: Any = None) -> str:
         name = promote(*names)
         return name if is_inexact(name) else promote("float32", name)
     name = name_of(dtype)
-    if not is_inexact(name):
+    if not is_inexact(promote(name)):
         raise ValueError(f"Dtype must be inexact: {dtype!r}; pass a floating or complex dtype, or None to infer it")
     return name
 
