@@ -133,8 +133,9 @@ class JAXBackend(Backend):
 
     def tiles(self, block: Block) -> tuple[int, int]:
         """Reason: speed. XLA does best with a whole row of keys, while it fits."""
-        columns = min(block.lengths[1], 8192)
-        return max(64, min(512, 2**20 // max(columns, 1))), columns
+        rows, columns = block.lengths
+        columns = min(columns, max(8192, 2**20 // max(rows, 1)))
+        return max(64, min(256, 2**20 // max(columns, 1))), columns
 
     def row_max(self, x: Array) -> Array:
         """Reason: speed. The weights do not depend on what is subtracted, so no derivative of it is needed."""
@@ -148,7 +149,7 @@ class JAXBackend(Backend):
         self, function: Callable[[Block], tuple[Any, Any]], block: Block, tiles: tuple[int, int]
     ) -> tuple[Any, Any]:
         """Reason: speed. Loops of XLA's, compiled once; derivatives recompute each tile."""
-        if block.lead:
+        if block.lead and not _few(block.rows[0], block.columns[0]):
             return _map_lead(lambda slab: self.map_rows(function, slab, tiles), block)
         function = jax.checkpoint(function, prevent_cse=False)
         length, size = block.lengths[0], tiles[0]
@@ -182,8 +183,26 @@ class JAXBackend(Backend):
         return state, self.join_rows(results)
 
     def matmul(self, x: Array, y: Array, precision: Any = None) -> Array:
-        """Reason: missing. Precision is JAX's own."""
-        return jnp.matmul(x, y, precision=precision)
+        """Reason: speed, and precision is JAX's own. A few rows for each of several heads are one product.
+
+        Keys and values of all heads lie side by side in memory, ``[length, heads, depth]``; a product for each head
+        would gather them first. So the rows are put on the diagonal of a matrix of heads by heads.
+        """
+        if not _few(x, y):
+            return jnp.matmul(x, y, precision=precision)
+        *lead, heads, rows, _ = x.shape
+        diagonal = jnp.eye(heads, dtype=x.dtype)
+        if y.shape[-1] > y.shape[-2]:  # [heads, depth, columns]: the sum is over heads and depth
+            x = x[..., :, :, None, :] * diagonal[:, None, :, None]
+            x = jnp.reshape(x, (*lead, heads * rows, -1))
+            y = jnp.moveaxis(y, -1, -3)  # as it lies
+            y = jnp.reshape(y, (*y.shape[:-2], -1))
+            return jnp.reshape(jnp.matmul(x, y.mT, precision=precision), (*lead, heads, rows, -1))
+        x = jnp.reshape(x, (*lead, heads * rows, -1))
+        y = jnp.moveaxis(y, -3, -2)
+        y = jnp.reshape(y, (*y.shape[:-2], -1))
+        z = jnp.reshape(jnp.matmul(x, y, precision=precision), (*lead, heads, rows, heads, -1))
+        return jnp.einsum("...hrhd->...hrd", z)
 
     def beside(self, like: Array | None) -> dict[str, Any]:
         """Reason: missing. A tracer has no device, and the sharding of one array does not fit another."""
@@ -219,6 +238,11 @@ class JAXBackend(Backend):
 @partial(jax.jit, static_argnums=(0, 1))
 def _compiled(function: Callable[..., Any], call: Any, *arrays: Any) -> Any:
     return function(call, *arrays)
+
+
+def _few(x: Array, y: Array) -> bool:
+    """Whether the rows of `x` are so few, and its heads those of `y`, that all are better served by one product."""
+    return x.ndim > 2 and x.shape[-3] == y.shape[-3] > 1 and x.shape[-3] * x.shape[-2] <= 64
 
 
 def _map_lead(function: Callable[[Block], Any], block: Block) -> Any:
