@@ -40,7 +40,7 @@ def main():
                 seconds.append(timeit.timeit(lambda f=function, a=array: f(a, a, a), number=CALLS) / CALLS)
         ours, theirs = (min(seconds) * 1e6 for seconds in times.values())
         name = type(array).__module__
-        print(f"{name:6} {ours:5.1f} us, by hand {theirs:5.1f} us, difference {ours - theirs:5.1f} us")  # noqa: T201
+        print(f"{name:6} {ours:5.1f} us, by hand {theirs:5.1f} us, difference {ours - theirs:5.1f} us")
 
 
 if __name__ == "__main__":

@@ -48,6 +48,9 @@ class JAXBackend(Backend):
         """Reason: missing. Flax variables and the like turn into arrays by ``__jax_array__``."""
         return jnp.asarray(x)
 
+    def check_dtype(self, name: str) -> None:
+        """Reason: bits. JAX knows more dtypes, and refuses the others itself."""
+
     def key_data(self, key: Any) -> Any:
         """Reason: missing. A typed key hides its words; only threefry's can be drawn from elsewhere."""
         if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import array_api_compat.torch as xp
+import numpy as np
 import torch
 
 from anyattention import dtypes
@@ -25,22 +26,29 @@ _STEPWISE = (torch.bfloat16, torch.float16, torch.complex64, torch.complex128)
 class TorchBackend(Backend):
     """Overrides for PyTorch tensors."""
 
+    guests = (np.ndarray, np.bool_, np.uint32, np.int32, np.int64, np.float16, np.float32, np.float64)
+
     def adopt(self, guest: Any, like: Array | None) -> Array:
         """Reason: missing. PyTorch cannot read NumPy's bfloat16, nor arrays it may not write to without a warning."""
         device = None if like is None else like.device
+        if torch.compiler.is_compiling():  # NumPy arrays are tensors there already, and have no dtype
+            return torch.as_tensor(guest, device=device)
         name = dtypes.name_of(guest.dtype) if hasattr(guest, "dtype") else ""
         if name == "bfloat16":
             return torch.tensor(guest.astype("float32"), dtype=torch.bfloat16, device=device)
-        return torch.tensor(guest, device=device)
+        if any(stride < 0 for stride in getattr(guest, "strides", ())):
+            guest = guest.copy()
+        try:
+            return torch.tensor(guest, device=device)
+        except ValueError as error:  # bytes in the other order
+            raise TypeError(f"PyTorch cannot take over an array of {name}: {error}") from None
 
     def adopt_key(self, words: Any) -> Any:
         """Reason: missing. uint32 has no arithmetic in PyTorch."""
-        import numpy as np
-
-        words = np.asarray(words)
-        if words.dtype != np.uint32:
-            raise TypeError(f"a dropout key must have dtype uint32, got {words.dtype}")
-        return torch.tensor(words.astype(np.int64))
+        words = torch.tensor(words)
+        if words.dtype != torch.uint32:
+            raise TypeError(f"a dropout key must have dtype uint32, got {str(words.dtype).removeprefix('torch.')}")
+        return words.to(torch.int64)
 
     def key_data(self, key: Any) -> Any:
         """Reason: missing. A key in int64 is unsigned words elsewhere."""
@@ -99,8 +107,14 @@ class TorchBackend(Backend):
         return self.divide(weights, torch.sum(weights, dim=-1, keepdim=True))
 
     def keep(self, key: Any, keep_prob: Any, shape: tuple[int, ...], like: Array) -> Array:
-        """Reason: missing. The key is brought to the device of the weights."""
-        return super().keep(key.to(like.device), keep_prob, shape, like)
+        """Reason: missing. The key is brought to the device of the weights.
+
+        Reason: speed. To inductor, twenty rounds of threefry are one expression, which takes forever to compile.
+        """
+        key = key.to(like.device)
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            return _keep(key, float(keep_prob), _random_dtype(keep_prob), shape)
+        return super().keep(key, keep_prob, shape, like)
 
     # --- tiles ---
 
@@ -173,6 +187,21 @@ class _Tiled(torch.autograd.Function):  # type: ignore[misc]
         dims = in_dims[4:]
         moved = [x[None] if d is None else x.movedim(d, 0) for x, d in zip(arrays, dims, strict=True)]
         return _Tiled.apply(forward, backward, call, structure, *moved), (0, 0, 0)
+
+
+def _random_dtype(p: Any) -> str:
+    name = dtypes.name_of(p.dtype) if hasattr(p, "dtype") else ""
+    return name if name in ("float16", "float32") else ""
+
+
+@torch.library.custom_op("anyattention::keep", mutates_args=())  # type: ignore[untyped-decorator]
+def _keep(key: torch.Tensor, p: float, dtype: str, shape: Sequence[int]) -> torch.Tensor:
+    return Backend(xp).keep(key, getattr(np, dtype)(p) if dtype else p, tuple(shape), key)
+
+
+@_keep.register_fake  # type: ignore[untyped-decorator]
+def _(key: torch.Tensor, p: float, dtype: str, shape: Sequence[int]) -> torch.Tensor:
+    return key.new_empty(shape, dtype=torch.bool)
 
 
 def _max(x: Array) -> Array:

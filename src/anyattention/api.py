@@ -349,13 +349,21 @@ def _guests(backend: Backend, query: Array, key: Array, bias: Any, mask: Any) ->
 def _guest(backend: Backend, name: str, x: Any, like: Array) -> Array:
     if isinstance(x, list | tuple):
         raise TypeError(f"{name} must be an array or a scalar, got a {type(x).__name__}: convert it first")
-    return x if dispatch.backend_of(x) is backend else backend.adopt(x, like)
+    home = dispatch.backend_of(x)
+    if home is not None:
+        x = home.check_array(x)
+    if home is not backend:
+        return backend.adopt(x, like)
+    backend.check_dtype(backend.dtype_name(x))
+    return x
 
 
 def _dropout(backend: Backend, broadcast: bool, key: Any, rate: Any, deterministic: Any) -> exact.Dropout | None:
     """The dropout to apply, or None; checked only where it is active, since Flax's modules always pass a rate."""
     if deterministic or rate == 0.0:
         return None
+    if getattr(rate, "shape", ()):
+        rate = rate.reshape(())  # of one element, or the comparison above would have raised
     if not 0.0 <= rate < 1.0:
         raise ValueError(f"dropout_rate must be in [0, 1), got {rate}; deterministic=True switches dropout off")
     if key is None:

@@ -44,6 +44,8 @@ class Backend:
     """One array library, as attention sees it. Dtypes go by name."""
 
     name: str
+    #: Types of another library that come as guests.
+    guests: tuple[type, ...] = ()
     #: `precision` values that change nothing here, since products are computed in full precision anyway.
     full_precision = (
         "default",
@@ -76,6 +78,10 @@ class Backend:
     def check_array(self, x: Array) -> Array:
         """An array of this library, or something that stands for one, made plain."""
         return x
+
+    def check_dtype(self, name: str) -> None:
+        """Raise TypeError for a dtype, by name, that a bias or mask cannot have."""
+        dtypes.promote(name)
 
     def adopt_key(self, words: Any) -> Array:
         """A dropout key of this library from two words as `key_data` gives them."""

@@ -29,6 +29,8 @@ def _jax() -> Backend:
 def _torch() -> Backend:
     from anyattention_backends.torch import backend
 
+    for kind in backend.guests:  # torch.compile cannot take the names of these types apart, as `_find` does
+        _BY_TYPE.setdefault(kind, _numpy())
     return backend
 
 
@@ -127,10 +129,8 @@ def key_for(backend: Backend, key: Any) -> Any:
         TypeError: no key, or a key whose bits the library cannot reproduce.
     """
     home = backend_of(key)
-    if home is backend:
-        return key
     if home is None or not hasattr(key, "shape"):
         raise TypeError(
             f"dropout_rng must be a key, got {type(key).__name__}: make one with anyattention.random.key(seed)"
         )
-    return backend.adopt_key(home.key_data(key))
+    return key if home is backend else backend.adopt_key(home.key_data(key))

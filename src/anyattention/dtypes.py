@@ -39,6 +39,14 @@ _LOWEST = {
     "float64": -((2 - 2.0**-52) * 2.0**1023),
 }
 _PART = {"complex64": "float32", "complex128": "float64"}
+# NumPy's other names of floating and complex dtypes.
+_ALIASES = {
+    **dict.fromkeys(("f2", "e", "half"), "float16"),
+    **dict.fromkeys(("f4", "f", "single"), "float32"),
+    **dict.fromkeys(("f8", "d", "double", "float"), "float64"),
+    **dict.fromkeys(("c8", "F", "csingle"), "complex64"),
+    **dict.fromkeys(("c16", "D", "cdouble", "complex"), "complex128"),
+}
 _PYTHON_SCALARS: dict[Any, str] = {bool: "bool", int: "int*", float: "float*", complex: "complex*"}
 
 
@@ -56,6 +64,8 @@ def name_of(dtype: Any) -> str:
     >>> name_of("float32"), name_of(float), name_of(int)
     ('float32', 'float64', 'int64')
     """
+    if isinstance(dtype, str) and dtype in _ALIASES:
+        return _ALIASES[dtype]
     if isinstance(dtype, type):
         wide = {float: "float64", complex: "complex128", int: "int64", bool: "bool"}
         name = wide.get(dtype) or dtype.__name__
@@ -124,8 +134,8 @@ def round_to(value: float, name: str) -> float:
     Libraries disagree on whether a Python scalar is rounded before it meets a 16-bit array. A scalar that
     is already exact in the array's dtype has one meaning everywhere.
 
-    >>> round_to(96**0.5, "bfloat16")
-    9.8125
+    >>> round_to(96**0.5, "bfloat16"), round_to(1e5, "float16")
+    (9.8125, inf)
     """
     bits = _MANTISSA_BITS[_PART.get(name, name)]
     if bits == 52 or value == 0 or not math.isfinite(value):
@@ -133,4 +143,5 @@ def round_to(value: float, name: str) -> float:
     mantissa, exponent = math.frexp(value)
     least = -14 if name == "float16" else -126  # exponent of the smallest normal number
     bits = min(bits, bits + exponent - 1 - least)
-    return math.ldexp(round(math.ldexp(mantissa, bits + 1)), exponent - bits - 1)
+    rounded = math.ldexp(round(math.ldexp(mantissa, bits + 1)), exponent - bits - 1)
+    return rounded if abs(rounded) <= -lowest(name) else math.copysign(math.inf, value)

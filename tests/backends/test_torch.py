@@ -1,12 +1,28 @@
 """PyTorch's transforms, compilers and settings around the public function."""
 
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import torch
+from flax import linen
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import anyattention as aa
+from anyattention_conformance import Case, flax_attention, within_c2, within_c3
 
 F = aa.dot_product_attention
 Q = torch.randn(2, 5, 4, 8, generator=torch.Generator().manual_seed(0))
+
+# PyTorch's own: it compiles a helper with what it has deprecated.
+from_torch_itself = pytest.mark.filterwarnings("ignore:`torch.jit.script(_method)?` is deprecated:DeprecationWarning")
+
+
+# --- compilers ---
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -20,6 +36,54 @@ def test_compile_without_graph_breaks(dtype, dynamic):
     assert torch.equal(torch.compile(call, fullgraph=True, backend="eager", dynamic=dynamic)(x), call(x))
 
 
+def run_afresh(code, *args, timeout):
+    """Run code in a new interpreter, where nothing has been used before."""
+    code = "import warnings; warnings.simplefilter('ignore')\n" + code
+    done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, timeout=timeout)
+    assert not done.returncode, done.stderr[-2000:]
+
+
+GUESTS = """
+import numpy as np, torch
+from anyattention import dot_product_attention as f, random
+
+x, key, mask = torch.ones(2, 5, 4, 8), random.key(3), np.tri(5)
+calls = (
+    lambda x, key, mask: f(x, x, x, dropout_rng=key, dropout_rate=0.5),
+    lambda x, key, mask: f(x, x, x, mask=mask, bias=mask),
+    lambda x, key, mask: f(x, x, x, mask=np.tri(5), dropout_rng=random.key(3), dropout_rate=0.5),
+)
+compiled = [torch.compile(call, fullgraph=True, backend="eager")(x, key, mask) for call in calls]
+assert all(torch.equal(y, call(x, key, mask)) for y, call in zip(compiled, calls))
+"""
+
+
+def test_numpy_guests_do_not_break_the_graph():
+    """Not even where NumPy's backend was never in use before the first trace."""
+    run_afresh(GUESTS, timeout=120)
+
+
+INDUCTOR = """
+import sys, numpy as np, torch
+from anyattention import dot_product_attention as f
+
+arguments = {name: torch.tensor(x) for name, x in np.load(sys.argv[1]).items()}
+call = torch.compile(lambda given: f(**given, dropout_rng=torch.tensor([0, 7]), dropout_rate=0.5), fullgraph=True)
+np.save(sys.argv[2], call(arguments).numpy())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("c++"), reason="inductor needs a C++ compiler")
+def test_inductor(tmp_path):
+    """Twenty rounds of threefry do not become one expression, which would never be done compiling."""
+    arguments = Case("inductor", mask=(2, 1, 3, 5), bias=(1, 2, 3, 5), dropout=0.5).inputs()
+    arrays = {name: x for name, x in arguments.items() if isinstance(x, np.ndarray) and name != "dropout_rng"}
+    np.savez(tmp_path / "given.npz", **arrays)
+    run_afresh(INDUCTOR, str(tmp_path / "given.npz"), str(tmp_path / "result.npy"), timeout=240)
+    assert not within_c2(np.load(tmp_path / "result.npy"), flax_attention(**arguments), arguments, "float32")
+
+
 def test_export_with_a_symbolic_length():
     class Model(torch.nn.Module):
         def forward(self, x):
@@ -31,9 +95,24 @@ def test_export_with_a_symbolic_length():
     assert torch.equal(program.module()(x), F(x, x, x, is_causal=True))
 
 
+# --- tensors without data ---
+
+EVERYTHING = {"mask": np.tri(5), "dropout_rng": aa.random.key(0), "dropout_rate": 0.1, "broadcast_dropout": False}
+
+
 def test_meta_tensors():
     x = Q.to("meta")
     assert F(x, x, x).device.type == "meta"
+
+
+def test_fake_tensors():
+    with FakeTensorMode():
+        x = torch.empty(2, 5, 4, 8, dtype=torch.bfloat16)
+        y = F(x, x, x, torch.ones(4, 1, 1), **EVERYTHING)
+    assert (type(y).__name__, y.shape, y.dtype) == ("FakeTensor", x.shape, x.dtype)
+
+
+# --- settings ---
 
 
 def test_autocast_does_not_reach_inside():
@@ -41,11 +120,98 @@ def test_autocast_does_not_reach_inside():
         assert torch.equal(F(Q, Q, Q), F(Q, Q, Q).float())
 
 
+def test_default_dtype_does_not_matter():
+    expected, bias = F(Q, Q, Q, 0.1, **EVERYTHING), np.ones(5)
+    wide = F(Q, Q, Q, bias)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(F(Q, Q, Q, 0.1, **EVERYTHING), expected)
+        assert torch.equal(F(Q, Q, Q, bias), wide)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_inference_mode_and_parameters():
+    with torch.inference_mode():
+        assert F(Q, Q, Q).is_inference()
+    assert torch.equal(F(torch.nn.Parameter(Q), Q, Q).detach(), F(Q, Q, Q))
+
+
+# --- NumPy guests ---
+
+
+def frozen(x):
+    x = x.copy()
+    x.flags.writeable = False
+    return x
+
+
+@pytest.mark.parametrize("change", [frozen, np.asfortranarray, lambda x: x[::-1].copy()[::-1], lambda x: x[..., 0]],
+                         ids=["read-only", "Fortran", "backwards", "strided"])  # fmt: skip
+def test_layouts_of_guests(change):
+    x = change(np.random.default_rng(0).standard_normal((5, 5, 2)))
+    x = x if x.ndim == 2 else x[..., 0]
+    expected = F(Q, Q, Q, torch.tensor(x.copy()), torch.tensor(x > 0))
+    assert torch.equal(F(Q, Q, Q, x, x > 0), expected)
+
+
+@pytest.mark.parametrize("dtype", ["object", "U1", ">f4", "float8_e5m2"])
+def test_guests_that_are_no_numbers(dtype):
+    x = np.ones((5, 5), np.float32).astype(jnp.dtype(dtype) if "float8" in dtype else dtype)
+    for name in ("bias", "mask"):
+        with pytest.raises(TypeError):
+            F(Q, Q, Q, **{name: x})
+
+
+# --- derivatives and vmap ---
+
+
 def test_vmap():
     assert torch.equal(torch.func.vmap(F)(Q, Q, Q), F(Q, Q, Q))
+    keys, masks = torch.tensor([[0, 1], [0, 2]]), torch.arange(50).reshape(2, 5, 5) % 3
+    mapped = torch.func.vmap(lambda key, mask: F(Q, Q, Q, mask=mask, dropout_rng=key, dropout_rate=0.5))(keys, masks)
+    for y, key, mask in zip(mapped, keys, masks, strict=True):
+        assert torch.equal(y, F(Q, Q, Q, mask=mask, dropout_rng=key, dropout_rate=0.5))
+    mapped = torch.func.vmap(torch.func.grad(lambda q, k: F(q, k, k).square().sum()), in_dims=(0, None))(Q, Q[0])
+    for gradient, q in zip(mapped, Q, strict=True):
+        q = q.clone().requires_grad_()
+        (expected,) = torch.autograd.grad(F(q, Q[0], Q[0]).square().sum(), q)
+        assert not within_c3(*(x.numpy() for x in (gradient, expected, expected.double(), expected.abs())), "float32")
 
 
-def test_gradients_with_a_hidden_row():
-    q, bias = (torch.randn(*s, dtype=torch.double, requires_grad=True) for s in ((1, 3, 2, 4), (2, 3, 3)))
+@from_torch_itself
+def test_forward_and_second_derivatives():
+    """Of a call with a hidden row, with bias and mask; C3 against Flax's."""
+    q, k, v, t = np.random.default_rng(3).standard_normal((4, 3, 1, 2), dtype=np.float32)
+    bias, mask = np.arange(9, dtype=np.float32).reshape(3, 3) / 8, np.tri(3, k=-1)
+
+    def on_torch(dtype):
+        arrays = [torch.tensor(x).to(getattr(torch, dtype)) for x in (k, v, bias)]
+        at, along = (torch.tensor(x).to(getattr(torch, dtype)) for x in (q, t))
+
+        def function(q):
+            return F(q, *arrays, torch.tensor(mask))
+
+        forward = torch.func.jvp(function, (at,), (along,))[1]
+        return [x.double().numpy() for x in (forward, torch.func.hessian(lambda q: function(q).sum())(at))]
+
+    def on_jax(q):
+        return linen.dot_product_attention(q, k, v, bias, mask)
+
+    forward = jax.jit(lambda q: jax.jvp(on_jax, (q,), (t,))[1])(q)
+    flax = forward, jax.jit(jax.hessian(lambda q: on_jax(q).sum()))(q)
+    for actual, expected, truth in zip(on_torch("float32"), flax, on_torch("float64"), strict=True):
+        size = np.full_like(truth, np.abs(truth).max())
+        assert not within_c3(actual, np.asarray(expected), truth, size, "float32")
+
+
+@from_torch_itself
+def test_derivatives_in_float64_are_those_of_differences():
+    q, bias = (torch.randn(*s, dtype=torch.double, requires_grad=True) for s in ((3, 2, 2), (2, 3, 3)))
     mask = torch.ones(3, 3).tril(-1)
-    assert torch.autograd.gradcheck(lambda q, bias: F(q, q, q, bias, mask), (q, bias))
+
+    def function(q, bias):
+        return F(q, q, q, bias, mask, dropout_rng=aa.random.key(1), dropout_rate=0.2)
+
+    assert torch.autograd.gradcheck(function, (q, bias), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(function, (q, bias))

@@ -1,0 +1,1 @@
+"""How fast, in how much memory, beside what people use: ``python -m benchmarks``."""

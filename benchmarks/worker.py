@@ -1,0 +1,193 @@
+"""One contestant in a process of its own: reads the number of a case a line, answers with its figures in JSON."""
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from benchmarks.cases import CASES, CONTESTANTS, Case
+
+SECONDS = 1.0  # to measure a case for, at a time
+LENGTHS = 0.75  # of the keys are visible in a padded batch, on average
+
+
+def inputs(case: Case) -> tuple[list[np.ndarray], np.ndarray]:
+    """Query, key and value in float32, and how many keys each batch entry has."""
+    random = np.random.default_rng(0)
+    shape = (case.batch, case.keys, case.heads, case.depth)
+    query = random.standard_normal((case.batch, case.q_length, *shape[2:]), dtype=np.float32)
+    key, value = (random.standard_normal(shape, dtype=np.float32) for _ in range(2))
+    lengths = np.linspace(2 * LENGTHS - 1, 1, case.batch) * case.keys
+    return [query, key, value], lengths.astype(np.int32)
+
+
+def dense(case: Case, lengths: np.ndarray) -> np.ndarray | None:
+    """The mask as people write it."""
+    if case.kind == "causal":
+        return np.tri(case.q_length, case.keys, dtype=bool)
+    if case.kind == "padding":
+        return (np.arange(case.keys) < lengths[:, None])[:, None, None]
+    return None
+
+
+def truth(case: Case, arrays: list[np.ndarray], mask: np.ndarray | None, rows: np.ndarray) -> np.ndarray:
+    """The output of some queries of the last batch entry in float64, or its sum of squares' gradient by them."""
+    query, key, value = (x[-1].astype(np.float64) for x in arrays)
+    logits = np.einsum("qhd,khd->hqk", query[rows], key) / case.depth**0.5
+    if mask is not None:
+        mask = np.broadcast_to(mask, (case.batch, 1, case.q_length, case.keys))[-1, :, rows].swapaxes(0, 1)
+        logits = np.where(mask, logits, -np.inf)
+    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    output = np.einsum("hqk,khd->qhd", weights, value)
+    if not case.gradient:
+        return output
+    doutput = 2 * output
+    dweights = np.einsum("qhd,khd->hqk", doutput, value)
+    dlogits = weights * (dweights - (weights * dweights).sum(axis=-1, keepdims=True))
+    return np.einsum("hqk,khd->qhd", dlogits, key) / case.depth**0.5
+
+
+def numpy_call(case: Case, what: str, arrays: list[Any], lengths: np.ndarray) -> Callable[[], Any] | None:
+    import ml_dtypes
+
+    from anyattention import dot_product_attention, dot_product_attention_vjp
+
+    arrays = [x.astype(ml_dtypes.bfloat16) if case.dtype == "bfloat16" else x for x in arrays]
+    if what == "ours":
+        options = our_options(case, lengths)
+        if not case.gradient:
+            return lambda: dot_product_attention(*arrays, **options)
+
+        def gradient() -> Any:
+            output, pullback = dot_product_attention_vjp(*arrays)
+            return pullback(2 * output)[0]
+
+        return gradient
+    if case.gradient or case.kind == "dropout" or case.dtype != "float32":
+        return None
+    mask = dense(case, lengths)
+
+    def einsum() -> Any:
+        query, key, value = arrays
+        weights = np.einsum("bqhd,bkhd->bhqk", query / np.float32(case.depth**0.5), key, optimize=True)
+        if mask is not None:
+            weights = np.where(mask, weights, np.finfo(np.float32).min)
+        weights = np.exp(weights - weights.max(axis=-1, keepdims=True))
+        weights /= weights.sum(axis=-1, keepdims=True)
+        return np.einsum("bhqk,bkhd->bqhd", weights, value, optimize=True)
+
+    return einsum
+
+
+def jax_call(case: Case, what: str, arrays: list[Any], lengths: np.ndarray) -> Callable[[], Any] | None:
+    import flax.linen
+    import jax
+    import jax.numpy as jnp
+
+    from anyattention import dot_product_attention
+
+    placed = [jnp.asarray(x, case.dtype) for x in arrays]
+    options: dict[str, Any] = {}
+    if what == "ours":
+        function, options = dot_product_attention, our_options(case, lengths)
+    else:
+        function = flax.linen.dot_product_attention if what == "flax" else jax.nn.dot_product_attention
+        if (mask := dense(case, lengths)) is not None:
+            options = {"mask": jnp.asarray(mask)[None, None] if mask.ndim == 2 else jnp.asarray(mask)}
+        if case.kind == "dropout":
+            if what == "jax.nn":
+                return None
+            options = {"dropout_rng": jax.random.key(0), "dropout_rate": 0.1}
+
+    def call(*arrays: Any) -> Any:
+        return function(*arrays, **options)
+
+    if case.gradient:
+        compiled = jax.jit(jax.grad(lambda *x: (call(*x) ** 2).sum(), (0, 1, 2)))
+        return lambda: jax.block_until_ready(compiled(*placed))[0]
+    compiled = jax.jit(call)
+    return lambda: jax.block_until_ready(compiled(*placed))
+
+
+def torch_call(case: Case, what: str, arrays: list[Any], lengths: np.ndarray) -> Callable[[], Any] | None:
+    import torch
+
+    from anyattention import dot_product_attention
+
+    placed = [torch.tensor(x).to(getattr(torch, case.dtype)).requires_grad_(case.gradient) for x in arrays]
+    if what == "ours":
+        options = our_options(case, lengths)
+
+        def call() -> Any:
+            return dot_product_attention(*placed, **options)
+    else:
+        views = [x.transpose(1, 2) for x in placed]
+        mask = dense(case, lengths)
+        options = {"is_causal": True} if case.kind == "causal" else {}
+        if case.kind == "padding":
+            options = {"attn_mask": torch.tensor(mask)}
+        if case.kind == "dropout":
+            options = {"dropout_p": 0.1}
+
+        def call() -> Any:
+            return torch.nn.functional.scaled_dot_product_attention(*views, **options).transpose(1, 2)
+
+    if case.gradient:
+        return lambda: torch.autograd.grad((call() ** 2).sum(), placed)[0]
+    return call
+
+
+def our_options(case: Case, lengths: np.ndarray) -> dict[str, Any]:
+    from anyattention import masks, random
+
+    if case.kind == "causal":
+        return {"is_causal": True}
+    if case.kind == "padding":
+        return {"mask": masks.LengthMask(lengths)}
+    if case.kind == "dropout":
+        return {"dropout_rng": random.key(0), "dropout_rate": 0.1}
+    return {}
+
+
+def to_numpy(x: Any) -> np.ndarray:
+    return np.asarray(x.detach().float() if hasattr(x, "detach") else x).astype(np.float64)
+
+
+def measure(case: Case, framework: str, what: str) -> dict[str, Any]:
+    """The figures of one case: seconds of the fastest call, the error, the growth of the peak of memory."""
+    arrays, lengths = inputs(case)
+    call = {"numpy": numpy_call, "jax": jax_call, "torch": torch_call}[framework](case, what, arrays, lengths)
+    if call is None:
+        return {}
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    result = to_numpy(call())
+    figures: dict[str, Any] = {"peak_mib": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024}
+    if case.kind != "dropout":
+        rows = np.linspace(0, case.q_length - 1, min(case.q_length, 8)).astype(int)
+        expected = truth(case, arrays, dense(case, lengths), rows)
+        figures["error"] = float(np.max(np.abs(result[-1, rows] - expected)))
+        eps = 2.0**-7 if case.dtype == "bfloat16" else 2.0**-23
+        if not figures["error"] <= 32 * eps * np.abs(expected).max():
+            return figures | {"wrong": True}
+    times: list[float] = []
+    while not times or (sum(times) < SECONDS and len(times) < 200):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return figures | {"seconds": min(times)}
+
+
+def main() -> None:
+    """Serve the contestant named on the command line."""
+    framework, what = CONTESTANTS[sys.argv[1]]
+    for line in sys.stdin:
+        print(json.dumps(measure(CASES[int(line)], framework, what)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
