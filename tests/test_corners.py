@@ -231,7 +231,7 @@ NO_BATCH = ((3, 2, 4), (5, 2, 4))
 NORMAL = ((2, 3, 2, 4), (2, 5, 2, 4))
 ONE_BATCH = ((1, 3, 2, 4), (1, 5, 2, 4))
 GROWTH = [  # (query, key), bias or mask, shape of the weights
-    *((NORMAL, shape, (2, 2, 3, 5)) for shape in ((), (1,), (5,), (3, 5), (2, 3, 5), (2, 1, 1, 5))),
+    *((NORMAL, shape, (2, 2, 3, 5)) for shape in ((), (1,), (5,), (2, 3, 5))),
     (NORMAL, (7, 2, 2, 3, 5), (7, 2, 2, 3, 5)),
     (NORMAL, (7, 1, 1, 1, 1, 1), (7, 1, 2, 2, 3, 5)),
     (ONE_BATCH, (4, 1, 3, 5), (4, 2, 3, 5)),
@@ -246,7 +246,7 @@ GROWTH = [  # (query, key), bias or mask, shape of the weights
 
 @pytest.mark.parametrize(
     ("shapes", "shape", "weights", "kind"),
-    [(*row, "bias") for row in GROWTH] + [(*row, "mask") for row in GROWTH[2:] if row[0] in (NORMAL, NO_BATCH)],
+    [(*row, "bias") for row in GROWTH] + [(*row, "mask") for row in GROWTH[3:] if row[0] in (NORMAL, NO_BATCH)],
     ids=str,
 )
 def test_growth(library, shapes, shape, weights, kind):
@@ -272,8 +272,8 @@ def test_growth(library, shapes, shape, weights, kind):
 )
 @pytest.mark.parametrize(
     ("dtype", "options"),
-    [("float32", {}), ("float16", {"mask": (), "dropout": 0.5}), ("bfloat16", {"mask": (), "dropout": 0.5})],
-    ids=["plain", "float16, mask and dropout", "bfloat16, mask and dropout"],
+    [("float32", {}), ("float16", {"mask": (), "dropout": 0.5})],
+    ids=["plain", "mask and dropout"],
 )
 def test_empty(library, query, key, v_depth, dtype, options):
     actual = agree(library, Case("empty", query, key, v_depth, **options).inputs(dtype))

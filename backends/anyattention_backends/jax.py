@@ -125,7 +125,7 @@ class JAXBackend(Backend):
         return jnp.finfo(dtype).min
 
     def softmax(self, logits: Array) -> Array:
-        """Reason: bits, of the gradient above all: it has a derivative rule of its own."""
+        """Reason: bits, of the gradient above all."""
         return jax.nn.softmax(logits)
 
     def keep(self, key: Any, keep_prob: Any, shape: tuple[int, ...], like: Array) -> Array:

@@ -131,8 +131,10 @@ class TorchBackend(Backend):
         return torch.exp(x - shift) if x.requires_grad else x.sub_(shift).exp_()
 
     def fill(self, x: Array, visible: Array, value: float) -> Array:
-        """Reason: speed. In place, unless it is to be differentiated."""
-        return torch.where(visible, x, value) if x.requires_grad else x.masked_fill_(~visible, value)
+        """Reason: speed. In place, unless it is to be differentiated or is enlarged by the mask."""
+        if x.requires_grad or torch.broadcast_shapes(x.shape, visible.shape) != x.shape:
+            return torch.where(visible, x, value)
+        return x.masked_fill_(~visible, value)
 
     def surely(self, x: Any, value: bool) -> bool:
         """Reason: speed. The values are at hand, but for tensors without storage or in a trace."""

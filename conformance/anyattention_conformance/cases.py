@@ -92,6 +92,7 @@ SMOKE = (
     Case("mask-float", mask=(2, 1, 3, 5), mask_kind="float"),
     Case("mask-keys", mask=(2, 1, 1, 5)),
     Case("mask-lower-rank", mask=(3, 5)),
+    Case("mask-higher-rank", mask=(3, 1, 1, 3, 5)),
     Case("mask-hidden-row", mask=(2, 1, 3, 5), mask_kind="hidden row"),
     Case("mask-and-bias", mask=(2, 1, 3, 5), bias=(1, 2, 3, 5)),
     Case("heads-grown-by-bias", query=(2, 3, 1, 4), key=(2, 5, 1, 4), bias=(3, 3, 5)),

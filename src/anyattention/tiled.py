@@ -100,7 +100,10 @@ def tile_logits(call: Call, tile: Block, visible: Array | None) -> Array:
     logits = backend.matmul(tile.rows[0], backend.transpose(tile.columns[0]), call.precision)
     if bias is not None:
         logits = logits + backend.cast(bias, call.dtype)
-    if visible is None or backend.surely(visible, True):
+    if visible is None:
+        return logits
+    grown = any(size > 1 == other for size, other in zip(visible.shape, logits.shape, strict=True))
+    if not grown and backend.surely(visible, True):
         return logits
     return backend.fill(logits, visible, call.fill)
 

@@ -145,9 +145,9 @@ def test_weak_types(arguments, dtype):
 
 
 @pytest.mark.parametrize("precision", [
-    *(None, "default", "high", "highest", "float32", "tensorfloat32", "bfloat16", "bfloat16_3x", "fastest"),
-    *(jax.lax.Precision.HIGH, ("high", "highest"), ("high", None), ("high",), ["high"] * 2, "nonsense", 7, ""),
-    *("BF16_BF16_F32", "F32_F32_F32", "TF32_TF32_F32", "F16_F16_F32", jax.lax.DotAlgorithmPreset.BF16_BF16_F32),
+    *("default", "high", "highest", "float32", "tensorfloat32", "bfloat16_3x", jax.lax.Precision.HIGH),
+    *(("high", "highest"), ("high", None), ("high",), ["high"] * 2, "nonsense", 7, ""),
+    *("BF16_BF16_F32", "TF32_TF32_F32", "F16_F16_F32", jax.lax.DotAlgorithmPreset.F32_F32_F32),
 ], ids=str)  # fmt: skip
 def test_precision(arguments, precision):
     q, k, v = (x.astype(jnp.float16) for x in arguments.values())

@@ -49,8 +49,7 @@ from anyattention import dot_product_attention as f, random
 
 x, key, mask = torch.ones(2, 5, 4, 8), random.key(3), np.tri(5)
 calls = (
-    lambda x, key, mask: f(x, x, x, dropout_rng=key, dropout_rate=0.5),
-    lambda x, key, mask: f(x, x, x, mask=mask, bias=mask),
+    lambda x, key, mask: f(x, x, x, mask=mask, bias=mask, dropout_rng=key, dropout_rate=0.5),
     lambda x, key, mask: f(x, x, x, mask=np.tri(5), dropout_rng=random.key(3), dropout_rate=0.5),
 )
 compiled = [torch.compile(call, fullgraph=True, backend="eager")(x, key, mask) for call in calls]
