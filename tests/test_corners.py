@@ -552,7 +552,7 @@ TRAPS = {  # name: (arguments of the weights, the weights)
     "NaN under the mask": (one(ZEROS, bias=[NAN, 0, 0], mask=[0, 1, 1]), [0, 0.5, 0.5]),
     "+inf under the mask": (one(ZEROS, bias=[INF, 0, 0], mask=[0, 1, 1]), [0, 0.5, 0.5]),
     "scale before the product": (one([80, 79], "float16", query=80, depth=64), [1, 0]),
-    "root of 96 in bfloat16": (one([0.5, 0], BF16, depth=96), [0.9921875, 0.00732422]),
+    "root of 96 in bfloat16": (one([0.25, 0], BF16, query=1.25, depth=96), [0.95703125, 0.0454101562]),
     "bias of float32 is not rounded to bfloat16": (
         one([0, 0], BF16) | {"bias": np.float32([1.01, 1])},
         [0.50390625, 0.49804688],

@@ -136,9 +136,13 @@ class TorchBackend(Backend):
             return torch.where(visible, x, value)
         return x.masked_fill_(~visible, value)
 
-    def surely(self, x: Any, value: bool) -> bool:
+    def inspects(self, x: Array) -> bool:
         """Reason: speed. The values are at hand, but for tensors without storage or in a trace."""
-        if type(x) is not torch.Tensor or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return isinstance(x, torch.Tensor) and x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+    def surely(self, x: Any, value: bool) -> bool:
+        """Reason: speed. As `inspects`."""
+        if type(x) is not torch.Tensor or not self.inspects(x):
             return False
         return bool(x.all() if value else not x.any())
 

@@ -250,6 +250,10 @@ class Backend:
         """Why dropout bits of this key cannot be drawn tile by tile; empty where they can."""
         return ""
 
+    def inspects(self, x: Array) -> bool:
+        """Whether the values of masks are at hand, as `surely` needs them."""
+        return False
+
     def surely(self, x: Any, value: bool) -> bool:
         """Whether the array is known to hold this value throughout; False where finding out is not possible."""
         return False

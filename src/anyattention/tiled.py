@@ -40,7 +40,7 @@ class Call(NamedTuple):
     groups: tuple[tuple[int, int, int, int], ...] = ()  # rows from, to, and which columns those may see at most
     precision: Any = None
     left_out: int = 0  # how many keys are not in the block, hidden from all its rows
-    skip: bool = True  # leave hidden tiles out, which is right where a row sees anything at all
+    skip: bool = False  # leave hidden tiles out, which is right where a row sees anything at all
 
 
 # --- forward ---
@@ -70,7 +70,7 @@ def attend(call: Call, block: Block) -> tuple[tuple[Array, ...], tuple[()]]:
     state: Any = None
     if block.lengths[1]:
         state, _ = backend.scan_columns(partial(absorb, call), block, call.tiles)
-        if call.skip and call.expression and not (state and _sees(call, state.maximum)):
+        if call.skip and not (state and _sees(call, state.maximum)):
             return attend(call._replace(skip=False), block)
     if block.hidden is not None:
         hidden = of_hidden(backend, block.rows[0], call.fill, call.left_out, block.hidden)
@@ -128,7 +128,7 @@ def backward(call: Call, block: Block, output: Array, maximum: Array, total: Arr
     if block.empty:
         return tree_map(backend.xp.zeros_like, (block.rows[0], *block.columns, bias))
     delta = backend.row_sum(doutput * output) / total
-    call = call._replace(skip=_sees(call, maximum))
+    call = call._replace(skip=call.skip and _sees(call, maximum))
     tiles = Block(
         (block.rows[0], doutput / (total * call.keep_prob)),
         block.columns,
@@ -297,6 +297,7 @@ def prepare(
         expression=expression,
         groups=_groups(None if dropout else mask, block, tiles[0]),
         precision=precision,
+        skip=expression is not None and backend.inspects(query),
     ), block
 
 

@@ -104,7 +104,7 @@ def test_eager_and_jit_in_bfloat16():
     assert (eager != jitted).any()
 
 
-@pytest.mark.parametrize("name", ["mask-and-bias", "force-fp32"])
+@pytest.mark.parametrize("name", ["mask-and-bias", "depth-24"])
 def test_float64(name):
     with jax.enable_x64(True):
         arguments = {

@@ -115,8 +115,12 @@ def test_fake_tensors():
 
 
 def test_autocast_does_not_reach_inside():
+    expected = F(Q, Q, Q)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(F(Q, Q, Q), F(Q, Q, Q).float())
+        assert (Q[0, 0] @ Q[0, 0].T).dtype is torch.bfloat16
+        actual = F(Q, Q, Q)
+    assert actual.dtype is torch.float32
+    assert torch.equal(actual, expected)
 
 
 def test_default_dtype_does_not_matter():
@@ -184,24 +188,24 @@ def test_forward_and_second_derivatives():
     q, k, v, t = np.random.default_rng(3).standard_normal((4, 3, 1, 2), dtype=np.float32)
     bias, mask = np.arange(9, dtype=np.float32).reshape(3, 3) / 8, np.tri(3, k=-1)
 
-    def on_torch(dtype):
-        arrays = [torch.tensor(x).to(getattr(torch, dtype)) for x in (k, v, bias)]
-        at, along = (torch.tensor(x).to(getattr(torch, dtype)) for x in (q, t))
+    def flax(dtype):
+        q_, k_, v_, t_, bias_ = (jnp.asarray(x, dtype) for x in (q, k, v, t, bias))
 
         def function(q):
-            return F(q, *arrays, torch.tensor(mask))
+            return linen.dot_product_attention(q, k_, v_, bias_, mask)
 
-        forward = torch.func.jvp(function, (at,), (along,))[1]
-        return [x.double().numpy() for x in (forward, torch.func.hessian(lambda q: function(q).sum())(at))]
+        forward = jax.jit(lambda q: jax.jvp(function, (q,), (t_,))[1])(q_)
+        return [np.asarray(x) for x in (forward, jax.jit(jax.hessian(lambda q: function(q).sum()))(q_))]
 
-    def on_jax(q):
-        return linen.dot_product_attention(q, k, v, bias, mask)
+    def ours(q):
+        return F(q, *map(torch.tensor, (k, v, bias, mask)))
 
-    forward = jax.jit(lambda q: jax.jvp(on_jax, (q,), (t,))[1])(q)
-    flax = forward, jax.jit(jax.hessian(lambda q: on_jax(q).sum()))(q)
-    for actual, expected, truth in zip(on_torch("float32"), flax, on_torch("float64"), strict=True):
-        size = np.full_like(truth, np.abs(truth).max())
-        assert not within_c3(actual, np.asarray(expected), truth, size, "float32")
+    forward = torch.func.jvp(ours, (torch.tensor(q),), (torch.tensor(t),))[1]
+    actual = forward, torch.func.hessian(lambda q: ours(q).sum())(torch.tensor(q))
+    with jax.enable_x64(True):
+        truth = flax(np.float64)
+    for x, expected, right in zip(actual, flax(np.float32), truth, strict=True):
+        assert not within_c3(x.numpy(), expected, right, np.full_like(right, np.abs(right).max()), "float32")
 
 
 @from_torch_itself
