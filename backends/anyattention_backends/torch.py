@@ -66,7 +66,10 @@ class TorchBackend(Backend):
 
     def run(self, function: Callable[..., Array], /, *args: Any, **kwargs: Any) -> Array:
         """Reason: bits. Autocast would compute the products in 16 bits."""
-        device = (args[2] if len(args) > 2 else args[0]).device.type  # of the query, or of a gradient
+        x = args[2] if len(args) > 2 else args[0]  # the query, or a gradient
+        if x.is_cpu and not torch.is_autocast_enabled("cpu"):
+            return function(*args, **kwargs)
+        device = x.device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
                 return function(*args, **kwargs)

@@ -255,23 +255,29 @@ def _resolve(
     weights_only: bool = False,
 ) -> _Call:
     """Find the library and the plan, and make all arguments fit them."""
-    masked_by = {f"mask[{i}]": x for i, x in enumerate(mask.arrays())} if isinstance(mask, Mask) else {"mask": mask}
-    backend = dispatch.backend_for(query=query, key=key, value=value, bias=bias, **masked_by)
+    ruled = isinstance(mask, Mask)
+    if ruled:
+        masked_by = {f"mask[{i}]": x for i, x in enumerate(mask.arrays())}
+        backend = dispatch.backend_for(query=query, key=key, value=value, bias=bias, **masked_by)
+    else:
+        backend = dispatch.backend_for(query=query, key=key, value=value, bias=bias, mask=mask)
     arrays = [_array(backend, "query", query), _array(backend, "key", key)]
     if not weights_only:
         arrays.append(_array(backend, "value", value))
     arrays, compute_dtype = backend.promote(arrays, dtype)
     query, key, value = (*arrays, None) if weights_only else arrays
     _check_shapes(query, key, value, grouped=not einsum)
-    bias, mask = _guests(backend, query, key, bias, mask)
+    if bias is not None or mask is not None:
+        bias, mask = _guests(backend, query, key, bias, mask)
     dropout = _dropout(backend, broadcast_dropout, dropout_rng, dropout_rate, deterministic)
     plan = choose(
         implementation,
         backend.name,
         (query.shape, key.shape),
-        lambda: _refusals(backend, compute_dtype, (query, key, value), bias, dropout, module, einsum),
+        _refusals,
+        *(backend, compute_dtype, query, key, value, bias, dropout, module, einsum),
     )
-    if is_causal or isinstance(mask, Mask):
+    if is_causal or ruled:
         mask = _structured(backend, plan, query, key, mask, is_causal)
     return _Call(backend, compute_dtype, query, key, value, bias, mask, dropout, plan)
 
@@ -291,7 +297,9 @@ def _structured(backend: Backend, plan: Plan, query: Array, key: Array, mask: An
 def _refusals(
     backend: Backend,
     dtype: str,
-    arrays: tuple[Array, ...],
+    query: Array,
+    key: Array,
+    value: Array,
     bias: Any,
     dropout: exact.Dropout | None,
     module: Any,
@@ -307,7 +315,7 @@ def _refusals(
         reasons.append("module is given the weights, which tiled never has all at once")
     if einsum:
         reasons.append("einsum overrides take whole products")
-    if any(_unknown(size) for x in arrays for size in x.shape):
+    if any(_unknown(size) for x in (query, key, value) for size in x.shape):
         reasons.append("lengths are unknown")
     if dropout and (reason := backend.no_keep_tiles(dropout.key, dropout.keep_prob)):
         reasons.append(reason)
@@ -333,8 +341,6 @@ def _array(backend: Backend, name: str, x: Any) -> Array:
 
 def _guests(backend: Backend, query: Array, key: Array, bias: Any, mask: Any) -> tuple[Any, Any]:
     """Bias and mask as arrays of the call's library, once their shapes are known to fit."""
-    if bias is None and mask is None:
-        return None, None
     if bias is not None and type(bias) not in (bool, int, float, complex):
         bias = _guest(backend, "bias", bias, query)
     if mask is not None and not isinstance(mask, Mask):

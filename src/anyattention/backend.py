@@ -142,7 +142,9 @@ class Backend:
 
     def divide_by_scalar(self, x: Array, value: Any, dtype: str) -> Array:
         """The same, with a scalar that is first rounded to the dtype of `x`."""
-        value = dtypes.round_to(float(value), dtype)
+        value = float(value)
+        if dtype not in ("float32", "float64"):  # those round a scalar so themselves
+            value = dtypes.round_to(value, dtype)
         if dtype == "float16" and value:
             return x * dtypes.round_to(1.0 / value, dtype)
         return x / value

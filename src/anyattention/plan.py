@@ -13,6 +13,8 @@ IMPLEMENTATIONS = ("exact", "tiled")
 #: The rule for ``implementation=None``: tiled from this many logits on, by library, where nothing speaks against it;
 #: exact everywhere else.
 TILED_FROM = {"numpy": 2**18}
+_BY_DEFAULT = ("the default of this library",)
+_FEW = ("few logits, see anyattention.plan.TILED_FROM",)
 
 
 class Plan(NamedTuple):
@@ -29,7 +31,7 @@ class Plan(NamedTuple):
 
 
 def choose(
-    implementation: str | None, library: str, shapes: tuple[Any, Any], refusals: Callable[[], list[str]]
+    implementation: str | None, library: str, shapes: tuple[Any, Any], refusals: Callable[..., list[str]], *call: Any
 ) -> Plan:
     """The plan for a call.
 
@@ -37,7 +39,7 @@ def choose(
         implementation: the name that was asked for, or None.
         library: of the arrays.
         shapes: of query and key.
-        refusals: says why the call cannot be tiled; asked only if it might be.
+        refusals: says why the call, the rest of the arguments, cannot be tiled; asked only if it might be.
 
     Raises:
         ValueError: a name that no implementation has.
@@ -46,16 +48,16 @@ def choose(
     if implementation is None:
         least = TILED_FROM.get(library)
         if least is None:
-            return Plan("exact", library, (f"tiled has not been found faster on {library}",))
+            return Plan("exact", library, _BY_DEFAULT)
         logits = math.prod(shapes[0][:-1]) * shapes[1][-3]
         if logits < least:
-            return Plan("exact", library, ("few logits: see TILED_FROM",))
-        reasons = refusals()
+            return Plan("exact", library, _FEW)
+        reasons = refusals(*call)
         if reasons:
             return Plan("exact", library, tuple(f"not tiled: {reason}" for reason in reasons))
         return Plan("tiled", library, (f"{logits} logits, tiled from {least} on",))
     if implementation == "tiled":
-        reasons = refusals()
+        reasons = refusals(*call)
         if reasons:
             raise NotImplementedError(f"implementation='tiled' cannot serve this call: {'; '.join(reasons)}")
     elif implementation not in IMPLEMENTATIONS:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from flax import linen
 
 import anyattention as aa
@@ -54,20 +55,15 @@ def test_broadcast_arrays(arguments):
         np.testing.assert_array_equal(aa.dot_product_attention(**given), aa.dot_product_attention(**full))
 
 
-@pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize("beside", ["numpy", "jax", "torch"])
-def test_masked_arrays(arguments, name, beside):
+@pytest.mark.parametrize(
+    ("put", "name"),
+    [*((put, name) for put in (np.asarray, jnp.asarray) for name in SHAPES), (torch.tensor, "bias"), (torch.tensor, "mask")],
+)  # fmt: skip
+def test_masked_arrays(arguments, put, name):
     """Their mask would be lost without a word."""
-    import torch
-
-    put = {"numpy": np.asarray, "jax": jnp.asarray, "torch": torch.tensor}[beside]
-    if beside == "torch" and name in ("query", "key", "value"):
-        pytest.skip("PyTorch and NumPy beside each other are an error anyway")
     given = {n: np.ma.array(x) if n == name else put(x) for n, x in arguments.items()}
-    for function, error in ((linen.dot_product_attention, ValueError), (aa.dot_product_attention, ValueError)):
-        if function is linen.dot_product_attention and beside == "torch":
-            continue
-        with pytest.raises(error, match="numpy masked arrays are not supported"):
+    for function in (aa.dot_product_attention, *[linen.dot_product_attention] * (put is not torch.tensor)):
+        with pytest.raises(ValueError, match="numpy masked arrays are not supported"):
             function(**given)
 
 
