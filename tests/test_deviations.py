@@ -167,6 +167,17 @@ def test_integers_of_four_bits_are_as_float8(dtype):
         aa.dot_product_attention(x, x, x)
 
 
+@pytest.mark.parametrize("dtype", ["int4", "uint4", "float8_e5m2"])
+def test_masks_of_such_dtypes(library, dtype):
+    mask = np.tri(5).astype(getattr(ml_dtypes, dtype))
+    expected = np.asarray(linen.dot_product_attention(X, X, X, mask=mask))
+    if library.name == "jax":
+        np.testing.assert_array_equal(ours(library, X, X, X, mask=mask), expected)
+    else:
+        with pytest.raises(TypeError):
+            ours(library, X, X, X, mask=mask)
+
+
 @row("`precision` outside JAX")
 def test_precision(library):
     levels = ("default", "high", "highest", "float32", "tensorfloat32", "bfloat16", "bfloat16_3x", "fastest")

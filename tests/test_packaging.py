@@ -28,7 +28,9 @@ def test_installed(tmp_path, build, home):
     site = tmp_path / "site"
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
-    code = f"import site; site.addsitedir({str(site)!r})\nimport numpy as np, {', '.join(PACKAGES)}\n"
+    ours = [str(ROOT / name) for name in ("src", "backends", "conformance")]  # where this very environment has them
+    code = f"import site, sys; sys.path[:] = [path for path in sys.path if path not in {ours}]\n"
+    code += f"site.addsitedir({str(site)!r})\nimport numpy as np, {', '.join(PACKAGES)}\n"
     code += "x = np.ones((2, 1, 4), np.float32)\nprint(anyattention.dot_product_attention(x, x, x).sum())\n"
     code += f"for package in ({', '.join(PACKAGES)}): print(package.__file__)"
     environment = {name: text for name, text in os.environ.items() if name != "PYTHONPATH"}

@@ -39,7 +39,8 @@ def choose(
         implementation: the name that was asked for, or None.
         library: of the arrays.
         shapes: of query and key.
-        refusals: says why the call, the rest of the arguments, cannot be tiled; asked only if it might be.
+        refusals: says why the call cannot be tiled; asked only if it might be.
+        *call: the arguments of `refusals`.
 
     Raises:
         ValueError: a name that no implementation has.

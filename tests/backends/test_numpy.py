@@ -57,8 +57,11 @@ def test_broadcast_arrays(arguments):
 
 @pytest.mark.parametrize(
     ("put", "name"),
-    [*((put, name) for put in (np.asarray, jnp.asarray) for name in SHAPES), (torch.tensor, "bias"), (torch.tensor, "mask")],
-)  # fmt: skip
+    [
+        *((put, name) for put in (np.asarray, jnp.asarray) for name in SHAPES),
+        *((torch.tensor, name) for name in ("bias", "mask")),
+    ],
+)
 def test_masked_arrays(arguments, put, name):
     """Their mask would be lost without a word."""
     given = {n: np.ma.array(x) if n == name else put(x) for n, x in arguments.items()}
