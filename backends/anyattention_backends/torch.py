@@ -33,7 +33,9 @@ class TorchBackend(Backend):
         device = None if like is None else like.device
         if torch.compiler.is_compiling():  # NumPy arrays are tensors there already, and have no dtype
             return torch.as_tensor(guest, device=device)
-        name = dtypes.name_of(guest.dtype) if hasattr(guest, "dtype") else ""
+        if not hasattr(guest, "dtype"):
+            return torch.tensor(guest, device=device)
+        name = dtypes.name_of(guest.dtype)
         if name == "bfloat16":
             return torch.tensor(guest.astype("float32"), dtype=torch.bfloat16, device=device)
         if any(stride < 0 for stride in getattr(guest, "strides", ())):
@@ -116,7 +118,7 @@ class TorchBackend(Backend):
         """
         key = key.to(like.device)
         if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-            return _keep(key, float(keep_prob), _random_dtype(keep_prob), shape)
+            return _keep(key, float(keep_prob), shape)
         return super().keep(key, keep_prob, shape, like)
 
     # --- tiles ---
@@ -198,18 +200,13 @@ class _Tiled(torch.autograd.Function):  # type: ignore[misc]
         return _Tiled.apply(forward, backward, call, structure, *moved), (0, 0, 0)
 
 
-def _random_dtype(p: Any) -> str:
-    name = dtypes.name_of(p.dtype) if hasattr(p, "dtype") else ""
-    return name if name in ("float16", "float32") else ""
-
-
 @torch.library.custom_op("anyattention::keep", mutates_args=())  # type: ignore[untyped-decorator]
-def _keep(key: torch.Tensor, p: float, dtype: str, shape: Sequence[int]) -> torch.Tensor:
-    return Backend(xp).keep(key, getattr(np, dtype)(p) if dtype else p, tuple(shape), key)
+def _keep(key: torch.Tensor, p: float, shape: Sequence[int]) -> torch.Tensor:
+    return Backend(xp).keep(key, p, tuple(shape), key)
 
 
 @_keep.register_fake  # type: ignore[untyped-decorator]
-def _(key: torch.Tensor, p: float, dtype: str, shape: Sequence[int]) -> torch.Tensor:
+def _(key: torch.Tensor, p: float, shape: Sequence[int]) -> torch.Tensor:
     return key.new_empty(shape, dtype=torch.bool)
 
 
