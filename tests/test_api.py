@@ -1,5 +1,7 @@
 """Guests, libraries in one call, and errors, through the public function."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -166,3 +168,15 @@ def test_causal_is_the_lower_triangle(library):
 def test_explain_returns_the_plan():
     assert aa.explain(X, X, X).implementation == "exact"
     assert "numpy" in str(aa.explain(X, X, X))
+
+
+@pytest.mark.parametrize(
+    ("q_length", "kv_length", "tiled"), [(256, 256, True), (64, 1024, True), (256, 255, False), (63, 2048, False)]
+)
+def test_none_chooses_by_shape_and_library(library, q_length, kv_length, tiled):
+    query, key = (library.put(np.ones((n, 1, 2), np.float32)) for n in (q_length, kv_length))
+    expected = "tiled" if tiled and library.name == "numpy" else "exact"
+    assert aa.explain(query, key, key).implementation == expected
+    assert aa.explain(query, key, key, module=SimpleNamespace(sow=print)).implementation == "exact"
+    with pytest.raises(NotImplementedError, match="module"):
+        aa.dot_product_attention(query, key, key, module=SimpleNamespace(sow=print), implementation="tiled")

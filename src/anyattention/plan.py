@@ -4,17 +4,16 @@ The choice depends on nothing but shapes, dtypes, the library and the arguments 
 eager one are served alike.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 #: Every implementation there is.
 IMPLEMENTATIONS = ("exact", "tiled")
-#: The rule for ``implementation=None``: tiled from this many logits on, by library, where nothing speaks against it;
-#: exact everywhere else.
-TILED_FROM = {"numpy": 2**18}
+#: The rule for ``implementation=None``: by library, tiled from this many queries and this many logits of a head on,
+#: where nothing speaks against it; exact everywhere else.
+TILED_FROM = {"numpy": (64, 2**16)}
 _BY_DEFAULT = ("the default of this library",)
-_FEW = ("few logits, see anyattention.plan.TILED_FROM",)
+_FEW = ("few queries or logits, see anyattention.plan.TILED_FROM",)
 
 
 class Plan(NamedTuple):
@@ -50,13 +49,13 @@ def choose(
         least = TILED_FROM.get(library)
         if least is None:
             return Plan("exact", library, _BY_DEFAULT)
-        logits = math.prod(shapes[0][:-1]) * shapes[1][-3]
-        if logits < least:
+        q_length, kv_length = shapes[0][-3], shapes[1][-3]
+        if q_length < least[0] or q_length * kv_length < least[1]:
             return Plan("exact", library, _FEW)
         reasons = refusals(*call)
         if reasons:
             return Plan("exact", library, tuple(f"not tiled: {reason}" for reason in reasons))
-        return Plan("tiled", library, (f"{logits} logits, tiled from {least} on",))
+        return Plan("tiled", library, (f"a head has {q_length} x {kv_length} logits, tiled from {least[1]} on",))
     if implementation == "tiled":
         reasons = refusals(*call)
         if reasons:
