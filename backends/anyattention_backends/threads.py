@@ -65,3 +65,15 @@ def for_each(work: Callable[[Any], None], items: Sequence[Any]) -> None:
         run()
         for future in futures:
             future.result()
+
+
+def _after_fork() -> None:
+    """In a forked child no worker is left: start anew, with the limits that BLAS had."""
+    limit = _guard.limit if _guard.calls else None
+    _guard.__init__()  # type: ignore[misc]
+    if limit is not None:
+        limit.restore_original_limits()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
