@@ -21,7 +21,7 @@ TILES = {"numpy": [(1, 1), (3, 2), (2, 16)], "torch": [(1, 1), (3, 2), (2, 16)],
 def use_tiles(library, monkeypatch):
     """Set the size of tiles, in queries and keys."""
     kind = type(backend_of(library.put(np.ones(1, np.float32))))
-    return lambda size: monkeypatch.setattr(kind, "tiles", lambda self, block: size)
+    return lambda size: monkeypatch.setattr(kind, "tiles", lambda self, block, ruled: size)
 
 
 @functools.cache

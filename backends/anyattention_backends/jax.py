@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from anyattention.backend import Backend
-from anyattention.blocks import Block, cut_columns, cut_rows
+from anyattention.blocks import Block, Group, cut_columns, cut_group, cut_rows
 
 Array = Any
 
@@ -134,7 +134,7 @@ class JAXBackend(Backend):
 
     # --- tiles ---
 
-    def tiles(self, block: Block) -> tuple[int, int]:
+    def tiles(self, block: Block, ruled: bool) -> tuple[int, int]:
         """Reason: speed. XLA does best with a whole row of keys, while it fits."""
         rows, columns = block.lengths
         columns = min(columns, max(8192, 2**20 // max(rows, 1)))
@@ -148,44 +148,55 @@ class JAXBackend(Backend):
         """Reason: bits. ``jnp.where`` with a fill of the logits' dtype."""
         return jnp.where(visible, x, np.asarray(value).astype(x.dtype))
 
+    most_groups = 8  # each is a piece of program to compile
+
     def map_rows(
-        self, function: Callable[[Block], tuple[Any, Any]], block: Block, tiles: tuple[int, int]
+        self,
+        function: Callable[[Group, Block], tuple[Any, Any]],
+        block: Block,
+        groups: Sequence[Group],
+        tiles: tuple[int, int],
+        like: tuple[Any, Any],
     ) -> tuple[Any, Any]:
         """Reason: speed. Loops of XLA's, compiled once; derivatives recompute each tile."""
         if block.lead and not _few(block.rows[0], block.columns[0]):
-            return _map_lead(lambda slab: self.map_rows(function, slab, tiles), block)
-        function = jax.checkpoint(function, prevent_cse=False)
-        length, size = block.lengths[0], tiles[0]
-        full = length - length % size
-
-        def step(carry: Any, tile: Block) -> tuple[Any, Any]:
-            rows, sums = function(tile)
-            return jax.tree.map(jnp.add, carry, sums), rows
-
-        sums = jax.tree.map(jnp.zeros_like, jax.eval_shape(function, block)[1])
+            return _map_lead(lambda slab: self.map_rows(function, slab, groups, tiles, like), block)
+        sums = jax.tree.map(
+            jnp.zeros_like, jax.eval_shape(partial(function, groups[0]), cut_group(block, groups[0]))[1]
+        )
         results = []
-        for part in (cut_rows(block, 0, full), cut_rows(block, full, length)):
-            if part.lengths[0]:
-                sums, rows = _scan(step, sums, part, size, -2)
-                results.append(rows)
+        for group in groups:
+            each = jax.checkpoint(partial(function, group), prevent_cse=False)
+
+            def step(carry: Any, tile: Block, each: Callable[[Block], Any] = each) -> tuple[Any, Any]:
+                rows, sums = each(tile)
+                return jax.tree.map(jnp.add, carry, sums), rows
+
+            start, stop = group.rows
+            full = stop - (stop - start) % tiles[0]
+            for i, j in ((start, full), (full, stop)):
+                if i < j:
+                    sums, rows = _scan(step, sums, cut_group(block, group._replace(rows=(i, j))), tiles[0], -2)
+                    results.append(rows)
         return self.join_rows(results), sums
 
     def scan_columns(
-        self, step: Callable[[Any, Block], tuple[Any, Any]], block: Block, tiles: tuple[int, int]
+        self, step: Callable[[Any, Block], tuple[Any, Any]], state: Any, block: Block, tiles: tuple[int, int]
     ) -> tuple[Any, Any]:
         """Reason: speed. As `map_rows`."""
         if block.lengths[1] > tiles[1]:
             step = jax.checkpoint(step, prevent_cse=False)
         length, size = block.lengths[1], tiles[1]
         full = length - length % size
-        state, results = None, []
-        for start, stop in ((0, min(size, length)), (size, full), (max(size, full), length)):
-            if start < stop:  # the first tile alone, since it makes the state
+        first = min(size, length) if state is None else 0  # the tile that makes the state stands alone
+        results = []
+        for start, stop in ((0, first), (first, full), (max(first, full), length)):
+            if start < stop:
                 state, result = _scan(step, state, cut_columns(block, start, stop), size, -1)
                 results.append(result)
         return state, self.join_rows(results)
 
-    def matmul(self, x: Array, y: Array, precision: Any = None) -> Array:
+    def matmul(self, x: Array, y: Array, precision: Any = None, scratch: str = "") -> Array:
         """Reason: speed, and precision is JAX's own. A few rows for each of several heads are one product.
 
         Keys and values of all heads lie side by side in memory, ``[length, heads, depth]``; a product for each head

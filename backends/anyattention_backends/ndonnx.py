@@ -15,7 +15,7 @@ Shape = tuple[int | None, ...]
 class NDonnxBackend(Backend):
     """Overrides for ndonnx arrays."""
 
-    def matmul(self, x: Array, y: Array, precision: Any = None) -> Array:
+    def matmul(self, x: Array, y: Array, precision: Any = None, scratch: str = "") -> Array:
         """Reason: missing. ndonnx's own forgets all sizes of its shape, and adds some hundred nodes to the model.
 
         Like that one it keeps arrays without elements from ONNX's product, in which onnxruntime has crashed.

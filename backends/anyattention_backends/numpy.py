@@ -4,8 +4,11 @@ NumPy promotes bfloat16 (from ml_dtypes) to float32 or float64 in most operation
 ones make 256), and multiplies float16 matrices fifty times slower than float32 ones.
 """
 
+import itertools
+import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import array_api_compat.numpy as xp
@@ -13,10 +16,11 @@ import numpy as np
 
 from anyattention import dtypes
 from anyattention.backend import Backend
-from anyattention.blocks import Block, at, cut_rows, tree_map
+from anyattention.blocks import Block, Group, cut_group, cut_lead, tree_map
 from anyattention_backends import threads
 
 Array = Any
+_LOGITS = 2**19  # of a tile, if more heads can be taken together: calls of NumPy cost time, above all among threads
 _HALF = ("float16", "bfloat16")
 _NAMES = {np.dtype(name): name for name in ("float16", "float32", "float64", "complex64", "complex128", "bool")}
 
@@ -85,9 +89,12 @@ class NumPyBackend(Backend):
         """Reason: speed."""
         return x.transpose(axes)
 
-    def matmul(self, x: Array, y: Array, precision: Any = None) -> Array:
-        """Reason: speed."""
-        return np.matmul(x, y)
+    def matmul(self, x: Array, y: Array, precision: Any = None, scratch: str = "") -> Array:
+        """Reason: speed. New memory costs as much as a pass over it."""
+        if not scratch:
+            return np.matmul(x, y)
+        shape = (*map(max, x.shape[:-2], y.shape[:-2]), x.shape[-2], y.shape[-1])
+        return np.matmul(x, y, out=_scratch.array(scratch, shape, x.dtype))
 
     def where(self, mask: Array, x: Array, fill: float) -> Array:
         """Reason: bits. A Python scalar turns bfloat16 into float64."""
@@ -108,9 +115,10 @@ class NumPyBackend(Backend):
 
     # --- tiles ---
 
-    def tiles(self, block: Block) -> tuple[int, int]:
-        """Reason: speed. Logits of a tile stay in the cache."""
-        return 256, 1024
+    def tiles(self, block: Block, ruled: bool) -> tuple[int, int]:
+        """Reason: speed. Logits of a tile stay in the cache; fewer rows waste less along a diagonal."""
+        rows, columns = block.lengths
+        return 256 if ruled else _even(rows), _even(columns)
 
     def transpose(self, x: Array) -> Array:
         """Reason: speed."""
@@ -120,10 +128,22 @@ class NumPyBackend(Backend):
         """Reason: speed. A product with ones sums at the rate of memory."""
         return np.matmul(x, np.ones((x.shape[-1], 1), x.dtype))
 
-    def exp_minus(self, x: Array, shift: Array) -> Array:
+    def exp_minus(self, x: Array, shift: Array | None) -> Array:
         """Reason: speed. In place."""
-        np.subtract(x, shift, out=x)
+        if shift is not None:
+            np.subtract(x, shift, out=x)
         return np.exp(x, out=x)
+
+    power_unit = float(np.log2(np.e))
+
+    def power(self, x: Array) -> Array:
+        """Reason: speed. Powers of two take less time."""
+        return np.exp2(x, out=x)
+
+    def times_minus(self, x: Array, y: Array, shift: Array) -> Array:
+        """Reason: speed. In place."""
+        np.subtract(y, shift, out=y)
+        return np.multiply(x, y, out=y)
 
     def fill(self, x: Array, visible: Array, value: float) -> Array:
         """Reason: speed. In place."""
@@ -138,46 +158,94 @@ class NumPyBackend(Backend):
         """Reason: speed. The values are at hand."""
         return x is not None and bool(x.all() if value else not x.any())
 
+    def span(self, visible: Array) -> tuple[int, int]:
+        """Reason: speed. The values are at hand."""
+        columns = np.flatnonzero(visible.any(axis=tuple(range(visible.ndim - 1))))
+        return (int(columns[0]), int(columns[-1]) + 1) if len(columns) else (0, 0)
+
     def map_rows(
-        self, function: Callable[[Block], tuple[Any, Any]], block: Block, tiles: tuple[int, int]
+        self,
+        function: Callable[[Group, Block], tuple[Any, Any]],
+        block: Block,
+        groups: Sequence[Group],
+        tiles: tuple[int, int],
+        like: tuple[Any, Any],
     ) -> tuple[Any, Any]:
         """Reason: speed. One head at a time, tiles shared among threads, results in place."""
-        lead, (length, _) = block.lead, block.lengths
-        results = _Results(lead, length)
+        results = _Results(block.lead, block.lengths[0], like)
+        parts = [part for group in reversed(groups) for part in group.split(tiles[0])]  # those that see most first
+        size = min(tiles[0], block.lengths[0]) * min(tiles[1], block.lengths[1])
 
-        def work(item: tuple[tuple[int, ...], int]) -> None:
-            index, start = item
-            stop = min(start + tiles[0], length)
+        def work(item: tuple[Group, tuple[slice, ...]]) -> None:
+            part, lead = item
             with np.errstate(all="ignore"):
-                results.put(index, start, stop, *function(cut_rows(at(block, index), start, stop)))
+                results.put(lead, part.rows, *function(part, cut_group(cut_lead(block, lead), part)))
 
-        threads.for_each(work, [(index, i) for index in np.ndindex(*lead) for i in range(0, length, tiles[0])])
+        threads.for_each(work, list(itertools.product(parts, _ranges(block.lead, _LOGITS // size))))
         return results.rows, results.sums
+
+
+def _ranges(lead: tuple[int, ...], count: int) -> Iterator[tuple[slice, ...]]:
+    """Parts of the lead axes of at most so many entries, the last axes whole where possible."""
+    steps = []
+    for size in reversed(lead):
+        steps.append(min(size, max(count, 1)))
+        count //= size
+    axes = [
+        [slice(i, i + step) for i in range(0, size, step)] for size, step in zip(lead, reversed(steps), strict=True)
+    ]
+    return itertools.product(*axes)
 
 
 class _Results:
     """Arrays of the whole, filled from the results of tiles, from several threads."""
 
-    def __init__(self, lead: tuple[int, ...], length: int) -> None:
-        self.lead, self.length, self.lock = lead, length, threading.Lock()
+    def __init__(self, lead: tuple[int, ...], length: int, like: tuple[Any, Any]) -> None:
+        self.lead, self.length, self.like, self.lock = lead, length, like, threading.Lock()
         self.rows: Any = None
         self.sums: Any = None
 
-    def put(self, index: tuple[int, ...], start: int, stop: int, rows: Any, sums: Any) -> None:
+    def put(self, lead: tuple[slice, ...], length: tuple[int, int], rows: Any, sums: Any) -> None:
+        def make(x: Array, like: Array, length: int = 0) -> Array:
+            return np.zeros((*like.shape[:-2], length or x.shape[-2], x.shape[-1]), x.dtype)
+
         with self.lock:
             if self.rows is None:
-                self.rows = tree_map(lambda x: np.empty((*self.lead, self.length, x.shape[-1]), x.dtype), rows)
-                self.sums = tree_map(lambda x: np.zeros((*self.lead, *x.shape), x.dtype), sums)
+                self.rows = tree_map(partial(make, length=self.length), rows, self.like[0])
+                self.sums = tree_map(make, sums, self.like[1])
 
-            def add(whole: Array, x: Array) -> None:
-                whole[index] += x
+        def add(x: Array, whole: Array, last: tuple[slice, ...] = ()) -> None:
+            place = tuple(slice(None) if size == 1 else part for size, part in zip(whole.shape, lead, strict=False))
+            if last and whole.shape[:-2] == self.lead:
+                whole[(*place, *last)] = x
+                return
+            with self.lock:  # several tiles have a share in it
+                whole[(*place, *last)] += x
 
-            tree_map(add, self.sums, sums)
+        tree_map(partial(add, last=(slice(*length),)), rows, self.rows)
+        tree_map(add, sums, self.sums)
 
-        def store(whole: Array, x: Array) -> None:
-            whole[index][start:stop] = x
 
-        tree_map(store, self.rows, rows)
+class _Scratch(threading.local):
+    """Memory of one thread, kept from tile to tile and call to call: a few megabytes."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[str, Array] = {}
+
+    def array(self, name: str, shape: tuple[int, ...], dtype: Any) -> Array:
+        size = math.prod(shape) * dtype.itemsize
+        buffer = self.buffers.get(name)
+        if buffer is None or buffer.size < size:
+            buffer = self.buffers[name] = np.empty(size, np.uint8)
+        return buffer[:size].view(dtype).reshape(shape)
+
+
+_scratch = _Scratch()
+
+
+def _even(length: int) -> int:
+    """A size of about 640, into which the length divides well; powers of two would collide in the cache."""
+    return -(-length // max(1, round(length / 640)) // 32) * 32 or 32
 
 
 def _bfloat16() -> Any:

@@ -90,7 +90,7 @@ class TorchBackend(Backend):
             )
         super().check_precision(precision, dot_general, x)
 
-    def matmul(self, x: Array, y: Array, precision: Any = None) -> Array:
+    def matmul(self, x: Array, y: Array, precision: Any = None, scratch: str = "") -> Array:
         """Reason: speed."""
         return torch.matmul(x, y)
 
@@ -131,9 +131,11 @@ class TorchBackend(Backend):
         """Reason: speed. The weights do not depend on what is subtracted, so no derivative of it is needed."""
         return torch.amax(x.detach(), dim=-1, keepdim=True)
 
-    def exp_minus(self, x: Array, shift: Array) -> Array:
+    def exp_minus(self, x: Array, shift: Array | None) -> Array:
         """Reason: speed. In place, unless it is to be differentiated."""
-        return torch.exp(x - shift) if x.requires_grad else x.sub_(shift).exp_()
+        if x.requires_grad:
+            return super().exp_minus(x, shift)
+        return (x if shift is None else x.sub_(shift)).exp_()
 
     def fill(self, x: Array, visible: Array, value: float) -> Array:
         """Reason: speed. In place, unless it is to be differentiated or is enlarged by the mask."""

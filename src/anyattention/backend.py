@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from anyattention import dtypes, random
-from anyattention.blocks import Block, cut_columns, cut_rows, tree_map
+from anyattention.blocks import Block, Group, cut_columns, cut_group, tree_map
 
 Array = Any
 
@@ -161,8 +161,11 @@ class Backend:
             x = self.xp.sum(x, axis=-1, keepdims=True)  # as einsum: one value serves all the weights
         return self.permute(self.matmul(x, y), result)
 
-    def matmul(self, x: Array, y: Array, precision: Any = None) -> Array:
-        """Matrix product over the last two axes, in one dtype."""
+    def matmul(self, x: Array, y: Array, precision: Any = None, scratch: str = "") -> Array:
+        """Matrix product over the last two axes, in one dtype.
+
+        Where `scratch` has a name, the next product of that name on this thread may overwrite the result.
+        """
         return self.xp.matmul(x, y)
 
     def permute(self, x: Array, axes: Axes) -> Array:
@@ -215,8 +218,8 @@ class Backend:
 
     # --- tiles ---
 
-    def tiles(self, block: Block) -> tuple[int, int]:
-        """How many queries and keys to take at a time."""
+    def tiles(self, block: Block, ruled: bool) -> tuple[int, int]:
+        """How many queries and keys to take at a time; `ruled` says that rows see different keys by the mask's rule."""
         return 256, 1024
 
     def transpose(self, x: Array) -> Array:
@@ -236,9 +239,20 @@ class Backend:
         """Zeros of the dtype of `like`, beside it."""
         return self.xp.zeros(shape, dtype=like.dtype, **self.beside(like))
 
-    def exp_minus(self, x: Array, shift: Array) -> Array:
+    def exp_minus(self, x: Array, shift: Array | None) -> Array:
         """``exp(x - shift)``; may overwrite `x`."""
-        return self.xp.exp(x - shift)
+        return self.xp.exp(x if shift is None else x - shift)
+
+    #: What exponents are multiplied by before `power`.
+    power_unit = 1.0
+
+    def power(self, x: Array) -> Array:
+        """``exp(x / power_unit)``; may overwrite `x`."""
+        return self.xp.exp(x)
+
+    def times_minus(self, x: Array, y: Array, shift: Array) -> Array:
+        """``x * (y - shift)``; may overwrite `y`."""
+        return x * (y - shift)
 
     def fill(self, x: Array, visible: Array, value: float) -> Array:
         """`x` where visible, else the value; may overwrite `x`."""
@@ -260,21 +274,36 @@ class Backend:
         """Whether the array is known to hold this value throughout; False where finding out is not possible."""
         return False
 
+    def span(self, visible: Array) -> tuple[int, int]:
+        """The columns from the first to the last with something visible, where `inspects`."""
+        return 0, visible.shape[-1]
+
+    #: Into how many groups of rows a mask by rule may divide the queries.
+    most_groups = 2**31
+
     def map_rows(
-        self, function: Callable[[Block], tuple[Any, Any]], block: Block, tiles: tuple[int, int]
+        self,
+        function: Callable[[Group, Block], tuple[Any, Any]],
+        block: Block,
+        groups: Sequence[Group],
+        tiles: tuple[int, int],
+        like: tuple[Any, Any],
     ) -> tuple[Any, Any]:
-        """Call the function with every tile of rows; join its first results along the rows, add up the second."""
-        length, size = block.lengths[0], tiles[0]
-        results = [function(cut_rows(block, i, min(i + size, length))) for i in range(0, length, size)]
+        """Call the function with tiles of rows of each group; join its first results along rows, add up the second.
+
+        `like` are arrays with the lead axes that the results have.
+        """
+        parts = [part for group in groups for part in group.split(tiles[0])]
+        results = [function(part, cut_group(block, part)) for part in parts]
         rows, sums = zip(*results, strict=True)
         return self.join_rows(rows), tree_map(lambda *x: sum(x[1:], x[0]), *sums)
 
     def scan_columns(
-        self, step: Callable[[Any, Block], tuple[Any, Any]], block: Block, tiles: tuple[int, int]
+        self, step: Callable[[Any, Block], tuple[Any, Any]], state: Any, block: Block, tiles: tuple[int, int]
     ) -> tuple[Any, Any]:
         """Carry a state, None at first, through every tile of columns; join what else the step returns along rows."""
         length, size = block.lengths[1], tiles[1]
-        state, results = None, []
+        results = []
         for i in range(0, length, size):
             state, result = step(state, cut_columns(block, i, min(i + size, length)))
             results.append(result)

@@ -10,22 +10,35 @@ from typing import Any, NamedTuple
 Array = Any
 
 
+class Group(NamedTuple):
+    """Some rows, and what is known of all of them without a look at any array; groups of a block follow one another."""
+
+    rows: tuple[int, int]
+    seen: tuple[int, int]  # columns outside which they see nothing
+    sure: tuple[int, int] = (0, 0)  # columns among those which they see for certain
+
+    def split(self, size: int) -> "list[Group]":
+        """The same in groups of at most `size` rows."""
+        start, stop = self.rows
+        return [self._replace(rows=(i, min(i + size, stop))) for i in range(start, stop, size)]
+
+
 class Pairs(NamedTuple):
     """What belongs to a query and a key at once: arrays ``[lead..., rows or 1, columns or 1]``, or None."""
 
     bias: Array | None = None
     mask: Any = None  # see `masks.visible`
     counts: Any = None  # of the dropout bits, see `random.counts`
-    statistics: Any = None  # backward only: maximum, delta / total
+    statistics: Any = None  # backward only: base, total; then base, delta
 
 
 class Block(NamedTuple):
     """Some queries against some keys."""
 
-    rows: tuple[Array, ...]  # [lead..., rows, *]: query / sqrt(depth); backward also doutput
+    rows: tuple[Array, ...]  # [lead..., rows, *]: query; backward also doutput and output
     columns: tuple[Array, Array]  # [lead..., columns, *]: key, value
     pairs: Pairs
-    hidden: Array | None = None  # [lead..., 1, v_depth]: the sum of the values of keys that are left out
+    hidden: tuple[Array, ...] = ()  # [lead..., *, v_depth]: values of keys that are left out, hidden from all rows
 
     @property
     def lead(self) -> tuple[int, ...]:
@@ -88,6 +101,28 @@ def cut_columns(block: Block, start: int, stop: int) -> Block:
     return block._replace(columns=(key, value), pairs=tree_map(pair, block.pairs))
 
 
-def at(block: Block, index: tuple[int, ...]) -> Block:
-    """The block at one index of the lead axes, without them."""
-    return tree_map(lambda x: x[tuple(0 if x.shape[a] == 1 else i for a, i in enumerate(index))], block)
+def cut_group(block: Block, group: Group) -> Block:
+    """The block of these rows and the columns that they may see, with the values of the others as hidden."""
+    value, length = block.columns[1], block.lengths[1]
+    first, last = group.seen
+    hidden = tuple(value[..., i:j, :] for i, j in ((0, first), (last, length)) if i < j)
+    return cut_columns(cut_rows(block, *group.rows), first, last)._replace(hidden=hidden)
+
+
+def cut_sure(block: Block, group: Group) -> list[Block]:
+    """The block of a group in at most three, that of the columns seen for certain without a mask."""
+    first, last = group.seen
+    start, stop = group.sure if group.sure[0] < group.sure[1] else (last, last)
+    parts = [(first, start), (start, stop), (stop, last)]
+    blocks = [cut_columns(block, i - first, j - first) for i, j in parts]
+    blocks[1] = blocks[1]._replace(pairs=blocks[1].pairs._replace(mask=None))
+    return [part for part in blocks if part.lengths[1]]
+
+
+def cut_lead(block: Block, ranges: tuple[slice, ...]) -> Block:
+    """The block of a part of each lead axis."""
+
+    def cut(x: Array) -> Array:
+        return x[tuple(slice(None) if size == 1 else part for size, part in zip(x.shape, ranges, strict=False))]
+
+    return tree_map(cut, block)

@@ -102,6 +102,10 @@ class Mask:
         """Bounds, known without a look at any array, of the keys that the queries from start to stop may see."""
         return 0, kv_length
 
+    def sure_range(self, start: int, stop: int, kv_length: int) -> tuple[int, int]:
+        """The same of some keys that all these queries see for certain."""
+        return 0, 0
+
     def __and__(self, other: Any) -> "Mask":
         return _Join("&", self, as_mask(other))
 
@@ -170,6 +174,9 @@ class CausalMask(Mask):
     def key_range(self, start: int, stop: int, kv_length: int) -> tuple[int, int]:
         return 0, min(max(stop + self.offset, 0), kv_length)
 
+    def sure_range(self, start: int, stop: int, kv_length: int) -> tuple[int, int]:
+        return 0, min(max(start + self.offset + 1, 0), kv_length)
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LocalMask(Mask):
@@ -190,6 +197,9 @@ class LocalMask(Mask):
     def key_range(self, start: int, stop: int, kv_length: int) -> tuple[int, int]:
         last = min(max(stop + self.right, 0), kv_length)
         return min(max(start - self.left, 0), last), last
+
+    def sure_range(self, start: int, stop: int, kv_length: int) -> tuple[int, int]:
+        return max(stop - 1 - self.left, 0), min(max(start + self.right + 1, 0), kv_length)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -252,6 +262,12 @@ class _Join(Mask):
         if self.how == "|":
             return min(a, c), max(b, d)
         return min(max(a, c), min(b, d)), min(b, d)
+
+    def sure_range(self, start: int, stop: int, kv_length: int) -> tuple[int, int]:
+        (a, b), (c, d) = (mask.sure_range(start, stop, kv_length) for mask in (self.one, self.two))
+        if self.how == "|":
+            return (a, b) if b - a >= d - c else (c, d)
+        return max(a, c), min(b, d)
 
 
 def as_mask(x: Any) -> Any:

@@ -18,39 +18,38 @@ Array = Any
 class Partial(NamedTuple):
     """Attention over a set of keys, not yet divided by its normalizer."""
 
-    maximum: Array  # [..., rows, 1], the largest logit
-    total: Array  # [..., rows, 1], sum of exp(logit - maximum)
-    output: Array  # [..., rows, v_depth], sum of exp(logit - maximum) * value
+    base: Array | None  # [..., rows, 1], what is taken from logits before exp: the largest of them; None for nothing
+    total: Array  # [..., rows, 1], sum of exp(logit - base)
+    output: Array  # [..., rows, v_depth], sum of exp(logit - base) * value
 
 
-def of_tile(backend: Backend, logits: Array, value: Array, keep: Array | None, precision: Any) -> Partial:
-    """The partial of a tile of logits ``[..., rows, columns]``, which it may overwrite, and its values.
+def of_weights(
+    backend: Backend, base: Array | None, weights: Array, keep: Array | None, value: Array, precision: Any
+) -> Partial:
+    """The partial of a tile, from exp of its logits ``[..., rows, columns]``, which it may overwrite.
 
     Dropout takes weights out of the output, never out of the normalizer.
     """
-    maximum = backend.row_max(logits)
-    weights = backend.exp_minus(logits, shift(backend, maximum))
     total = backend.row_sum(weights)
     if keep is not None:
-        weights = backend.xp.where(keep, weights, 0.0)
-    return Partial(maximum, total, backend.matmul(weights, value, precision))
+        weights = backend.fill(weights, keep, 0.0)
+    return Partial(base, total, backend.matmul(weights, value, precision))
 
 
-def of_hidden(backend: Backend, rows: Array, fill: float, count: int, values: Array) -> Partial:
-    """The partial of keys that none of the rows may see: all their logits are the fill.
-
-    `count` is their number, `values` ``[..., 1, v_depth]`` the sum of their values.
-    """
+def of_hidden(backend: Backend, rows: Array, fill: float, values: tuple[Array, ...]) -> Partial:
+    """The partial of keys, given by their values, that none of the rows may see: all their logits are the fill."""
     ones = backend.xp.ones_like(rows[..., :1])
-    return Partial(ones * fill, ones * count, ones * values)
+    sums = [backend.column_sum(x) for x in values]
+    return Partial(ones * fill, ones * sum(x.shape[-2] for x in values), ones * sum(sums[1:], sums[0]))
 
 
 def merge(backend: Backend, a: Partial, b: Partial) -> Partial:
-    """The partial of the union of two disjoint sets of keys."""
-    maximum = backend.xp.maximum(a.maximum, b.maximum)
-    base = shift(backend, maximum)
-    left, right = (backend.xp.exp(x.maximum - base) for x in (a, b))
-    return Partial(maximum, a.total * left + b.total * right, a.output * left + b.output * right)
+    """The partial of the union of two disjoint sets of keys, whose bases it may overwrite."""
+    if a.base is None or b.base is None:
+        return Partial(None, a.total + b.total, a.output + b.output)
+    base = backend.xp.maximum(a.base, b.base)
+    left, right = (backend.exp_minus(x, finite(backend, base)) for x in (a.base, b.base))
+    return Partial(base, a.total * left + b.total * right, a.output * left + b.output * right)
 
 
 def finish(partial: Partial, keep_prob: float) -> Array:
@@ -58,6 +57,6 @@ def finish(partial: Partial, keep_prob: float) -> Array:
     return partial.output / (partial.total * keep_prob)
 
 
-def shift(backend: Backend, maximum: Array) -> Array:
-    """What to subtract before exp: the maximum, but zero where that is -inf, since -inf - -inf is NaN."""
-    return backend.xp.where(maximum == -float("inf"), 0.0, maximum)
+def finite(backend: Backend, base: Array | None) -> Array | None:
+    """The base to subtract before exp: zero where it is -inf, since -inf - -inf is NaN."""
+    return None if base is None else backend.xp.where(base == -float("inf"), 0.0, base)

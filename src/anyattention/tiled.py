@@ -1,7 +1,7 @@
 """Attention a tile at a time: the same numbers within Flax's own error, in memory that grows with the lengths alone.
 
 Forward, for some queries at a time: the `partials` of their tiles of keys are merged into one, then normalized.
-Backward, from the row statistics that the forward pass leaves: tile by tile, with weights = exp(logits - maximum)
+Backward, from the row statistics that the forward pass leaves: tile by tile, with weights = exp(logits - base)
 recomputed, doutput already divided by total, and delta the row sums of doutput * output,
 
     dvalue = weights^T . doutput      dlogits = weights * (doutput . value^T - delta), zero where masked
@@ -9,10 +9,11 @@ recomputed, doutput already divided by total, and delta the row sums of doutput 
 
 How tiles are cut, looped over and shared among threads is the backend's part: `map_rows` and `scan_columns`.
 
-Source of the backward formulas: Dao et al., FlashAttention (2022). Maximum and total are kept apart, because the
-maximum of a row that sees nothing is finfo.min, which would absorb the logarithm of the total.
+Source of the backward formulas: Dao et al., FlashAttention (2022). Base (the maximum) and total are kept apart,
+because the base of a row that sees nothing is finfo.min, which would absorb the logarithm of the total.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,11 +21,12 @@ from typing import Any, NamedTuple
 from anyattention import dtypes, masks, random
 from anyattention.attention import Dropout
 from anyattention.backend import Backend
-from anyattention.blocks import Block, Pairs, cut_columns, cut_rows, tree_map
-from anyattention.partials import Partial, finish, merge, of_hidden, of_tile, shift
+from anyattention.blocks import Block, Group, Pairs, cut_columns, cut_sure, tree_map
+from anyattention.partials import Partial, finish, finite, merge, of_hidden, of_weights
 
 Array = Any
 Gradients = tuple[Array, Array, Array, Array | None]
+BOUND = 30.0  # exp(30) is 1e13: sums over any length, times values, stay in the range of float32
 
 
 class Call(NamedTuple):
@@ -32,80 +34,92 @@ class Call(NamedTuple):
 
     backend: Backend
     dtype: str  # of logits and accumulators: at least float32
+    root: float  # of the depth, which divides queries
     fill: float  # the logit of a masked key: finfo.min of the compute dtype
     keep_prob: Any
     tiles: tuple[int, int]  # rows and columns of a tile
     bias_axes: tuple[bool, bool] = (False, False)  # whether the bias has rows, and columns, of its own
     expression: masks.Expression | None = None  # the mask, over the arrays in `Pairs.mask`
-    groups: tuple[tuple[int, int, int, int], ...] = ()  # rows from, to, and which columns those may see at most
+    groups: tuple[Group, ...] = ()
     precision: Any = None
-    left_out: int = 0  # how many keys are not in the block, hidden from all its rows
-    skip: bool = False  # leave hidden tiles out, which is right where a row sees anything at all
+    # Shortcuts, which are right where every row sees a key: see `_sound`.
+    skip: bool = False  # leave out what is hidden
+    bounded: bool = False  # take exp of logits as they are
 
 
 # --- forward ---
 
 
 def forward(call: Call, block: Block) -> tuple[Array, Array, Array]:
-    """Output, maximum and total of every query, ``[lead..., rows, *]``."""
+    """Output, base and total of every query, ``[lead..., rows, *]``."""
     if block.empty:
         shape = (*block.lead, block.lengths[0])
         sizes = (block.columns[1].shape[-1], 1, 1)
         return tuple(call.backend.zeros((*shape, size), block.rows[0]) for size in sizes)
-    results = []
-    for start, stop, first, last in call.groups:
-        part = cut_columns(cut_rows(block, start, stop), first, last)
-        left_out = block.lengths[1] - (last - first)
-        if left_out:
-            before, after = cut_columns(block, 0, first), cut_columns(block, last, block.lengths[1])
-            sums = [call.backend.column_sum(x.columns[1]) for x in (before, after) if x.lengths[1]]
-            part = part._replace(hidden=sum(sums[1:], sums[0]))
-        results.append(call.backend.map_rows(partial(attend, call._replace(left_out=left_out)), part, call.tiles)[0])
-    return call.backend.join_rows(results)
+    call = call._replace(bounded=_bounded(call, block))
+    like = (block.rows[0],) * 3, ()
+    return call.backend.map_rows(partial(attend, call), block, call.groups, call.tiles, like)[0]
 
 
-def attend(call: Call, block: Block) -> tuple[tuple[Array, ...], tuple[()]]:
-    """Output, maximum and total of some queries, over all their keys."""
+def attend(call: Call, group: Group, block: Block) -> tuple[tuple[Array, ...], tuple[()]]:
+    """Output, base and total of some queries, over all their keys."""
     backend = call.backend
+    unit = backend.power_unit if call.bounded else 1.0
+    scaled = block._replace(rows=(block.rows[0] / (call.root / unit),))
     state: Any = None
-    if block.lengths[1]:
-        state, _ = backend.scan_columns(partial(absorb, call), block, call.tiles)
-        if call.skip and not (state and _sees(call, state.maximum)):
-            return attend(call._replace(skip=False), block)
-    if block.hidden is not None:
-        hidden = of_hidden(backend, block.rows[0], call.fill, call.left_out, block.hidden)
+    for part in cut_sure(scaled, group):
+        state, _ = backend.scan_columns(partial(absorb, call), state, part, call.tiles)
+    if call.skip or call.bounded:
+        if state is None or not _sound(call, state):
+            return attend(call._replace(skip=False, bounded=False), group, block)
+    elif block.hidden:
+        hidden = of_hidden(backend, block.rows[0], call.fill, block.hidden)
         state = hidden if state is None else merge(backend, state, hidden)
-    return (finish(state, call.keep_prob), state.maximum, state.total), ()
+    base = backend.xp.zeros_like(state.total) if state.base is None else state.base
+    return (finish(state, call.keep_prob), base, state.total), ()
 
 
 def absorb(call: Call, state: Partial | None, tile: Block) -> tuple[Partial | None, tuple[()]]:
     """The partial of the keys so far, with those of the tile."""
-    visible = tile_visible(call, tile)
-    if call.skip and call.backend.surely(visible, False):
-        return state, ()
-    logits, keep = tile_logits(call, tile, visible), tile_keep(call, tile)
-    new = of_tile(call.backend, logits, tile.columns[1], keep, call.precision)
-    return (new if state is None else merge(call.backend, state, new)), ()
+    backend, visible = call.backend, tile_visible(call, tile)
+    if call.skip and visible is not None:
+        start, stop = backend.span(visible)
+        if start == stop:
+            return state, ()
+        if stop - start < visible.shape[-1]:
+            tile = cut_columns(tile, start, stop)
+            visible = tile_visible(call, tile)
+    base, weights = tile_weights(call, tile, visible)
+    new = of_weights(backend, base, weights, tile_keep(call, tile), tile.columns[1], call.precision)
+    return (new if state is None else merge(backend, state, new)), ()
 
 
 def tile_visible(call: Call, tile: Block) -> Array | None:
     """Where the mask lets a query see a key; None for everywhere."""
-    arrays = tile.pairs.mask
-    return None if call.expression is None else masks.visible(call.backend, call.expression, arrays)
+    if call.expression is None or tile.pairs.mask is None:
+        return None
+    visible = masks.visible(call.backend, call.expression, tile.pairs.mask)
+    return None if call.backend.surely(visible, True) else visible
 
 
-def tile_logits(call: Call, tile: Block, visible: Array | None) -> Array:
-    """The logits of a tile, ``[lead..., rows, columns]``."""
+def tile_weights(call: Call, tile: Block, visible: Array | None) -> tuple[Array | None, Array]:
+    """The largest logit of each row, and exp of the logits relative to it; without one where they are bounded."""
+    backend = call.backend
+    if call.bounded:
+        weights = backend.power(tile_logits(call, tile))
+        return None, weights if visible is None else backend.fill(weights, visible, 0.0)
+    logits = tile_logits(call, tile)
+    if visible is not None:
+        logits = backend.fill(logits, visible, call.fill)
+    base = backend.row_max(logits)
+    return base, backend.exp_minus(logits, finite(backend, base))
+
+
+def tile_logits(call: Call, tile: Block) -> Array:
+    """The logits of a tile, ``[lead..., rows, columns]``, before the mask."""
     backend, bias = call.backend, tile.pairs.bias
-    logits = backend.matmul(tile.rows[0], backend.transpose(tile.columns[0]), call.precision)
-    if bias is not None:
-        logits = logits + backend.cast(bias, call.dtype)
-    if visible is None:
-        return logits
-    grown = any(size > 1 == other for size, other in zip(visible.shape, logits.shape, strict=True))
-    if not grown and backend.surely(visible, True):
-        return logits
-    return backend.fill(logits, visible, call.fill)
+    logits = backend.matmul(tile.rows[0], backend.transpose(tile.columns[0]), call.precision, scratch="logits")
+    return logits if bias is None else logits + backend.cast(bias, call.dtype)
 
 
 def tile_keep(call: Call, tile: Block) -> Array | None:
@@ -114,36 +128,62 @@ def tile_keep(call: Call, tile: Block) -> Array | None:
     return None if counts is None else random.keep_at(call.backend.xp, call.keep_prob, counts)
 
 
-def _sees(call: Call, maximum: Array) -> bool:
+def _sound(call: Call, state: Partial) -> bool:
+    """Whether the shortcuts that the call takes were right for all rows."""
+    if call.bounded:
+        return call.backend.surely((state.total > 0.0) & call.backend.xp.isfinite(state.output), True)
+    return _sees(call, state.base)
+
+
+def _sees(call: Call, base: Array) -> bool:
     """Whether every row has a logit beside which the fill vanishes; False where it cannot be known."""
-    return call.backend.surely(maximum > call.fill + 800.0, True)  # exp(-800) is zero in float64 too
+    return call.backend.surely(base > call.fill + 800.0, True)  # exp(-800) is zero in float64 too
+
+
+def _bounded(call: Call, block: Block) -> bool:
+    """Whether no logit is larger than `BOUND`, by Cauchy and Schwarz; False where it cannot be known, or for few rows.
+
+    Then exp is far from overflow and underflow, and neither a maximum nor a correction is needed.
+    """
+    backend, query, key = call.backend, block.rows[0], block.columns[0]
+    if block.pairs.bias is not None or block.lengths[0] < 32 or not backend.inspects(query):
+        return False
+    largest = (backend.xp.max(backend.xp.vecdot(x, x)) for x in (query, key))
+    return backend.surely(math.prod(largest) <= (BOUND * call.root) ** 2, True)
 
 
 # --- backward ---
 
 
-def backward(call: Call, block: Block, output: Array, maximum: Array, total: Array, doutput: Array) -> Gradients:
+def backward(call: Call, block: Block, output: Array, base: Array, total: Array, doutput: Array) -> Gradients:
     """The gradients of query, key, value and bias, each in its own shape, from that of the output."""
     backend, bias = call.backend, block.pairs.bias
     if block.empty:
         return tree_map(backend.xp.zeros_like, (block.rows[0], *block.columns, bias))
-    delta = backend.row_sum(doutput * output) / total
-    call = call._replace(skip=call.skip and _sees(call, maximum))
-    tiles = Block(
-        (block.rows[0], doutput / (total * call.keep_prob)),
-        block.columns,
-        block.pairs._replace(statistics=(maximum, delta)),
-    )
-    (dquery, dbias_rows), (dkey, dvalue, dbias) = backend.map_rows(partial(pull_back, call), tiles, call.tiles)
-    gradients = (dquery, dkey, dvalue, dbias if dbias_rows is None else dbias_rows)
+    call = call._replace(skip=call.skip and _sees(call, base))
+    statistics = None if backend.surely(base == 0.0, True) else base, total
+    whole = Block((block.rows[0], doutput, output), block.columns, block.pairs._replace(statistics=statistics))
+    by_row = call.bias_axes[0]
+    like = (block.rows[0], bias if by_row else None), (*block.columns, None if by_row else bias)
+    results = backend.map_rows(partial(pull_back, call), whole, (_everything(block),), call.tiles, like)
+    (dquery, dbias_rows), (dkey, dvalue, dbias) = results
+    gradients = (dquery, dkey, dvalue, dbias_rows if by_row else dbias)
     wanted = (block.rows[0], *block.columns, bias)
     return tree_map(lambda x, gradient: sum_to(backend, gradient, x.shape), wanted, gradients)
 
 
-def pull_back(call: Call, block: Block) -> tuple[tuple[Array, Array | None], tuple[Array, Array, Array | None]]:
+def pull_back(
+    call: Call, _: Group, block: Block
+) -> tuple[tuple[Array, Array | None], tuple[Array, Array, Array | None]]:
     """For some queries: the gradients that have rows, and what they add to those that have none."""
     backend, bias = call.backend, block.pairs.bias
-    dquery, (dkey, dvalue, dbias) = backend.scan_columns(partial(pull_tile, call), block, call.tiles)
+    query, doutput, output = block.rows
+    base, total = block.pairs.statistics
+    delta = backend.row_sum(doutput * output) / total
+    rows = (query / call.root, doutput / (total * call.keep_prob))
+    block = Block(rows, block.columns, block.pairs._replace(statistics=(finite(backend, base), delta)))
+    dquery, (dkey, dvalue, dbias) = backend.scan_columns(partial(pull_tile, call), None, block, call.tiles)
+    dquery = dquery / call.root
     if bias is None:
         return (dquery, None), (dkey, dvalue, None)
     dbias = backend.transpose(dbias)
@@ -157,20 +197,23 @@ def pull_tile(call: Call, dquery: Array | None, tile: Block) -> tuple[Array, tup
     """One tile of the formulas above: dquery so far; dkey, dvalue and dbias of the tile, columns first."""
     backend, bias = call.backend, tile.pairs.bias
     (query, doutput), (key, value) = tile.rows, tile.columns
-    maximum, delta = tile.pairs.statistics
+    base, delta = tile.pairs.statistics
     visible, keep = tile_visible(call, tile), tile_keep(call, tile)
     if call.skip and bias is None and backend.surely(visible, False):  # every weight is zero
         zeros = [backend.xp.zeros_like(x) for x in (query, key, value)]
         return zeros[0] if dquery is None else dquery, (zeros[1], zeros[2], None)
 
     product = partial(backend.matmul, precision=call.precision)
-    weights = backend.exp_minus(tile_logits(call, tile, visible), shift(backend, maximum))
-    dweights = product(doutput, backend.transpose(value))
+    logits = tile_logits(call, tile)
+    if visible is not None:
+        logits = backend.fill(logits, visible, call.fill)
+    weights = backend.exp_minus(logits, base)
+    dweights = product(doutput, backend.transpose(value), scratch="" if bias is not None else "dweights")
     kept = weights
     if keep is not None:
-        kept, dweights = (backend.xp.where(keep, x, 0.0) for x in (weights, dweights))
+        kept, dweights = backend.xp.where(keep, weights, 0.0), backend.fill(dweights, keep, 0.0)
     dvalue = sum_to(backend, product(backend.transpose(kept), doutput), value.shape)
-    dlogits = weights * (dweights - delta)
+    dlogits = backend.times_minus(weights, dweights, delta)
     if visible is not None:
         dlogits = backend.fill(dlogits, visible, 0.0)
     more = sum_to(backend, product(dlogits, key), query.shape)
@@ -229,19 +272,21 @@ def vjp(
 ) -> tuple[Array, Callable[[Array], Gradients]]:
     """The output, and a function from its gradient to those of query, key, value and bias."""
     call, block = prepare(backend, dtype, query, key, value, bias, mask, dropout, precision)
-    grouped = query.shape[-2] != key.shape[-2]
+    group = key.shape[-2] if query.shape[-2] != key.shape[-2] else None
     results = backend.compiled(forward, call, block)
 
     def pullback(doutput: Array) -> Gradients:
-        doutput = heads_first(backend, doutput, results[0].ndim, key.shape[-2] if grouped else None)
-        doutput = backend.cast(doutput, call.dtype)
-        dquery, dkey, dvalue, dbias = backend.compiled(backward, call, block, *results, doutput)
-        pairs = ((dquery / root(query), query), (dkey, key), (dvalue, value))
-        gradients = [_like(backend, gradient, x, lengths_first=True) for gradient, x in pairs]
-        scalar = dbias is None or not hasattr(bias, "shape")
-        return *gradients, None if scalar else _like(backend, dbias, bias, lengths_first=False)
+        doutput = heads_first(backend, backend.cast(doutput, call.dtype), results[0].ndim, group)
+        *gradients, dbias = backend.compiled(backward, call, block, *results, doutput)
+        pairs = zip(gradients, (query, key, value), strict=True)
+        dquery, dkey, dvalue = (_like(backend, gradient, x, group) for gradient, x in pairs)
+        if dbias is not None and not hasattr(bias, "shape"):
+            dbias = None  # of a scalar
+        elif dbias is not None:
+            dbias = backend.cast(backend.xp.reshape(dbias, tuple(bias.shape)), backend.dtype_name(bias))
+        return dquery, dkey, dvalue, dbias
 
-    return restore(backend, results[0], result_dtype(dtype, force_fp32), grouped), pullback
+    return restore(backend, results[0], result_dtype(dtype, force_fp32), grouped=group is not None), pullback
 
 
 def result_dtype(dtype: str, force_fp32: bool) -> str:
@@ -260,7 +305,7 @@ def prepare(
     dropout: Dropout | None,
     precision: Any,
 ) -> tuple[Call, Block]:
-    """The call as a block: heads first, all arrays of one rank, the query scaled, in the accumulators' dtype."""
+    """The call as a block: heads first, all arrays of one rank, in the accumulators' dtype."""
     xp, kv_heads = backend.xp, key.shape[-2]
     group = kv_heads if query.shape[-2] != kv_heads else None
     wide = dtypes.promote(dtype, "float32")
@@ -273,43 +318,53 @@ def prepare(
     expression = None if mask is None else mask.lower(to)
     rank = max(x.ndim for x in (query, bias, *to.arrays) if x is not None) + (group is not None)
 
-    q = heads_first(backend, backend.cast(query, wide) / root(query), rank, group)
+    q = heads_first(backend, backend.cast(query, wide), rank, group)
     k, v = (heads_first(backend, backend.cast(x, wide), rank, kv_heads if group else None) for x in (key, value))
     pairs = tree_map(lambda x: _pair(backend, x, rank, group), Pairs(bias, tuple(to.arrays)))
     block = Block((q,), (k, v), pairs)
     lead, (rows, columns) = block.lead, block.grown_lengths
-    if rows != lengths[0]:  # one query, grown by a bias or mask
-        q = xp.broadcast_to(q, (*q.shape[:-2], rows, q.shape[-1]))
+    if rows != lengths[0] or lead != tuple(q.shape[:-2]):  # grown by a bias or mask
+        q = xp.broadcast_to(q, (*lead, rows, q.shape[-1]))
     if columns != lengths[1]:
         k, v = (xp.broadcast_to(x, (*x.shape[:-2], columns, x.shape[-1])) for x in (k, v))
     if dropout is not None:
         shape = (*((1,) * len(lead) if dropout.broadcast else lead), rows, columns)
         pairs = pairs._replace(counts=random.counts(xp, backend.key_array(dropout.key), shape))
     block = Block((q,), (k, v), pairs)
-    tiles = backend.tiles(block)
+    ruled = mask is not None and dropout is None and _ruled(mask, rows, columns)
+    tiles = backend.tiles(block, ruled)
     return Call(
         backend,
         dtype=wide,
+        root=max(query.shape[-1], 1) ** 0.5,
         fill=float(backend.lowest(dtype)),
         keep_prob=1.0 if dropout is None else dropout.keep_prob,
         tiles=tiles,
         bias_axes=(False, False) if bias is None else tuple(size != 1 for size in pairs.bias.shape[-2:]),
         expression=expression,
-        groups=_groups(None if dropout else mask, block, tiles[0]),
+        groups=_groups(mask, block, tiles[0], backend.most_groups) if ruled else (_everything(block),),
         precision=precision,
         skip=expression is not None and backend.inspects(query),
     ), block
 
 
-def _groups(mask: Any, block: Block, tile: int) -> tuple[tuple[int, int, int, int], ...]:
-    """At most eight groups of rows, each with the range of columns outside which its rows see nothing."""
+def _everything(block: Block) -> Group:
+    """All rows in one group."""
     rows, columns = block.lengths
-    if mask is None or mask.key_range(0, 1, columns) == mask.key_range(rows - 1, rows, columns):
-        return ((0, rows, 0, columns),)
-    size = -(-rows // (8 * tile)) * tile
+    return Group((0, rows), (0, columns))
+
+
+def _ruled(mask: masks.Mask, rows: int, columns: int) -> bool:
+    """Whether the rule of the mask alone says that the rows see different columns."""
+    return mask.key_range(0, 1, columns) != mask.key_range(rows - 1, rows, columns)
+
+
+def _groups(mask: masks.Mask, block: Block, tile: int, most: int) -> tuple[Group, ...]:
+    """Groups of rows that see different columns, `most` at most, of whole tiles."""
+    rows, columns = block.lengths
+    parts = _everything(block).split(max(tile, -(-rows // (most * tile)) * tile))
     return tuple(
-        (start, stop, *mask.key_range(start, stop, columns))
-        for start, stop in ((i, min(i + size, rows)) for i in range(0, rows, size))
+        Group(part.rows, mask.key_range(*part.rows, columns), mask.sure_range(*part.rows, columns)) for part in parts
     )
 
 
@@ -319,11 +374,6 @@ def restore(backend: Backend, output: Array, dtype: str, grouped: bool) -> Array
         *batch, kv_heads, group, length, depth = output.shape
         output = backend.xp.reshape(output, (*batch, kv_heads * group, length, depth))
     return backend.cast(backend.permute(output, (-2, -3, -1)), dtype)
-
-
-def root(query: Array) -> float:
-    """``sqrt(depth)``; one without depth, where nothing is left to divide."""
-    return max(query.shape[-1], 1) ** 0.5
 
 
 def heads_first(backend: Backend, x: Array, rank: int, group: int | None) -> Array:
@@ -343,16 +393,9 @@ def _pair(backend: Backend, x: Array, rank: int, group: int | None) -> Array:
     return backend.xp.reshape(x, shape)
 
 
-def _like(backend: Backend, gradient: Array, x: Array, lengths_first: bool) -> Array:
-    """A gradient in the block's layout as one of `x`."""
-    shape = tuple(x.shape)
-    if lengths_first:
-        *batch, length, heads, depth = shape
-        shape = (*batch, heads, length, depth)
-    length = gradient.shape[-2]
-    if lengths_first and length != shape[-2]:  # one query or one key, grown
-        gradient = backend.xp.sum(gradient, axis=-2, keepdims=True)
-    gradient = backend.xp.reshape(gradient, shape)
-    if lengths_first:
-        gradient = backend.permute(gradient, (-2, -3, -1))
+def _like(backend: Backend, gradient: Array, x: Array, group: int | None) -> Array:
+    """A gradient in the block's layout as one of query, key or value."""
+    gradient = sum_to(backend, gradient, heads_first(backend, x, gradient.ndim, group).shape)
+    *batch, length, heads, depth = x.shape
+    gradient = backend.permute(backend.xp.reshape(gradient, (*batch, heads, length, depth)), (-2, -3, -1))
     return backend.cast(gradient, backend.dtype_name(x))
