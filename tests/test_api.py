@@ -171,12 +171,24 @@ def test_explain_returns_the_plan():
 
 
 @pytest.mark.parametrize(
-    ("q_length", "kv_length", "tiled"), [(256, 256, True), (64, 1024, True), (256, 255, False), (63, 2048, False)]
+    ("shape", "kv_length", "expected"),
+    [  # the smallest calls of each rule, and others that just miss them
+        ((256, 1, 2), 256, {"numpy": "tiled", "jax": "exact", "torch": "fused"}),
+        ((256, 1, 2), 255, {"numpy": "exact", "jax": "exact", "torch": "exact"}),
+        ((64, 1, 2), 1024, {"numpy": "tiled", "jax": "exact", "torch": "fused"}),
+        ((63, 1, 2), 2048, {"numpy": "exact", "jax": "exact", "torch": "fused"}),
+        ((2, 512, 8, 2), 512, {"numpy": "tiled", "jax": "tiled", "torch": "fused"}),
+        ((2, 512, 8, 2), 511, {"numpy": "tiled", "jax": "exact", "torch": "fused"}),
+        ((15, 512, 1, 2), 512, {"numpy": "tiled", "jax": "exact", "torch": "fused"}),
+        ((16, 1, 8, 2), 512, {"numpy": "exact", "jax": "tiled", "torch": "fused"}),
+        ((16, 1, 8, 2), 511, {"numpy": "exact", "jax": "exact", "torch": "exact"}),
+        ((16, 2, 8, 2), 512, {"numpy": "exact", "jax": "exact", "torch": "fused"}),
+    ],
 )
-def test_none_chooses_by_shape_and_library(library, q_length, kv_length, tiled):
-    query, key = (library.put(np.ones((n, 1, 2), np.float32)) for n in (q_length, kv_length))
-    expected = "tiled" if tiled and library.name == "numpy" else "exact"
-    assert aa.explain(query, key, key).implementation == expected
+def test_none_chooses_by_shape_and_library(library, shape, kv_length, expected):
+    query = library.put(np.zeros(shape, np.float32))
+    key = library.put(np.zeros((*shape[:-3], kv_length, *shape[-2:]), np.float32))
+    assert aa.explain(query, key, key).implementation == expected[library.name]
     assert aa.explain(query, key, key, module=SimpleNamespace(sow=print)).implementation == "exact"
     with pytest.raises(NotImplementedError, match="module"):
         aa.dot_product_attention(query, key, key, module=SimpleNamespace(sow=print), implementation="tiled")

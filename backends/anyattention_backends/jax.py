@@ -1,5 +1,6 @@
 """JAX: the steps are Flax's own calls, so that the traced program, and with it every bit, is Flax's."""
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -39,6 +40,10 @@ class JAXBackend(Backend):
             return mask
 
         jax.tree_util.register_pytree_node(kind, flatten, unflatten)
+
+    def platform(self, x: Array) -> str:
+        """Reason: missing. A tracer has no device, and a call is served alike traced and eager."""
+        return jax.default_backend()
 
     def adopt(self, guest: Any, like: Array | None) -> Array:
         """Reason: bits. Placement is left to JAX, which moves guests to where they are used."""
@@ -138,7 +143,8 @@ class JAXBackend(Backend):
         """Reason: speed. XLA does best with a whole row of keys, while it fits."""
         rows, columns = block.lengths
         columns = min(columns, max(8192, 2**20 // max(rows, 1)))
-        return max(64, min(256, 2**20 // max(columns, 1))), columns
+        together = 1 if _maps_lead() else -(-math.prod(block.lead) // jax.device_count())
+        return max(16 if together > 1 else 64, min(512, 2**20 // max(columns * together, 1))), columns
 
     def row_max(self, x: Array) -> Array:
         """Reason: speed. The weights do not depend on what is subtracted, so no derivative of it is needed."""
@@ -159,7 +165,7 @@ class JAXBackend(Backend):
         like: tuple[Any, Any],
     ) -> tuple[Any, Any]:
         """Reason: speed. Loops of XLA's, compiled once; derivatives recompute each tile."""
-        if block.lead and not _few(block.rows[0], block.columns[0]):
+        if block.lead and _maps_lead() and not _few(block.rows[0], block.columns[0]):
             return _map_lead(lambda slab: self.map_rows(function, slab, groups, tiles, like), block)
         sums = jax.tree.map(
             jnp.zeros_like, jax.eval_shape(partial(function, groups[0]), cut_group(block, groups[0]))[1]
@@ -257,6 +263,11 @@ def _compiled(function: Callable[..., Any], call: Any, *arrays: Any) -> Any:
 def _few(x: Array, y: Array) -> bool:
     """Whether the rows of `x` are so few, and its heads those of `y`, that all are better served by one product."""
     return x.ndim > 2 and x.shape[-3] == y.shape[-3] > 1 and x.shape[-3] * x.shape[-2] <= 64
+
+
+def _maps_lead() -> bool:
+    """Whether to take one head at a time: not where heads may be on several devices, which would have to wait."""
+    return jax.device_count() == 1
 
 
 def _map_lead(function: Callable[[Block], Any], block: Block) -> Any:

@@ -56,7 +56,7 @@ class NumPyBackend(Backend):
             return x.astype(_bfloat16())
         return x.astype(name)
 
-    def run(self, function: Callable[..., Array], /, *args: Any, **kwargs: Any) -> Array:
+    def run(self, like: Array, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Reason: bits. Overflow and NaN are results here, as in Flax, not occasions to warn."""
         with np.errstate(all="ignore"):
             return function(*args, **kwargs)

@@ -10,6 +10,7 @@ import torch
 from anyattention import dtypes
 from anyattention.backend import Backend
 from anyattention.blocks import Block, leaves, tree_map
+from anyattention_backends.torch_sdpa import SDPA
 
 Array = Any
 _NAMES = {
@@ -27,6 +28,9 @@ class TorchBackend(Backend):
     """Overrides for PyTorch tensors."""
 
     guests = (np.ndarray, np.bool_, np.uint32, np.int32, np.int64, np.float16, np.float32, np.float64)
+
+    def platform(self, x: Array) -> str:
+        return x.device.type
 
     def adopt(self, guest: Any, like: Array | None) -> Array:
         """Reason: missing. PyTorch cannot read NumPy's bfloat16, nor arrays it may not write to without a warning."""
@@ -66,12 +70,11 @@ class TorchBackend(Backend):
         dtype = _DTYPES[name]
         return x if x.dtype is dtype else x.to(dtype)
 
-    def run(self, function: Callable[..., Array], /, *args: Any, **kwargs: Any) -> Array:
+    def run(self, like: Array, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Reason: bits. Autocast would compute the products in 16 bits."""
-        x = args[2] if len(args) > 2 else args[0]  # the query, or a gradient
-        if x.is_cpu and not torch.is_autocast_enabled("cpu"):
+        if like.is_cpu and not torch.is_autocast_enabled("cpu"):
             return function(*args, **kwargs)
-        device = x.device.type
+        device = like.device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
                 return function(*args, **kwargs)
@@ -221,3 +224,4 @@ def _max(x: Array) -> Array:
 
 
 backend = TorchBackend(xp)
+backend.engines = (SDPA(backend),)

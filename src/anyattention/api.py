@@ -2,14 +2,16 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 from anyattention import attention as exact
 from anyattention import dispatch, tiled
 from anyattention.backend import Backend
+from anyattention.engine import Engine
 from anyattention.errors import ShapeError
-from anyattention.masks import CausalMask, Mask
+from anyattention.masks import CausalMask, Mask, as_mask
 from anyattention.plan import Plan, choose
+from anyattention.request import Dropout, Request
 
 Array = Any
 
@@ -61,7 +63,7 @@ def dot_product_attention(
         qk_attn_weights_einsum: called as ``f("...qhd,...khd->...hqk", query, key)`` for the logits.
         attn_weights_value_einsum: called as ``f("...hqk,...khd->...qhd", weights, value)`` for the output.
         is_causal: a query sees the keys at its own position and before (top-left aligned), and-ed with `mask`.
-        implementation: ``"exact"``, ``"tiled"``, or None to choose; see `explain`.
+        implementation: ``"exact"``, ``"tiled"``, ``"fused"``, or None to choose; see `explain`.
 
     Returns:
         ``[batch..., q_length, num_heads, v_depth]``, in the compute dtype.
@@ -80,18 +82,22 @@ def dot_product_attention(
     if bool(qk_attn_weights_einsum) != bool(attn_weights_value_einsum):
         raise ValueError("qk_attn_weights_einsum and attn_weights_value_einsum must be specified together")
     _check_einsum(precision, einsum_dot_general, qk_attn_weights_einsum)
-    call = _resolve(
+    backend, request, plan = _resolve(
         *(query, key, value, bias, mask, is_causal, dtype, implementation, module),
         *(broadcast_dropout, dropout_rng, dropout_rate, deterministic),
+        *(precision, force_fp32_for_softmax),
         einsum=einsum_dot_general or qk_attn_weights_einsum,
     )
-    backend = call.backend
-    if call.plan.implementation == "tiled":
-        return backend.run(tiled.attention, *call[:-1], precision, force_fp32_for_softmax)
+    if plan.implementation == "tiled":
+        return backend.run(request.query, tiled.attention, backend, request)
+    if plan.implementation == "fused":
+        return backend.run(request.query, plan.engine.attention, request, partial(_again, backend, request))
     einsum = _einsum(backend, precision, einsum_dot_general)
     return backend.run(
+        request.query,
         exact.attention,
-        *call[:-1],
+        backend,
+        *request[:7],
         module=module,
         force_fp32_for_softmax=force_fp32_for_softmax,
         query_key=qk_attn_weights_einsum or einsum,
@@ -126,24 +132,22 @@ def dot_product_attention_weights(
     [[[1.0, 0.0], [0.5, 0.5]]]
     """
     _check_einsum(precision, einsum_dot_general, einsum)
-    if implementation == "tiled":
-        raise NotImplementedError("implementation='tiled' never has all the weights: pass None or 'exact'")
-    call = _resolve(
+    if implementation in ("tiled", "fused"):
+        raise NotImplementedError(f"implementation={implementation!r} never has all the weights: pass None or 'exact'")
+    backend, request, _ = _resolve(
         *(query, key, None, bias, mask, is_causal, dtype, implementation or "exact", module),
         *(broadcast_dropout, dropout_rng, dropout_rate, deterministic),
+        *(precision, force_fp32_for_softmax),
         einsum=einsum,
         weights_only=True,
     )
-    backend, compute_dtype, query, key, _, bias, mask, dropout, _ = call
     return backend.run(
+        request.query,
         exact.attention_weights,
-        backend,
-        compute_dtype,
-        query,
-        key,
-        bias=bias,
-        mask=mask,
-        dropout=dropout,
+        *(backend, request.dtype, request.query, request.key),
+        bias=request.bias,
+        mask=request.mask,
+        dropout=request.dropout,
         module=module,
         force_fp32_for_softmax=force_fp32_for_softmax,
         query_key=einsum or _einsum(backend, precision, einsum_dot_general),
@@ -180,12 +184,13 @@ def dot_product_attention_vjp(
     >>> [gradient.sum().item() for gradient in pullback(output)[:3]]
     [0.0, 0.0, 8.0]
     """
-    call = _resolve(
+    backend, request, _ = _resolve(
         *(query, key, value, bias, mask, is_causal, dtype, "tiled", None),
         *(broadcast_dropout, dropout_rng, dropout_rate, deterministic),
+        *(precision, force_fp32_for_softmax),
     )
-    output, pullback = call.backend.run(tiled.vjp, *call[:-1], precision, force_fp32_for_softmax)
-    return output, partial(call.backend.run, pullback)
+    output, pullback = backend.run(request.query, tiled.vjp, backend, request)
+    return output, partial(backend.run, request.query, pullback)
 
 
 def explain(
@@ -219,22 +224,9 @@ def explain(
     return _resolve(
         *(query, key, value, bias, mask, is_causal, dtype, implementation, module),
         *(broadcast_dropout, dropout_rng, dropout_rate, deterministic),
+        *(precision, force_fp32_for_softmax),
         einsum=einsum_dot_general or qk_attn_weights_einsum,
-    ).plan
-
-
-class _Call(NamedTuple):
-    """A call whose arguments are checked and in one library."""
-
-    backend: Backend
-    dtype: str
-    query: Array
-    key: Array
-    value: Array
-    bias: Any
-    mask: Any
-    dropout: exact.Dropout | None
-    plan: Plan
+    )[2]
 
 
 def _resolve(
@@ -251,9 +243,11 @@ def _resolve(
     dropout_rng: Any,
     dropout_rate: Any,
     deterministic: Any,
+    precision: Any,
+    force_fp32: bool,
     einsum: Any = None,
     weights_only: bool = False,
-) -> _Call:
+) -> tuple[Backend, Request, Plan]:
     """Find the library and the plan, and make all arguments fit them."""
     ruled = isinstance(mask, Mask)
     if ruled:
@@ -270,56 +264,61 @@ def _resolve(
     if bias is not None or mask is not None:
         bias, mask = _guests(backend, query, key, bias, mask)
     dropout = _dropout(backend, broadcast_dropout, dropout_rng, dropout_rate, deterministic)
-    plan = choose(
-        implementation,
-        backend.name,
-        (query.shape, key.shape),
-        _refusals,
-        *(backend, compute_dtype, query, key, value, bias, dropout, module, einsum),
-    )
-    if is_causal or ruled:
-        mask = _structured(backend, plan, query, key, mask, is_causal)
-    return _Call(backend, compute_dtype, query, key, value, bias, mask, dropout, plan)
+    if is_causal:
+        mask = _causal(backend, query, key, mask)
+    request = Request(compute_dtype, query, key, value, bias, mask, dropout, precision, force_fp32)
+    plan = choose(implementation, backend, query, key, _serves, request, module, einsum)
+    if plan.implementation == "exact" and isinstance(mask, Mask):
+        lengths = query.shape[-3], key.shape[-3]  # expanded, since exact has all logits anyway
+        request = request._replace(mask=mask.on(backend, tuple(query.shape[:-3]), lengths, query))
+    return backend, request, plan
 
 
-def _structured(backend: Backend, plan: Plan, query: Array, key: Array, mask: Any, is_causal: bool) -> Any:
-    """The mask with causality; a dense one for the exact implementation, which has all logits anyway."""
-    if isinstance(mask, Mask) or plan.implementation == "tiled":
-        if is_causal:
-            mask = CausalMask() if mask is None else CausalMask() & mask
-        if plan.implementation == "tiled":
-            return mask
-        return mask.on(backend, tuple(query.shape[:-3]), (query.shape[-3], key.shape[-3]), query)
-    causal = backend.causal(query, key)
-    return causal if mask is None else backend.truth(mask) & causal
+def _causal(backend: Backend, query: Array, key: Array, mask: Any) -> Any:
+    """The mask with causality; by rule, but for lengths that are not known yet."""
+    if _unknown(query.shape[-3]) or _unknown(key.shape[-3]):
+        causal = backend.causal(query, key)
+        return causal if mask is None else backend.truth(mask) & causal
+    return CausalMask() if mask is None else CausalMask() & as_mask(mask)
 
 
-def _refusals(
-    backend: Backend,
-    dtype: str,
-    query: Array,
-    key: Array,
-    value: Array,
-    bias: Any,
-    dropout: exact.Dropout | None,
-    module: Any,
-    einsum: Any,
-) -> list[str]:
-    """Why the call cannot be tiled."""
+def _serves(
+    implementation: str, backend: Backend, request: Request, module: Any, einsum: Any
+) -> tuple[Engine | None, list[str]]:
+    """The engine, if any, with which an implementation serves the request, and the reasons why it cannot."""
     reasons = []
-    if isinstance(bias, complex) or (hasattr(bias, "shape") and backend.dtype_name(bias).startswith("complex")):
-        reasons.append("the bias is complex")
-    if dtype not in ("bfloat16", "float16", "float32", "float64"):
-        reasons.append(f"tiles of {dtype} are not supported")
     if module:
-        reasons.append("module is given the weights, which tiled never has all at once")
+        reasons.append(f"module is given the weights, which {implementation} never has all at once")
     if einsum:
         reasons.append("einsum overrides take whole products")
-    if any(_unknown(size) for x in (query, key, value) for size in x.shape):
+    if any(_unknown(size) for x in (request.query, request.key, request.value) for size in x.shape):
         reasons.append("lengths are unknown")
+    if implementation == "tiled":
+        return None, reasons + _not_tiled(backend, request)
+    if reasons:
+        return None, reasons
+    for engine in backend.engines:
+        refusals = engine.refusals(request)
+        if not refusals:
+            return engine, []
+        reasons += [f"{engine.name}: {reason}" for reason in refusals]
+    return None, reasons or [f"there is no engine for {backend.name}"]
+
+
+def _not_tiled(backend: Backend, request: Request) -> list[str]:
+    reasons, bias, dropout = [], request.bias, request.dropout
+    if isinstance(bias, complex) or (hasattr(bias, "shape") and backend.dtype_name(bias).startswith("complex")):
+        reasons.append("the bias is complex")
+    if request.dtype not in ("bfloat16", "float16", "float32", "float64"):
+        reasons.append(f"tiles of {request.dtype} are not supported")
     if dropout and (reason := backend.no_keep_tiles(dropout.key, dropout.keep_prob)):
         reasons.append(reason)
     return reasons
+
+
+def _again(backend: Backend, request: Request, query: Array, key: Array, value: Array) -> Array:
+    """The same without an engine."""
+    return tiled.attention(backend, request._replace(query=query, key=key, value=value))
 
 
 def _check_einsum(precision: Any, einsum_dot_general: Any, einsum: Any) -> None:
@@ -364,7 +363,7 @@ def _guest(backend: Backend, name: str, x: Any, like: Array) -> Array:
     return x
 
 
-def _dropout(backend: Backend, broadcast: bool, key: Any, rate: Any, deterministic: Any) -> exact.Dropout | None:
+def _dropout(backend: Backend, broadcast: bool, key: Any, rate: Any, deterministic: Any) -> Dropout | None:
     """The dropout to apply, or None; checked only where it is active, since Flax's modules always pass a rate."""
     if deterministic or rate == 0.0:
         return None
@@ -376,7 +375,7 @@ def _dropout(backend: Backend, broadcast: bool, key: Any, rate: Any, determinist
         raise ValueError(
             "dropout needs a key: pass dropout_rng=anyattention.random.key(seed), or deterministic=True for none"
         )
-    return exact.Dropout(dispatch.key_for(backend, key), 1.0 - rate, broadcast)
+    return Dropout(dispatch.key_for(backend, key), 1.0 - rate, broadcast)
 
 
 def _check_shapes(query: Array, key: Array, value: Array | None, grouped: bool) -> None:

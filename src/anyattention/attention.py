@@ -18,21 +18,14 @@ Shapes: query ``[batch..., q_length, num_heads, depth]``, key ``[batch..., kv_le
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from anyattention import backend as products
 from anyattention.backend import Backend
+from anyattention.request import Dropout
 
 Array = Any
 Einsum = Callable[[str, Array, Array], Array]
-
-
-class Dropout(NamedTuple):
-    """Dropout that is switched on: a key, the probability to keep a weight, whether one mask serves all heads."""
-
-    key: Any
-    keep_prob: Any
-    broadcast: bool
 
 
 def attention(

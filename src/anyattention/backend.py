@@ -44,6 +44,8 @@ class Backend:
     """One array library, as attention sees it. Dtypes go by name."""
 
     name: str
+    #: Kernels of vendors, the best first: see `anyattention.engine`.
+    engines: tuple[Any, ...] = ()
     #: Types of another library that come as guests.
     guests: tuple[type, ...] = ()
     #: `precision` values that change nothing here, since products are computed in full precision anyway.
@@ -64,6 +66,10 @@ class Backend:
 
     def register(self, kind: type) -> None:
         """Take note of a dataclass of arrays, where the library's transformations look into such."""
+
+    def platform(self, x: Array) -> str:
+        """Where calls with this array run: "cpu", "cuda", ..."""
+        return "cpu"
 
     # --- arrays and dtypes ---
 
@@ -126,8 +132,8 @@ class Backend:
 
     # --- the steps of attention ---
 
-    def run(self, function: Callable[..., Array], /, *args: Any, **kwargs: Any) -> Array:
-        """Call the implementation under whatever settings this library needs around it."""
+    def run(self, like: Array, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Call an implementation, for arrays such as `like`, under whatever settings this library needs around it."""
         return function(*args, **kwargs)
 
     def scale(self, query: Array, depth: int, dtype: str) -> Array:

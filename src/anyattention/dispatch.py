@@ -82,8 +82,9 @@ def _find(x: Any) -> Backend:
 
 
 def register(kind: type) -> None:
-    """Make a dataclass of arrays known to JAX's transformations, if JAX is in use."""
-    if "jax" in sys.modules:
+    """Make a dataclass of arrays known to JAX's transformations, if JAX is in use; torch.compile cannot trace that."""
+    torch = sys.modules.get("torch")
+    if "jax" in sys.modules and not (torch and torch.compiler.is_compiling()):
         _jax().register(kind)
 
 

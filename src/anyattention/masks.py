@@ -49,7 +49,7 @@ class Lowering:
     def position(self, axis: int, offset: int = 0) -> int:
         """Positions of queries (axis -2) or keys (-1), int32, plus an offset."""
         length = self.lengths[axis]
-        start = min(max(offset, -(2**31)), 2**31 - length)  # beyond these everything or nothing is seen
+        start = offset if abs(offset) < 2**30 else min(max(offset, -(2**31)), 2**31 - length)  # sees all or nothing
         xp = self.backend.xp
         x = xp.arange(start, start + length, dtype=xp.int32, **self.backend.beside(self.like))
         return self.add(xp.reshape(x, (length, 1) if axis == -2 else (1, length)))
@@ -155,7 +155,8 @@ class Mask:
         to = Lowering(backend, batch, lengths, like)
         expression = self.lower(to)
         full = visible(backend, expression, tuple(to.arrays))
-        return backend.xp.broadcast_to(full, (*full.shape[:-2], *lengths))
+        sizes = (length if size == 1 else size for size, length in zip(full.shape[-2:], lengths, strict=True))
+        return backend.xp.broadcast_to(full, (*full.shape[:-2], *sizes))
 
 
 @dataclass(frozen=True, eq=False, repr=False)

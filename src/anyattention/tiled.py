@@ -19,10 +19,10 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from anyattention import dtypes, masks, random
-from anyattention.attention import Dropout
 from anyattention.backend import Backend
 from anyattention.blocks import Block, Group, Pairs, cut_columns, cut_sure, tree_map
 from anyattention.partials import Partial, finish, finite, merge, of_hidden, of_weights
+from anyattention.request import Request
 
 Array = Any
 Gradients = tuple[Array, Array, Array, Array | None]
@@ -237,48 +237,26 @@ def sum_to(backend: Backend, x: Array, shape: tuple[int, ...]) -> Array:
 # --- from Flax's layout and back ---
 
 
-def attention(
-    backend: Backend,
-    dtype: str,
-    query: Array,
-    key: Array,
-    value: Array,
-    bias: Any,
-    mask: Any,
-    dropout: Dropout | None,
-    precision: Any,
-    force_fp32: bool,
-) -> Array:
-    """The output, ``[batch..., q_length, num_heads, v_depth]``; arguments as the exact implementation's.
+def attention(backend: Backend, request: Request) -> Array:
+    """The output, ``[batch..., q_length, num_heads, v_depth]``.
 
     Sums are in float32 at least; `force_fp32` returns them so.
     """
-    call, block = prepare(backend, dtype, query, key, value, bias, mask, dropout, precision)
+    call, block = prepare(backend, request)
     output = backend.differentiable(forward, backward, call, block)
-    return restore(backend, output, result_dtype(dtype, force_fp32), grouped=query.shape[-2] != key.shape[-2])
+    return restore(backend, output, result_dtype(request), grouped=_group(request) is not None)
 
 
-def vjp(
-    backend: Backend,
-    dtype: str,
-    query: Array,
-    key: Array,
-    value: Array,
-    bias: Any,
-    mask: Any,
-    dropout: Dropout | None,
-    precision: Any,
-    force_fp32: bool,
-) -> tuple[Array, Callable[[Array], Gradients]]:
+def vjp(backend: Backend, request: Request) -> tuple[Array, Callable[[Array], Gradients]]:
     """The output, and a function from its gradient to those of query, key, value and bias."""
-    call, block = prepare(backend, dtype, query, key, value, bias, mask, dropout, precision)
-    group = key.shape[-2] if query.shape[-2] != key.shape[-2] else None
+    call, block = prepare(backend, request)
+    bias, group = request.bias, _group(request)
     results = backend.compiled(forward, call, block)
 
     def pullback(doutput: Array) -> Gradients:
         doutput = heads_first(backend, backend.cast(doutput, call.dtype), results[0].ndim, group)
         *gradients, dbias = backend.compiled(backward, call, block, *results, doutput)
-        pairs = zip(gradients, (query, key, value), strict=True)
+        pairs = zip(gradients, (request.query, request.key, request.value), strict=True)
         dquery, dkey, dvalue = (_like(backend, gradient, x, group) for gradient, x in pairs)
         if dbias is not None and not hasattr(bias, "shape"):
             dbias = None  # of a scalar
@@ -286,28 +264,24 @@ def vjp(
             dbias = backend.cast(backend.xp.reshape(dbias, tuple(bias.shape)), backend.dtype_name(bias))
         return dquery, dkey, dvalue, dbias
 
-    return restore(backend, results[0], result_dtype(dtype, force_fp32), grouped=group is not None), pullback
+    return restore(backend, results[0], result_dtype(request), grouped=group is not None), pullback
 
 
-def result_dtype(dtype: str, force_fp32: bool) -> str:
+def result_dtype(request: Request) -> str:
     """The dtype of the output: the compute dtype, or float32 where a 16-bit call asks for a float32 softmax."""
-    return dtypes.promote(dtype, "float32") if force_fp32 else dtype
+    return dtypes.promote(request.dtype, "float32") if request.force_fp32 else request.dtype
 
 
-def prepare(
-    backend: Backend,
-    dtype: str,
-    query: Array,
-    key: Array,
-    value: Array,
-    bias: Any,
-    mask: Any,
-    dropout: Dropout | None,
-    precision: Any,
-) -> tuple[Call, Block]:
+def _group(request: Request) -> int | None:
+    """The number of key heads, where several query heads share one."""
+    heads, kv_heads = request.query.shape[-2], request.key.shape[-2]
+    return None if heads == kv_heads else kv_heads
+
+
+def prepare(backend: Backend, request: Request) -> tuple[Call, Block]:
     """The call as a block: heads first, all arrays of one rank, in the accumulators' dtype."""
-    xp, kv_heads = backend.xp, key.shape[-2]
-    group = kv_heads if query.shape[-2] != kv_heads else None
+    dtype, query, key, value, bias, mask, dropout, precision, _ = request
+    xp, group = backend.xp, _group(request)
     wide = dtypes.promote(dtype, "float32")
     if bias is not None:
         bias = bias if hasattr(bias, "shape") else backend.adopt(bias, query)
@@ -319,7 +293,7 @@ def prepare(
     rank = max(x.ndim for x in (query, bias, *to.arrays) if x is not None) + (group is not None)
 
     q = heads_first(backend, backend.cast(query, wide), rank, group)
-    k, v = (heads_first(backend, backend.cast(x, wide), rank, kv_heads if group else None) for x in (key, value))
+    k, v = (heads_first(backend, backend.cast(x, wide), rank, group) for x in (key, value))
     pairs = tree_map(lambda x: _pair(backend, x, rank, group), Pairs(bias, tuple(to.arrays)))
     block = Block((q,), (k, v), pairs)
     lead, (rows, columns) = block.lead, block.grown_lengths
@@ -360,12 +334,13 @@ def _ruled(mask: masks.Mask, rows: int, columns: int) -> bool:
 
 
 def _groups(mask: masks.Mask, block: Block, tile: int, most: int) -> tuple[Group, ...]:
-    """Groups of rows that see different columns, `most` at most, of whole tiles."""
+    """Groups of rows that see different columns, `most` at most, of whole tiles; `sure` at multiples of 64."""
     rows, columns = block.lengths
-    parts = _everything(block).split(max(tile, -(-rows // (most * tile)) * tile))
-    return tuple(
-        Group(part.rows, mask.key_range(*part.rows, columns), mask.sure_range(*part.rows, columns)) for part in parts
-    )
+    groups = []
+    for part in _everything(block).split(max(tile, -(-rows // (most * tile)) * tile)):
+        first, last = mask.sure_range(*part.rows, columns)
+        groups.append(Group(part.rows, mask.key_range(*part.rows, columns), (-(-first // 64) * 64, last // 64 * 64)))
+    return tuple(groups)
 
 
 def restore(backend: Backend, output: Array, dtype: str, grouped: bool) -> Array:

@@ -1,0 +1,174 @@
+"""PyTorch's own kernel as an engine: within C3 wherever it serves, and a reason wherever it does not."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+import anyattention as aa
+from anyattention import masks
+from anyattention_conformance import SMOKE, Answer, flax_answer, flax_attention, truth, within_c3
+
+NAMES = ("query", "key", "value", "bias")
+REFUSED = {  # cases of the conformance suite that the kernel cannot serve, and part of the reason
+    "q-length-0": "empty",
+    "kv-length-0": "empty",
+    "depth-0": "empty",
+    "bias-higher-rank": "axes that query and key lack",
+    "mask-higher-rank": "axes that query and key lack",
+    "heads-grown-by-bias": "axes that query and key lack",
+    "keys-grown-by-bias": "axes that query and key lack",
+    "mask-and-bias": r"finfo\.min is no mask",
+    "dropout": "dropout bits",
+    "dropout-everywhere": "dropout bits",
+}
+fused = partial(aa.dot_product_attention, implementation="fused")
+
+
+def normal(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def to_torch(x):
+    x = np.asarray(x)
+    return torch.tensor(x.astype(np.float32)).bfloat16() if x.dtype.name == "bfloat16" else torch.tensor(x)
+
+
+def to_numpy(x, like):
+    return (x.detach().float() if x.dtype == torch.bfloat16 else x.detach()).numpy().astype(like.dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("case", SMOKE, ids=lambda case: case.id)
+def test_within_c3_or_refused(case, dtype):
+    arguments = case.inputs(dtype)
+    placed = {name: to_torch(x) if isinstance(x, np.ndarray) else x for name, x in arguments.items()}
+    expected = REFUSED.get(case.id)
+    if case.id == "force-fp32" and dtype != "float32":
+        expected = "returns float32"
+    if expected:
+        with pytest.raises(NotImplementedError, match=expected):
+            fused(**placed)
+        return
+    leaves = [placed[name].requires_grad_() for name in NAMES[:3]]
+    cotangent = np.random.default_rng(1).standard_normal(flax_attention(**arguments).shape)
+    cotangent = cotangent.astype(arguments["query"].dtype)
+    flax, (exact, size) = flax_answer(arguments, cotangent), truth(arguments, dtype, cotangent)
+    output = fused(**placed)
+    gradients = torch.autograd.grad(output, leaves, to_torch(cotangent))
+    answer = Answer(to_numpy(output, flax.output), dict(zip(NAMES, gradients, strict=False)))
+    assert not within_c3(answer.output, flax.output, exact.output, size.output, dtype)
+    for name, gradient in answer.gradients.items():
+        gradient = to_numpy(gradient, flax.gradients[name])
+        problem = within_c3(gradient, flax.gradients[name], exact.gradients[name], size.gradients[name], dtype)
+        assert not problem, f"gradient of {name}: {problem}"
+
+
+# --- what the smoke cases lack ---
+
+HIDDEN = torch.rand(2, 1, 5, 7, generator=torch.Generator().manual_seed(0)) > 0.5
+HIDDEN[1, :, 2] = False
+OPTIONS = {
+    "causal": {"is_causal": True},
+    "lengths": {"mask": masks.LengthMask(torch.tensor([3, 0]))},
+    "hidden-row": {"mask": HIDDEN},
+    "hidden-row-one-head": {"mask": HIDDEN & torch.tensor([True, True, False, True])[:, None, None]},
+    "bias-scalar": {"bias": 0.5},
+    "precision": {"precision": "highest"},
+}
+
+
+@pytest.mark.parametrize(("kv_heads", "v_depth"), [(4, 8), (2, 8), (2, 3), (4, 9)])
+@pytest.mark.parametrize("batch", [(2,), (1, 2), ()], ids=str)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_equals_exact_with_its_gradients(options, batch, kv_heads, v_depth):
+    if not batch:
+        options = {name: x[0] if name == "mask" and isinstance(x, torch.Tensor) else x for name, x in options.items()}
+        if isinstance(options.get("mask"), masks.Mask):
+            options = {"mask": masks.LengthMask(torch.tensor(0))}
+    arrays = [normal(*batch, *s, dtype=torch.float64) for s in ((5, 4, 8), (7, kv_heads, 8), (7, kv_heads, v_depth))]
+    arrays = [x.requires_grad_() for x in arrays]
+    answers = []
+    for implementation in ("exact", "fused"):
+        output = aa.dot_product_attention(*arrays, **options, implementation=implementation)
+        answers.append(
+            (output.detach(), *torch.autograd.grad(output, arrays, normal(*output.shape, dtype=output.dtype)))
+        )
+    torch.testing.assert_close(answers[0], answers[1], rtol=1e-12, atol=1e-13)
+
+
+def test_queries_that_see_nothing_on_a_kernel_that_answers_nan(monkeypatch):
+    def kernel(query, key, value, attn_mask, is_causal):
+        logits = query @ key.mT / query.shape[-1] ** 0.5
+        return torch.softmax(torch.where(attn_mask, logits, -torch.inf), dim=-1) @ value
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", kernel)
+    test_equals_exact_with_its_gradients(OPTIONS["hidden-row"], (2,), 4, 8)
+
+
+def test_second_order():
+    arrays = [normal(2, n, 2, 4, dtype=torch.float64).requires_grad_() for n in (3, 5, 5)]
+    mask = HIDDEN[:, :, :3, :5] & torch.tensor([True, False, True])[:, None]
+    assert torch.autograd.gradcheck(lambda *x: fused(*x, mask=mask), arrays)
+    assert torch.autograd.gradgradcheck(lambda *x: fused(*x, mask=mask), arrays)
+
+
+def test_gradient_twice_from_one_graph_and_of_some_arguments():
+    query, key, value = (normal(2, 5, 2, 4, seed=seed) for seed in range(3))
+    query.requires_grad_()
+    output = fused(query, key, value)
+    first, second = (torch.autograd.grad(output.sum(), query, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    exact = aa.dot_product_attention(query, key, value, implementation="exact")
+    torch.testing.assert_close(first, torch.autograd.grad(exact.sum(), query)[0], rtol=1e-5, atol=1e-6)
+
+
+def test_compiles_in_one_graph():
+    x = normal(2, 5, 4, 8)
+    compiled = torch.compile(lambda x, m: fused(x, x, x, mask=m), fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x, HIDDEN[..., :5]), fused(x, x, x, mask=HIDDEN[..., :5]))
+
+
+def test_memory_layout_is_kept():
+    """Queries come and go as [batch, length, heads, depth] without a copy being made for the kernel."""
+    assert fused(*[normal(2, 5, 4, 8)] * 3).is_contiguous()
+
+
+X = normal(2, 5, 4, 8)
+REASONS = {
+    "a mask by rule": ({"mask": masks.CausalMask(1)}, "CausalMask would be expanded"),
+    "joined masks": ({"mask": masks.CausalMask() & torch.ones(5, 5)}, "Join would be expanded"),
+    "a bias with a gradient": ({"bias": torch.zeros(5, 5).requires_grad_()}, "needs a gradient"),
+    "a wide bias": ({"bias": torch.zeros(5, 5, dtype=torch.float64)}, "makes logits float64"),
+    "a complex call": ({"dtype": torch.complex64}, "no kernel for complex64"),
+    "einsums": ({"qk_attn_weights_einsum": torch.einsum, "attn_weights_value_einsum": torch.einsum}, "einsum"),
+}
+
+
+@pytest.mark.parametrize(("options", "reason"), REASONS.values(), ids=REASONS)
+def test_refuses_with_the_reason(options, reason):
+    with pytest.raises(NotImplementedError, match=reason):
+        fused(X, X, X, **options)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script(_method)?` is deprecated:DeprecationWarning")  # PyTorch's own
+def test_transformations_are_refused_and_served_otherwise():
+    with pytest.raises(NotImplementedError, match=r"torch\.func"):
+        torch.func.grad(lambda x: fused(x, x, x).sum())(X)
+    with pytest.raises(NotImplementedError, match="forward mode"):
+        torch.func.jvp(lambda x: fused(x, x, x), (X,), (X,))
+    large = normal(1, 256, 1, 4)
+    assert aa.explain(large, large, large).engine.name == "sdpa"
+    _, tangent = torch.func.jvp(lambda x: aa.dot_product_attention(x, x, x), (large,), (large,))
+    exact = torch.func.jvp(lambda x: aa.dot_product_attention(x, x, x, implementation="exact"), (large,), (large,))
+    torch.testing.assert_close(tangent, exact[1])
+
+
+@pytest.mark.parametrize("library", [np, pytest.importorskip("jax.numpy")], ids=["numpy", "jax"])
+def test_other_libraries_have_no_engine(library):
+    x = library.ones((2, 1, 4))
+    with pytest.raises(NotImplementedError, match="no engine for"):
+        fused(x, x, x)
+    with pytest.raises(NotImplementedError, match="all the weights"):
+        aa.dot_product_attention_weights(x, x, implementation="fused")
