@@ -1,5 +1,7 @@
 """PyTorch: autocast is kept out, float32 softmax is PyTorch's own, and guests in bfloat16 find a way in."""
 
+import ast
+import importlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,7 +12,7 @@ import torch
 
 from anyattention import dtypes
 from anyattention.backend import Backend
-from anyattention.blocks import Block, leaves, tree_map
+from anyattention.blocks import Block, Group, Pairs, leaves, tree_map
 from anyattention_backends.torch_sdpa import SDPA
 
 Array = Any
@@ -140,8 +142,8 @@ class TorchBackend(Backend):
         return torch.amax(x.detach(), dim=-1, keepdim=True)
 
     def exp_minus(self, x: Array, shift: Array | None) -> Array:
-        """Reason: speed. In place, unless it is to be differentiated."""
-        if x.requires_grad:
+        """Reason: speed. In place where possible."""
+        if not _is_plain(x):
             return super().exp_minus(x, shift)
         return (x if shift is None else x.sub_(shift)).exp_()
 
@@ -150,14 +152,12 @@ class TorchBackend(Backend):
         return self.exp_minus(x, None)
 
     def times_minus(self, x: Array, y: Array, shift: Array) -> Array:
-        """Reason: speed. In place, unless it is to be differentiated."""
-        if x.requires_grad or y.requires_grad:
-            return super().times_minus(x, y, shift)
-        return y.sub_(shift).mul_(x)
+        """Reason: speed. In place where possible."""
+        return y.sub_(shift).mul_(x) if _is_plain(x, y) else super().times_minus(x, y, shift)
 
     def fill(self, x: Array, visible: Array, value: float) -> Array:
-        """Reason: speed. In place, unless it is to be differentiated or is enlarged by the mask."""
-        if x.requires_grad or torch.broadcast_shapes(x.shape, visible.shape) != x.shape:
+        """Reason: speed. In place where possible, unless the mask enlarges it."""
+        if not _is_plain(x, visible) or torch.broadcast_shapes(x.shape, visible.shape) != x.shape:
             return torch.where(visible, x, value)
         return x.masked_fill_(~visible, value)
 
@@ -167,21 +167,32 @@ class TorchBackend(Backend):
 
     def surely(self, x: Any, value: bool) -> bool:
         """Reason: speed. As `inspects`."""
-        if type(x) is not torch.Tensor or not self.inspects(x):
+        if type(x) is not torch.Tensor or not self.inspects(x) or not _is_plain(x.detach()):
             return False
         return bool(x.all() if value else not x.any())
 
     def differentiable(
         self, forward: Callable[..., Any], backward: Callable[..., Any], call: Any, block: Block
     ) -> Array:
-        """Reason: speed. The backward pass is the written one; autograd would keep every tile."""
+        """Reason: speed. The backward pass is the written one; autograd would keep every tile.
+
+        Reason: speed. Compilers get one operator, not a program that grows with the number of tiles.
+        """
         arrays = leaves(block)
         numbers = iter(range(len(arrays)))
         structure = tree_map(lambda _: next(numbers), block)
+        if torch.compiler.is_compiling():
+            text = _text(forward.__module__, *_told(call, block))
+            return _tiled(arrays, float(call.fill), float(call.keep_prob), text)[0]
         return _Tiled.apply(forward, backward, call, structure, *arrays)[0]
 
 
-def _block(structure: Any, arrays: Sequence[Array]) -> Block:
+def _is_plain(*arrays: Array) -> bool:
+    """Whether the tensors may be overwritten: not to be differentiated, nor seen by a transformation."""
+    return not any(x.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(x) for x in arrays)
+
+
+def _pick(structure: Any, arrays: Sequence[Array]) -> Any:
     return tree_map(lambda index: arrays[index], structure)
 
 
@@ -190,7 +201,7 @@ class _Tiled(torch.autograd.Function):  # type: ignore[misc]
 
     @staticmethod
     def forward(forward: Any, backward: Any, call: Any, structure: Any, *arrays: Array) -> tuple[Array, ...]:
-        return forward(call, _block(structure, arrays))
+        return forward(call, _pick(structure, arrays))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Array, ...]) -> None:
@@ -202,7 +213,7 @@ class _Tiled(torch.autograd.Function):  # type: ignore[misc]
     def backward(ctx: Any, doutput: Array, *_: Any) -> tuple[Any, ...]:
         forward, backward, call = ctx.how
         results, arrays = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
-        block = _block(ctx.structure, arrays)
+        block = _pick(ctx.structure, arrays)
         if torch.is_grad_enabled():  # a second derivative may follow, through the row statistics too
             results = forward(call, block)
         gradients = backward(call, block, *results, doutput)
@@ -228,6 +239,110 @@ def _keep(key: torch.Tensor, p: float, shape: Sequence[int]) -> torch.Tensor:
 @_keep.register_fake  # type: ignore[untyped-decorator]
 def _(key: torch.Tensor, p: float, shape: Sequence[int]) -> torch.Tensor:
     return key.new_empty(shape, dtype=torch.bool)
+
+
+# --- the tiled implementation as an operator, which takes tensors and a text that says what to do with them ---
+
+
+def _told(call: Any, block: Block) -> tuple[Any, ...]:
+    """What a call knows beside its lengths, which may be symbols to a compiler, and which arrays the block has."""
+    precision = None if call.precision is None else str(call.precision)
+    bias, mask, counts, _ = block.pairs
+    present = bias is not None, len(mask), None if counts is None else tuple(x is not None for x in counts)
+    return call.dtype, call.expression, precision, present
+
+
+_text = torch.compiler.assume_constant_result(lambda *parts: repr(parts))
+
+
+def _read(arrays: Sequence[Array], fill: float, keep_prob: float, text: str) -> tuple[Any, Any, Block]:
+    """The implementation, the call and the block of an operator's arguments."""
+    module, dtype, expression, precision, present = ast.literal_eval(text)
+    has_bias, masks, has_counts = present
+    query, key, value, *rest = arrays
+    each = iter(rest)
+    bias = next(each) if has_bias else None
+    mask = tuple(next(each) for _ in range(masks))
+    counts = None if has_counts is None else tuple(next(each) if here else None for here in has_counts)
+    block = Block((query,), (key, value), Pairs(bias, mask, counts))
+    tiled = importlib.import_module(module)
+    return (
+        tiled,
+        tiled.Call(
+            backend,
+            dtype=dtype,
+            root=max(query.shape[-1], 1) ** 0.5,
+            fill=fill,
+            keep_prob=keep_prob,
+            tiles=backend.tiles(block, ruled=False),
+            bias_axes=(False, False) if bias is None else tuple(size != 1 for size in bias.shape[-2:]),
+            expression=expression,
+            groups=(Group((0, query.shape[-2]), (0, key.shape[-2])),),
+            precision=precision,
+            skip=expression is not None and backend.inspects(query),
+        ),
+        block,
+    )
+
+
+@torch.library.custom_op("anyattention::tiled", mutates_args=())  # type: ignore[untyped-decorator]
+def _tiled(arrays: Sequence[torch.Tensor], fill: float, keep_prob: float, text: str) -> list[torch.Tensor]:
+    tiled, call, block = _read(arrays, fill, keep_prob, text)
+    return list(tiled.forward(call, block))
+
+
+@torch.library.custom_op("anyattention::tiled_backward", mutates_args=())  # type: ignore[untyped-decorator]
+def _tiled_backward(
+    arrays: Sequence[torch.Tensor],
+    results: Sequence[torch.Tensor],
+    doutput: torch.Tensor,
+    fill: float,
+    keep_prob: float,
+    text: str,
+) -> list[torch.Tensor]:
+    tiled, call, block = _read(arrays, fill, keep_prob, text)
+    *gradients, dbias = tiled.backward(call, block, *results, doutput)
+    return [x.clone() for x in (*gradients, *([] if dbias is None else [dbias]))]
+
+
+def _differentiated(text: str) -> int:
+    """How many of the arrays, from the first, have gradients: query, key, value, and a bias."""
+    return 3 + ast.literal_eval(text)[-1][0]
+
+
+@_tiled.register_fake  # type: ignore[untyped-decorator]
+def _(arrays: Sequence[torch.Tensor], fill: float, keep_prob: float, text: str) -> list[torch.Tensor]:
+    query, _, value = arrays[:3]
+    return [query.new_empty((*query.shape[:-1], size)) for size in (value.shape[-1], 1, 1)]
+
+
+@_tiled_backward.register_fake  # type: ignore[untyped-decorator]
+def _(
+    arrays: Sequence[torch.Tensor],
+    results: Sequence[torch.Tensor],
+    doutput: torch.Tensor,
+    fill: float,
+    keep_prob: float,
+    text: str,
+) -> list[torch.Tensor]:
+    return [x.new_empty(x.shape, dtype=doutput.dtype) for x in arrays[: _differentiated(text)]]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Array]) -> None:
+    arrays, *ctx.rest = inputs
+    ctx.count = len(arrays)
+    ctx.save_for_backward(*arrays, *output)
+
+
+def _backward(ctx: Any, gradients: list[Array]) -> tuple[list[Array | None], None, None, None]:
+    saved = list(ctx.saved_tensors)
+    arrays, results = saved[: ctx.count], saved[ctx.count :]
+    found = _tiled_backward(arrays, results, gradients[0], *ctx.rest)
+    answer = [gradient.to(x.dtype) for gradient, x in zip(found, arrays, strict=False)]
+    return [*answer, *(None for _ in arrays[len(answer) :])], None, None, None
+
+
+_tiled.register_autograd(_backward, setup_context=_setup)
 
 
 def _max(x: Array) -> Array:

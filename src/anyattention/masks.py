@@ -134,7 +134,10 @@ class Mask:
         found: list[Array] = []
         for field in fields(self):
             x = getattr(self, field.name)
-            found += x.arrays() if isinstance(x, Mask) else [x] if hasattr(x, "shape") else []
+            if isinstance(x, Mask):
+                found += x.arrays()
+            elif not isinstance(x, int | str) and hasattr(x, "shape"):
+                found.append(x)
         return found
 
     def to_array(self, q_length: int, kv_length: int) -> Array:

@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,8 @@ from flax import linen
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import anyattention as aa
+from anyattention import masks
+from anyattention.dispatch import backend_of
 from anyattention_conformance import Case, flax_attention, within_c2, within_c3
 
 F = aa.dot_product_attention
@@ -218,3 +221,82 @@ def test_derivatives_in_float64_are_those_of_differences():
 
     assert torch.autograd.gradcheck(function, (q, bias), check_forward_ad=True)
     assert torch.autograd.gradgradcheck(function, (q, bias))
+
+
+# --- tiled: one step of autograd, one operator of a compiler ---
+
+MASK = torch.rand(2, 1, 70, 90, generator=torch.Generator().manual_seed(0)) > 0.3
+MASK[0, 0, 4] = False
+TILED = {
+    "plain": {},
+    "causal": {"is_causal": True},
+    "mask-and-bias": {"mask": MASK, "bias": torch.linspace(-1, 1, 90)},
+    "dropout": {"dropout_rng": torch.tensor([0, 3]), "dropout_rate": 0.2},
+    "rules": {"mask": masks.LengthMask(torch.tensor([3, 0])) & masks.LocalMask(5, 60)},
+}
+tiled = partial(F, implementation="tiled")
+
+
+def grouped(dtype=torch.float32):
+    generator = torch.Generator().manual_seed(1)
+    shapes = (2, 70, 4, 8), (2, 90, 2, 8), (2, 90, 2, 5)
+    return [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for shape in shapes]
+
+
+@from_torch_itself
+@pytest.mark.parametrize(("backend", "dynamic"), [("eager", False), ("eager", True), ("inductor", False)])
+@pytest.mark.parametrize("options", TILED.values(), ids=TILED)
+def test_tiled_compiles_in_one_graph_with_its_gradient(options, backend, dynamic):
+    if backend == "inductor" and options is not TILED["dropout"]:
+        pytest.skip("compiles for seconds, and sees one operator in each case")
+
+    def call(*arrays):
+        return tiled(*arrays, **options)
+
+    arrays = grouped()
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, backend=backend, dynamic=dynamic)(*arrays)
+    answers = [(x, *torch.autograd.grad((x**2).sum(), arrays)) for x in (compiled, call(*arrays))]
+    torch.testing.assert_close(*answers, rtol=1e-5, atol=1e-6)
+
+
+def test_a_compiled_program_does_not_grow_with_the_number_of_tiles():
+    sizes = []
+
+    def count(graph, _):
+        sizes.append(len(graph.graph.nodes))
+        return graph
+
+    for length in (64, 4096):
+        torch._dynamo.reset()
+        x = torch.zeros(1, length, 1, 4)
+        torch.compile(lambda x: tiled(x, x, x, is_causal=True), fullgraph=True, backend=count)(x)
+    assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"mask": MASK[..., :6, :7]}, {"is_causal": True}], ids=["plain", "mask", "rule"]
+)
+def test_tiled_second_order(options, monkeypatch):
+    monkeypatch.setattr(type(backend_of(Q)), "tiles", lambda self, block, ruled: (2, 3))
+    query, key, value = (x.detach()[..., :2, :3] for x in grouped(torch.float64))
+    arrays = [x.requires_grad_() for x in (query[:, :6], key[:, :7], value[:, :7])]
+    assert torch.autograd.gradcheck(lambda *x: tiled(*x, **options), arrays)
+    assert torch.autograd.gradgradcheck(lambda *x: tiled(*x, **options), arrays)
+
+
+@from_torch_itself
+def test_tiled_under_torch_func():
+    arrays = [x.detach() for x in grouped(torch.float64)]
+
+    def loss(*arrays, implementation="tiled"):
+        return (F(*arrays, mask=MASK[0], implementation=implementation) ** 2).sum()
+
+    exact = partial(loss, implementation="exact")
+    for transform in (
+        lambda f: torch.func.grad(f, (0, 1, 2))(*(x[:1] for x in arrays)),
+        lambda f: torch.func.vmap(torch.func.grad(f, (0, 1, 2)))(*arrays),
+        lambda f: torch.func.vmap(torch.func.grad(f, (0, 2)), (0, None, 0))(arrays[0], arrays[1][0], arrays[2]),
+        lambda f: torch.func.grad(lambda q: torch.func.grad(f)(q, *(x[:1] for x in arrays[1:])).sum())(arrays[0][:1]),
+    ):
+        torch.testing.assert_close(transform(loss), transform(exact), rtol=1e-9, atol=1e-11)
