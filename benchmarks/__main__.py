@@ -18,6 +18,14 @@ from benchmarks.cases import CASES, CONTESTANTS
 HERE = Path(__file__).parent
 
 
+def processor() -> str:
+    """The kind of processor."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
 def peak_gflops() -> float:
     """Of the machine's matrix product in float32."""
     x = np.ones((2048, 2048), np.float32)
@@ -112,7 +120,7 @@ def main() -> None:
     options.output.mkdir(exist_ok=True)
     today = date.today().isoformat()
     versions = {name: __import__(name).__version__ for name in ("numpy", "jax", "flax", "torch")}
-    machine = f"{platform.machine()}, {os.cpu_count()} cores"
+    machine = f"{processor()}, {os.cpu_count()} cores"
     record = {"date": today, "machine": machine, "peak_gflops": peak, "versions": versions, "results": results}
     (options.output / f"{today}.json").write_text(json.dumps(record, indent=1) + "\n")
     if not options.only:

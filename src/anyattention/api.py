@@ -367,7 +367,7 @@ def _dropout(backend: Backend, broadcast: bool, key: Any, rate: Any, determinist
     """The dropout to apply, or None; checked only where it is active, since Flax's modules always pass a rate."""
     if deterministic or rate == 0.0:
         return None
-    if not isinstance(rate, int | float) and getattr(rate, "shape", ()):
+    if not isinstance(rate, int | float) and hasattr(rate, "shape") and rate.shape:
         rate = rate.reshape(())  # of one element, or the comparison above would have raised
     if not 0.0 <= rate < 1.0:
         raise ValueError(f"dropout_rate must be in [0, 1), got {rate}; deterministic=True switches dropout off")
