@@ -124,6 +124,15 @@ class NumPyBackend(Backend):
         """Reason: speed."""
         return x.swapaxes(-1, -2)
 
+    def logits(self, query: Array, key: Array, precision: Any, precise: bool) -> Array:
+        """Reason: bits. BLAS sums one term after the other, and loses twice what XLA does: large sums are float64."""
+        if not precise:
+            return super().logits(query, key, precision, precise)
+        wide = self.matmul(query.astype(np.float64), self.transpose(key).astype(np.float64), scratch="wide")
+        logits = _scratch.array("logits", wide.shape, query.dtype)
+        np.copyto(logits, wide, casting="same_kind")
+        return logits
+
     def row_sum(self, x: Array) -> Array:
         """Reason: speed. A product with ones sums at the rate of memory."""
         return np.matmul(x, np.ones((x.shape[-1], 1), x.dtype))

@@ -6,7 +6,7 @@ The BLAS limit is of the process, so it is taken once for all calls that overlap
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,8 +30,10 @@ class _Guard:
             if not self.calls:
                 self.controller = self.controller or ThreadpoolController().select(user_api="blas")
                 threads = max((library.get_num_threads() for library in self.controller.lib_controllers), default=1)
-                self.workers = min(threads, len(os.sched_getaffinity(0)))
+                self.workers = min(threads, _cores())
+                self.disown()
                 self.limit = self.controller.limit(limits=1)
+                self.disown()
             self.calls += 1
             if self.pool is None:
                 self.pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="anyattention")
@@ -41,7 +43,19 @@ class _Guard:
             with self.lock:
                 self.calls -= 1
                 if not self.calls:
+                    self.disown()
                     self.limit.restore_original_limits()
+                    self.disown()
+
+    def disown(self) -> None:
+        """The limit is set by one thread and given back by another, where threadpoolctl lets one thread own it."""
+        for library in self.controller.lib_controllers:
+            getattr(library, "clear_controlling_thread", lambda force: None)(force=True)
+
+
+def _cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 _guard = _Guard()
@@ -54,25 +68,36 @@ def for_each(work: Callable[[Any], None], items: Sequence[Any]) -> None:
         lock = threading.Lock()
 
         def run() -> None:
+            nonlocal remaining
             while True:
                 with lock:
                     item = next(remaining, None)
                 if item is None:
                     return
-                work(item)
+                try:
+                    work(item)
+                except BaseException:
+                    with lock:
+                        remaining = iter(())
+                    raise
 
         futures = [pool.submit(run) for _ in range(min(workers, len(items)) - 1)]
-        run()
+        try:
+            run()
+        finally:
+            futures = [future for future in futures if not future.cancel()]
+            wait(futures)
         for future in futures:
             future.result()
 
 
 def _after_fork() -> None:
     """In a forked child no worker is left: start anew, with the limits that BLAS had."""
-    limit = _guard.limit if _guard.calls else None
+    if _guard.calls:
+        _guard.disown()
+        _guard.limit.restore_original_limits()
+        _guard.disown()
     _guard.__init__()  # type: ignore[misc]
-    if limit is not None:
-        limit.restore_original_limits()
 
 
 if hasattr(os, "register_at_fork"):

@@ -131,11 +131,18 @@ class TorchBackend(Backend):
 
     def tiles(self, block: Block, ruled: bool) -> tuple[int, int]:
         """Reason: speed. All heads at once, so that their keep bits are drawn once, in a few megabytes."""
-        return max(64, min(512, 2**22 // (512 * max(math.prod(block.lead), 1)))), 512
+        most = 512 if block.pairs.counts is None else 256  # bits are drawn in int64
+        return max(64, min(most, 2**22 // (512 * max(math.prod(block.lead), 1)))), 512
 
     def transpose(self, x: Array) -> Array:
         """Reason: speed."""
         return x.mT
+
+    def logits(self, query: Array, key: Array, precision: Any, precise: bool) -> Array:
+        """Reason: bits. BLAS sums one term after the other, and loses twice what XLA does: large sums are float64."""
+        if not precise:
+            return super().logits(query, key, precision, precise)
+        return torch.matmul(query.double(), key.double().mT).to(query.dtype)
 
     def row_max(self, x: Array) -> Array:
         """Reason: speed. The weights do not depend on what is subtracted, so no derivative of it is needed."""
@@ -249,7 +256,7 @@ def _told(call: Any, block: Block) -> tuple[Any, ...]:
     precision = None if call.precision is None else str(call.precision)
     bias, mask, counts, _ = block.pairs
     present = bias is not None, len(mask), None if counts is None else tuple(x is not None for x in counts)
-    return call.dtype, call.expression, precision, present
+    return call.dtype, call.precise, call.expression, precision, present
 
 
 _text = torch.compiler.assume_constant_result(lambda *parts: repr(parts))
@@ -257,7 +264,7 @@ _text = torch.compiler.assume_constant_result(lambda *parts: repr(parts))
 
 def _read(arrays: Sequence[Array], fill: float, keep_prob: float, text: str) -> tuple[Any, Any, Block]:
     """The implementation, the call and the block of an operator's arguments."""
-    module, dtype, expression, precision, present = ast.literal_eval(text)
+    module, dtype, precise, expression, precision, present = ast.literal_eval(text)
     has_bias, masks, has_counts = present
     query, key, value, *rest = arrays
     each = iter(rest)
@@ -266,23 +273,21 @@ def _read(arrays: Sequence[Array], fill: float, keep_prob: float, text: str) -> 
     counts = None if has_counts is None else tuple(next(each) if here else None for here in has_counts)
     block = Block((query,), (key, value), Pairs(bias, mask, counts))
     tiled = importlib.import_module(module)
-    return (
-        tiled,
-        tiled.Call(
-            backend,
-            dtype=dtype,
-            root=max(query.shape[-1], 1) ** 0.5,
-            fill=fill,
-            keep_prob=keep_prob,
-            tiles=backend.tiles(block, ruled=False),
-            bias_axes=(False, False) if bias is None else tuple(size != 1 for size in bias.shape[-2:]),
-            expression=expression,
-            groups=(Group((0, query.shape[-2]), (0, key.shape[-2])),),
-            precision=precision,
-            skip=expression is not None and backend.inspects(query),
-        ),
-        block,
+    call = tiled.Call(
+        backend,
+        dtype=dtype,
+        root=max(query.shape[-1], 1) ** 0.5,
+        fill=fill,
+        keep_prob=keep_prob,
+        tiles=backend.tiles(block, ruled=False),
+        bias_axes=(False, False) if bias is None else tuple(size != 1 for size in bias.shape[-2:]),
+        expression=expression,
+        groups=(Group((0, query.shape[-2]), (0, key.shape[-2])),),
+        precision=precision,
+        precise=precise,
+        skip=expression is not None and backend.inspects(query),
     )
+    return tiled, call, block
 
 
 @torch.library.custom_op("anyattention::tiled", mutates_args=())  # type: ignore[untyped-decorator]

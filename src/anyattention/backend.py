@@ -4,6 +4,7 @@
 or because it lacks a function, has a module in ``anyattention_backends`` that overrides the method and says why.
 """
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -232,6 +233,10 @@ class Backend:
         """The last two axes swapped."""
         return self.permute(x, (-1, -2))
 
+    def logits(self, query: Array, key: Array, precision: Any, precise: bool) -> Array:
+        """The product of each query with each key, to be overwritten by the next; `precise` asks for better sums."""
+        return self.matmul(query, self.transpose(key), precision, scratch="logits")
+
     def row_max(self, x: Array) -> Array:
         return self.xp.max(x, axis=-1, keepdims=True)
 
@@ -299,10 +304,12 @@ class Backend:
 
         `like` are arrays with the lead axes that the results have.
         """
-        parts = [part for group in groups for part in group.split(tiles[0])]
-        results = [function(part, cut_group(block, part)) for part in parts]
-        rows, sums = zip(*results, strict=True)
-        return self.join_rows(rows), tree_map(lambda *x: sum(x[1:], x[0]), *sums)
+        rows, total = [], None
+        for part in (part for group in groups for part in group.split(tiles[0])):
+            row, sums = function(part, cut_group(block, part))
+            rows.append(row)
+            total = sums if total is None else tree_map(operator.add, total, sums)
+        return self.join_rows(rows), total
 
     def scan_columns(
         self, step: Callable[[Any, Block], tuple[Any, Any]], state: Any, block: Block, tiles: tuple[int, int]

@@ -26,7 +26,7 @@ from anyattention.request import Request
 
 Array = Any
 Gradients = tuple[Array, Array, Array, Array | None]
-BOUND = 30.0  # exp(30) is 1e13: sums over any length, times values, stay in the range of float32
+BOUND = 20.0  # exp(20) is 5e8: sums over any length, times values, stay in the range of float32
 
 
 class Call(NamedTuple):
@@ -42,6 +42,7 @@ class Call(NamedTuple):
     expression: masks.Expression | None = None  # the mask, over the arrays in `Pairs.mask`
     groups: tuple[Group, ...] = ()
     precision: Any = None
+    precise: bool = False  # sum logits in float64, which float32 needs where they are large
     # Shortcuts, which are right where every row sees a key: see `_sound`.
     skip: bool = False  # leave out what is hidden
     bounded: bool = False  # take exp of logits as they are
@@ -56,7 +57,7 @@ def forward(call: Call, block: Block) -> tuple[Array, Array, Array]:
         shape = (*block.lead, block.lengths[0])
         sizes = (block.columns[1].shape[-1], 1, 1)
         return tuple(call.backend.zeros((*shape, size), block.rows[0]) for size in sizes)
-    call = call._replace(bounded=_bounded(call, block))
+    call = _inspected(call, block)
     like = (block.rows[0],) * 3, ()
     return call.backend.map_rows(partial(attend, call), block, call.groups, call.tiles, like)[0]
 
@@ -118,7 +119,7 @@ def tile_weights(call: Call, tile: Block, visible: Array | None) -> tuple[Array 
 def tile_logits(call: Call, tile: Block) -> Array:
     """The logits of a tile, ``[lead..., rows, columns]``, before the mask."""
     backend, bias = call.backend, tile.pairs.bias
-    logits = backend.matmul(tile.rows[0], backend.transpose(tile.columns[0]), call.precision, scratch="logits")
+    logits = backend.logits(tile.rows[0], tile.columns[0], call.precision, call.precise)
     return logits if bias is None else logits + backend.cast(bias, call.dtype)
 
 
@@ -140,16 +141,18 @@ def _sees(call: Call, base: Array) -> bool:
     return call.backend.surely(base > call.fill + 800.0, True)  # exp(-800) is zero in float64 too
 
 
-def _bounded(call: Call, block: Block) -> bool:
-    """Whether no logit is larger than `BOUND`, by Cauchy and Schwarz; False where it cannot be known, or for few rows.
+def _inspected(call: Call, block: Block) -> Call:
+    """The call with what is known of its logits by Cauchy and Schwarz, a bias apart.
 
-    Then exp is far from overflow and underflow, and neither a maximum nor a correction is needed.
+    Those that are small need no maximum, since exp is far from overflow and underflow, and lose less than Flax's in
+    a sum in float32.
     """
     backend, query, key = call.backend, block.rows[0], block.columns[0]
-    if block.pairs.bias is not None or block.lengths[0] < 32 or not backend.inspects(query):
-        return False
+    if not backend.inspects(query):
+        return call
     largest = (backend.xp.max(backend.xp.vecdot(x, x)) for x in (query, key))
-    return backend.surely(math.prod(largest) <= (BOUND * call.root) ** 2, True)
+    small = backend.surely(math.prod(largest) <= (BOUND * call.root) ** 2, True)
+    return call._replace(bounded=small and block.pairs.bias is None, precise=call.precise and not small)
 
 
 # --- backward ---
@@ -160,7 +163,7 @@ def backward(call: Call, block: Block, output: Array, base: Array, total: Array,
     backend, bias = call.backend, block.pairs.bias
     if block.empty:
         return tree_map(backend.xp.zeros_like, (block.rows[0], *block.columns, bias))
-    call = call._replace(skip=call.skip and _sees(call, base))
+    call = _inspected(call, block)._replace(skip=call.skip and _sees(call, base), bounded=False)
     statistics = None if backend.surely(base == 0.0, True) else base, total
     whole = Block((block.rows[0], doutput, output), block.columns, block.pairs._replace(statistics=statistics))
     by_row = call.bias_axes[0]
@@ -318,6 +321,7 @@ def prepare(backend: Backend, request: Request) -> tuple[Call, Block]:
         expression=expression,
         groups=_groups(mask, block, tiles[0], backend.most_groups) if ruled else (_everything(block),),
         precision=precision,
+        precise=dtype == "float32",
         skip=expression is not None and backend.inspects(query),
     ), block
 
