@@ -95,6 +95,9 @@ def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
             axis.loglog([length for length, _ in points], [of(x) for _, x in points], style, label=name)
     for axis, title in zip(axes, ("milliseconds", "peak memory of the first call, MiB"), strict=True):
         axis.set(xlabel="length (1 x length x 8 x 64, float32)", title=title)
+        lengths = [case.q_length for case in CASES if case.name.startswith("length")]
+        axis.set_xticks(lengths, [str(length) for length in lengths])
+        axis.minorticks_off()
     axes[0].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)

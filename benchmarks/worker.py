@@ -5,6 +5,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -161,9 +162,14 @@ def to_numpy(x: Any) -> np.ndarray:
 def measure(case: Case, framework: str, what: str) -> dict[str, Any]:
     """The figures of one case: seconds of the fastest call, the error, the growth of the peak of memory."""
     arrays, lengths = inputs(case)
-    call = {"numpy": numpy_call, "jax": jax_call, "torch": torch_call}[framework](case, what, arrays, lengths)
+    maker = {"numpy": numpy_call, "jax": jax_call, "torch": torch_call}[framework]
+    call = maker(case, what, arrays, lengths)
     if call is None:
         return {}
+    small = replace(case, batch=1, q_length=min(case.q_length, 8), kv_length=8)
+    warm = maker(small, what, *inputs(small))
+    if warm is not None:
+        warm()  # loads code
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     result = to_numpy(call())
     figures: dict[str, Any] = {"peak_mib": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024}

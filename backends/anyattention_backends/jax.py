@@ -150,6 +150,10 @@ class JAXBackend(Backend):
         """Reason: speed. The weights do not depend on what is subtracted, so no derivative of it is needed."""
         return jax.lax.stop_gradient(jnp.max(x, axis=-1, keepdims=True))
 
+    def column_sum(self, x: Array) -> Array:
+        """Reason: speed. XLA sums rows one after the other, but products with several threads."""
+        return jnp.matmul(jnp.ones((1, x.shape[-2]), x.dtype), x)
+
     def fill(self, x: Array, visible: Array, value: float) -> Array:
         """Reason: bits. ``jnp.where`` with a fill of the logits' dtype."""
         return jnp.where(visible, x, np.asarray(value).astype(x.dtype))

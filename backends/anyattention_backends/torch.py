@@ -131,8 +131,9 @@ class TorchBackend(Backend):
 
     def tiles(self, block: Block, ruled: bool) -> tuple[int, int]:
         """Reason: speed. All heads at once, so that their keep bits are drawn once, in a few megabytes."""
-        most = 512 if block.pairs.counts is None else 256  # bits are drawn in int64
-        return max(64, min(most, 2**22 // (512 * max(math.prod(block.lead), 1)))), 512
+        heads = max(math.prod(block.lead), 1)
+        most = 512 if block.pairs.counts is None or heads > 4 else 256  # bits are drawn in int64
+        return max(64, min(most, 2**22 // (512 * heads))), 512
 
     def transpose(self, x: Array) -> Array:
         """Reason: speed."""
@@ -189,7 +190,7 @@ class TorchBackend(Backend):
         numbers = iter(range(len(arrays)))
         structure = tree_map(lambda _: next(numbers), block)
         if torch.compiler.is_compiling():
-            text = _text(forward.__module__, *_told(call, block))
+            text = _write((forward.__module__, *_told(call, block)))
             return _tiled(arrays, float(call.fill), float(call.keep_prob), text)[0]
         return _Tiled.apply(forward, backward, call, structure, *arrays)[0]
 
@@ -259,7 +260,11 @@ def _told(call: Any, block: Block) -> tuple[Any, ...]:
     return call.dtype, call.precise, call.expression, precision, present
 
 
-_text = torch.compiler.assume_constant_result(lambda *parts: repr(parts))
+def _write(x: Any) -> str:
+    """``repr`` of nested tuples, as compilers can trace it."""
+    if isinstance(x, tuple):
+        return "(" + "".join([_write(part) + "," for part in x]) + ")"
+    return "'" + x + "'" if isinstance(x, str) else str(x)
 
 
 def _read(arrays: Sequence[Array], fill: float, keep_prob: float, text: str) -> tuple[Any, Any, Block]:

@@ -300,3 +300,10 @@ def test_tiled_under_torch_func():
         lambda f: torch.func.grad(lambda q: torch.func.grad(f)(q, *(x[:1] for x in arrays[1:])).sum())(arrays[0][:1]),
     ):
         torch.testing.assert_close(transform(loss), transform(exact), rtol=1e-9, atol=1e-11)
+
+
+def test_use_does_not_load_the_compiler():
+    """It takes a second and a half, and 80 MiB."""
+    code = "import sys, torch; from anyattention import dot_product_attention as f; x = torch.ones(2, 1, 4)"
+    code += "; f(x, x, x); f(x, x, x, implementation='tiled'); assert 'torch._dynamo' not in sys.modules"
+    run_afresh(code, timeout=60)
