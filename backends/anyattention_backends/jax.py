@@ -144,7 +144,7 @@ class JAXBackend(Backend):
         rows, columns = block.lengths
         columns = min(columns, max(8192, 2**20 // max(rows, 1)))
         together = 1 if _maps_lead() else -(-math.prod(block.lead) // jax.device_count())
-        return max(16 if together > 1 else 64, min(512, 2**20 // max(columns * together, 1))), columns
+        return max(16 if together > 1 else 256, min(512, 2**20 // max(columns * together, 1))), columns
 
     def row_max(self, x: Array) -> Array:
         """Reason: speed. The weights do not depend on what is subtracted, so no derivative of it is needed."""
