@@ -230,6 +230,10 @@ class _Tiled(torch.autograd.Function):  # type: ignore[misc]
         return (None, None, None, None, *(by_index.get(index) for index in range(len(arrays))))
 
     @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError("implementation='tiled' has no forward mode on PyTorch: pass 'exact'")
+
+    @staticmethod
     def vmap(
         info: Any, in_dims: Any, forward: Any, backward: Any, call: Any, structure: Any, *arrays: Array
     ) -> tuple[Any, Any]:

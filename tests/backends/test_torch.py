@@ -302,6 +302,12 @@ def test_tiled_under_torch_func():
         torch.testing.assert_close(transform(loss), transform(exact), rtol=1e-9, atol=1e-11)
 
 
+@from_torch_itself
+def test_tiled_in_forward_mode_says_what_to_do():
+    with pytest.raises(NotImplementedError, match="pass 'exact'"):
+        torch.func.jvp(lambda x: tiled(x, x, x), (Q,), (Q,))
+
+
 def test_use_does_not_load_the_compiler():
     """It takes a second and a half, and 80 MiB."""
     code = "import sys, torch; from anyattention import dot_product_attention as f; x = torch.ones(2, 1, 4)"
