@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = {  # module: what it may import of the package
     "__init__": {"api", "errors", "masks", "plan", "random"},
-    "api": {"attention", "backend", "dispatch", "engine", "errors", "masks", "plan", "request", "tiled"},
+    "api": {"attention", "backend", "dispatch", "engine", "errors", "layout", "masks", "plan", "request"},
     "attention": {"backend", "request"},
     "backend": {"blocks", "dtypes", "random"},
     "blocks": set(),
@@ -18,12 +18,13 @@ LAYERS = {  # module: what it may import of the package
     "dtypes": set(),
     "engine": {"backend", "request"},
     "errors": set(),
+    "layout": {"backend", "blocks", "dtypes", "masks", "random", "request", "tiled"},
     "masks": {"backend", "dispatch", "dtypes", "errors"},
     "partials": {"backend"},
     "plan": set(),
     "random": {"dtypes"},
     "request": set(),
-    "tiled": {"backend", "blocks", "dtypes", "masks", "partials", "random", "request"},
+    "tiled": {"backend", "blocks", "masks", "partials", "random"},
 }
 BELOW = {"backend", "blocks", "dtypes", "engine", "masks", "request"}  # what backends may import
 PARTS = {  # modules that are part of a backend

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 from anyattention import attention as exact
-from anyattention import dispatch, tiled
+from anyattention import dispatch, layout
 from anyattention.backend import Backend
 from anyattention.engine import Engine
 from anyattention.errors import ShapeError
@@ -89,7 +89,7 @@ def dot_product_attention(
         einsum=einsum_dot_general or qk_attn_weights_einsum,
     )
     if plan.implementation == "tiled":
-        return backend.run(request.query, tiled.attention, backend, request)
+        return backend.run(request.query, layout.attention, backend, request)
     if plan.implementation == "fused":
         return backend.run(request.query, plan.engine.attention, request, partial(_again, backend, request))
     einsum = _einsum(backend, precision, einsum_dot_general)
@@ -189,7 +189,7 @@ def dot_product_attention_vjp(
         *(broadcast_dropout, dropout_rng, dropout_rate, deterministic),
         *(precision, force_fp32_for_softmax),
     )
-    output, pullback = backend.run(request.query, tiled.vjp, backend, request)
+    output, pullback = backend.run(request.query, layout.vjp, backend, request)
     return output, partial(backend.run, request.query, pullback)
 
 
@@ -318,7 +318,7 @@ def _not_tiled(backend: Backend, request: Request) -> list[str]:
 
 def _again(backend: Backend, request: Request, query: Array, key: Array, value: Array) -> Array:
     """The same without an engine."""
-    return tiled.attention(backend, request._replace(query=query, key=key, value=value))
+    return layout.attention(backend, request._replace(query=query, key=key, value=value))
 
 
 def _check_einsum(precision: Any, einsum_dot_general: Any, einsum: Any) -> None:

@@ -64,6 +64,12 @@ class Block(NamedTuple):
         return rows, columns
 
 
+def everything(block: Block) -> Group:
+    """All rows in one group."""
+    rows, columns = block.lengths
+    return Group((0, rows), (0, columns))
+
+
 def tree_map(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
     """The tree of nested tuples with the function applied to its arrays; None stays."""
     if tree is None:
