@@ -7,7 +7,7 @@ import pytest
 from flax import linen
 
 from anyattention import dot_product_attention
-from anyattention_conformance import SMOKE, flax_attention, within_c2
+from anyattention_conformance import FORMS, flax_attention, within_c2
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -19,7 +19,7 @@ def assert_same_bits(actual, expected):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", SMOKE, ids=lambda case: case.id)
+@pytest.mark.parametrize("case", FORMS, ids=lambda case: case.id)
 def test_matches_flax(library, case, dtype):
     arguments = case.inputs(dtype)
     expected = flax_attention(**arguments)
@@ -32,7 +32,7 @@ def test_matches_flax(library, case, dtype):
         assert not within_c2(actual, expected, arguments, dtype)
 
 
-@pytest.mark.parametrize("case", [case for case in SMOKE if case.bias], ids=lambda case: case.id)
+@pytest.mark.parametrize("case", [case for case in FORMS if case.bias], ids=lambda case: case.id)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_bias_wider_than_the_arrays(library, case, dtype):
     arguments = case.inputs(dtype, bias_dtype="float32")
@@ -42,7 +42,7 @@ def test_bias_wider_than_the_arrays(library, case, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", SMOKE, ids=lambda case: case.id)
+@pytest.mark.parametrize("case", FORMS, ids=lambda case: case.id)
 def test_jit_and_gradients_have_the_bits_of_flax(case, dtype):
     arguments = case.inputs(dtype)
     arrays = [name for name, x in arguments.items() if isinstance(x, np.ndarray) and x.dtype.kind not in "bu"]
@@ -59,7 +59,7 @@ def test_jit_and_gradients_have_the_bits_of_flax(case, dtype):
     jax.tree.map(assert_same_bits, ours, flax)
 
 
-@pytest.mark.parametrize("case", SMOKE, ids=lambda case: case.id)
+@pytest.mark.parametrize("case", FORMS, ids=lambda case: case.id)
 def test_traced_program_has_the_operations_of_flax(case):
     arguments = case.inputs("bfloat16", bias_dtype="float32")
 

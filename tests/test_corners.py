@@ -12,10 +12,10 @@ import torch
 from flax import linen
 
 import anyattention as aa
-from anyattention_conformance import SMOKE, Case, flax_attention, within_c2, within_c3
+from anyattention_conformance import FORMS, Case, flax_attention, within_c2, within_c3
 
 BF16 = ml_dtypes.bfloat16
-CASES = {case.id: case for case in SMOKE}
+CASES = {case.id: case for case in FORMS}
 KEY = np.asarray([0, 7], dtype=np.uint32)
 QUERY, KEYS = np.ones((1, 1, 1), np.float32), np.arange(3, dtype=np.float32).reshape(3, 1, 1)
 VALUES = np.asarray([1.0, 10.0, 100.0], np.float32).reshape(3, 1, 1)
@@ -250,7 +250,7 @@ GROWTH = [  # (query, key), bias or mask, shape of the weights
     ids=str,
 )
 def test_growth(library, shapes, shape, weights, kind):
-    arguments = Case("growth", *shapes, v_depth=6, **{kind: shape}).inputs()
+    arguments = Case("growth", "growth", *shapes, v_depth=6, **{kind: shape}).inputs()
     assert agree(library, arguments).shape == (*weights[:-3], weights[-2], weights[-3], 6)
     del arguments["value"]
     assert aa.dot_product_attention_weights(**library.put_all(arguments)).shape == weights
@@ -276,7 +276,7 @@ def test_growth(library, shapes, shape, weights, kind):
     ids=["plain", "mask and dropout"],
 )
 def test_empty(library, query, key, v_depth, dtype, options):
-    actual = agree(library, Case("empty", query, key, v_depth, **options).inputs(dtype))
+    actual = agree(library, Case("empty", "lengths", query, key, v_depth, **options).inputs(dtype))
     assert key[-3] or not actual.any()
 
 
@@ -603,7 +603,7 @@ def test_axes_are_length_heads_depth(library, random):
 
 @pytest.mark.parametrize("dtype", ["int32", "bool", "float64"])
 def test_no_warnings(library, dtype):
-    for case in SMOKE[:: 4 if library.name == "jax" else 1]:  # there test_attention.py runs them all
+    for case in FORMS[:: 4 if library.name == "jax" else 1]:  # there test_attention.py runs them all
         arguments = case.inputs()
         arguments |= {name: (arguments[name] * 3).astype(dtype) for name in NAMES[:3]}
         if "bias" in arguments:

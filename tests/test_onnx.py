@@ -8,7 +8,7 @@ import onnxruntime
 import pytest
 
 import anyattention as aa
-from anyattention_conformance import SMOKE, flax_attention, within_c2
+from anyattention_conformance import FORMS, flax_attention, within_c2
 
 # The axes whose sizes must be known when the model is traced, by the ids of the cases; what happens otherwise; why.
 FAILS = onnxruntime.capi.onnxruntime_pybind11_state.Fail
@@ -90,7 +90,7 @@ def longer(case):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("case", SMOKE, ids=lambda case: case.id)
+@pytest.mark.parametrize("case", FORMS, ids=lambda case: case.id)
 def test_model_matches_flax(case, dtype):
     known, *_ = KNOWN.get(case.id, ((),))
     run = export(case.inputs(dtype), known)
@@ -99,7 +99,7 @@ def test_model_matches_flax(case, dtype):
         assert not within_c2(run(arguments), flax_attention(**arguments), arguments, dtype)
 
 
-@pytest.mark.parametrize("case", [case for case in SMOKE if case.id in KNOWN], ids=lambda case: case.id)
+@pytest.mark.parametrize("case", [case for case in FORMS if case.id in KNOWN], ids=lambda case: case.id)
 def test_no_size_is_known_without_need(case):
     arguments = case.inputs()
     known, error, _ = KNOWN[case.id]
@@ -151,7 +151,7 @@ def test_known_sizes_stay_known():
 EAGER = {"bias", "mask", "mask-float", "mask-and-bias", "keys-grown-by-bias", "kv-length-0"}
 
 
-@pytest.mark.parametrize("case", [case for case in SMOKE if case.id in EAGER], ids=lambda case: case.id)
+@pytest.mark.parametrize("case", [case for case in FORMS if case.id in EAGER], ids=lambda case: case.id)
 def test_arrays_with_values_beside_numpy_guests(case):
     arguments = case.inputs()
     arrays = {name: ndx.asarray(arguments[name]) for name in ("query", "key", "value")}

@@ -8,7 +8,7 @@ import pytest
 
 import anyattention as aa
 from anyattention.backend import Backend
-from anyattention_conformance import SMOKE, flax_answer, flax_attention, truth, within_c2, within_c3
+from anyattention_conformance import FORMS, flax_answer, flax_attention, truth, within_c2, within_c3
 
 
 @pytest.fixture(params=["array_api_strict", "dask.array", "mlx.core"])
@@ -34,7 +34,7 @@ def put_all(xp, arguments):
 
 # A row without a finite logit is NaN, as in Flax; strict and Dask hand on the warning of the NumPy beneath them.
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
-@pytest.mark.parametrize("case", SMOKE, ids=lambda case: case.id)
+@pytest.mark.parametrize("case", FORMS, ids=lambda case: case.id)
 def test_matches_flax(xp, case):
     arguments = case.inputs()
     arrays = put_all(xp, arguments)
@@ -44,7 +44,7 @@ def test_matches_flax(xp, case):
 
 
 @pytest.mark.filterwarnings("ignore:(invalid value|divide by zero):RuntimeWarning")
-@pytest.mark.parametrize("case", SMOKE, ids=lambda case: case.id)
+@pytest.mark.parametrize("case", FORMS, ids=lambda case: case.id)
 def test_tiled_and_its_gradients(xp, case, monkeypatch):
     monkeypatch.setattr(Backend, "tiles", lambda self, block, ruled: (16, 16) if case.id == "large-logits" else (2, 3))
     arguments = case.inputs()

@@ -11,7 +11,7 @@ import torch
 
 import anyattention as aa
 from anyattention.dispatch import backend_of
-from anyattention_conformance import SMOKE, Answer, flax_answer, flax_attention, truth, within_c3
+from anyattention_conformance import FORMS, Answer, flax_answer, flax_attention, truth, within_c3
 
 NAMES = ("query", "key", "value", "bias")
 # In queries and keys, where the cases have 3 and 5: ragged at both ends. Each size is a compilation on JAX.
@@ -74,7 +74,7 @@ def check(answer, flax, exact, size, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("case", SMOKE, ids=lambda case: case.id)
+@pytest.mark.parametrize("case", FORMS, ids=lambda case: case.id)
 def test_output_and_gradients(library, use_tiles, case, dtype):
     arguments, cotangent, *answers = case_answers(case, dtype)
     for size in TILES[library.name] if case.id != "large-logits" else [(16, 16)]:
@@ -87,7 +87,7 @@ def test_output_and_gradients(library, use_tiles, case, dtype):
 
 @pytest.mark.parametrize("name", ["mask-and-bias", "mask-hidden-row", "dropout"])
 def test_jax_differentiates_the_loops_to_the_written_gradient(name, monkeypatch):
-    case = next(case for case in SMOKE if case.id == name)
+    case = next(case for case in FORMS if case.id == name)
     arguments = case.inputs("float32")
     arrays = {n: jnp.asarray(arguments[n]) for n in NAMES if n in arguments}
     rest = {n: x for n, x in arguments.items() if n not in arrays}

@@ -1,7 +1,34 @@
-"""What it means to have Flax's numbers: cases as data, oracles, and the budgets of the contracts."""
+"""Is an attention Flax's attention? Cases as data, oracles, budgets of the contracts, and a suite that applies them.
+
+``anyattention conform TARGET`` is the command; `assert_matches_flax` is for a test file of one's own.
+"""
 
 from anyattention_conformance.budgets import within_c2, within_c3
-from anyattention_conformance.cases import SMOKE, Case
-from anyattention_conformance.oracles import Answer, flax_answer, flax_attention, truth
+from anyattention_conformance.cases import CASES, FORMS, Case
+from anyattention_conformance.claims import Claims, Difference
+from anyattention_conformance.oracles import Golden, Live, flax_answer, flax_attention
+from anyattention_conformance.results import Report, Result
+from anyattention_conformance.testing import AttentionConformance, assert_matches_flax, reproduce
+from anyattention_conformance.truth import Answer, Meaning, truth
 
-__all__ = ["SMOKE", "Answer", "Case", "flax_answer", "flax_attention", "truth", "within_c2", "within_c3"]
+__all__ = [
+    "CASES",
+    "FORMS",
+    "Answer",
+    "AttentionConformance",
+    "Case",
+    "Claims",
+    "Difference",
+    "Golden",
+    "Live",
+    "Meaning",
+    "Report",
+    "Result",
+    "assert_matches_flax",
+    "flax_answer",
+    "flax_attention",
+    "reproduce",
+    "truth",
+    "within_c2",
+    "within_c3",
+]

@@ -1,74 +1,146 @@
-"""How far an answer may be from Flax's, from the inputs alone: no tolerance is tuned."""
+"""How far an answer may be from Flax's, from the inputs and from Flax's own error: no tolerance is tuned."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from anyattention_conformance.truth import truth
+
 Array = Any
 EPS = {"bfloat16": 2.0**-7, "float16": 2.0**-10, "float32": 2.0**-23, "float64": 2.0**-52}
+# What may be lost to underflow: the smallest normal number, since libraries flush others to zero; in float16, which is
+# computed in float32, the smallest number there is.
+UNDERFLOW = {"bfloat16": 2.0**-126, "float16": 2.0**-24, "float32": 2.0**-126, "float64": 2.0**-1022}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How an answer compares: `message` is empty where the contract holds.
+
+    `ratio` is error over budget. `error` and `flax_error` are against the truth, in units of the sums' size.
+    `worst` is the index of the element that is furthest off.
+    """
+
+    message: str = ""
+    ratio: float = 0.0
+    error: float | None = None
+    flax_error: float | None = None
+    worst: tuple[int, ...] | None = None
+
+
+def same_bits(actual: Array, expected: Array) -> Comparison:
+    """Contract C1: dtype, shape and every bit."""
+    if problem := _kind(actual, expected):
+        return problem
+    bits = f"u{actual.itemsize}"
+    other = np.ascontiguousarray(actual).view(bits) != np.ascontiguousarray(expected).view(bits)
+    other &= ~(np.isnan(actual) & np.isnan(expected))
+    if not other.any():
+        return Comparison()
+    return Comparison(f"{int(other.sum())} of {other.size} numbers have other bits", float("inf"), worst=_where(other))
 
 
 def within_c2(actual: Array, expected: Array, arguments: dict[str, Any], dtype: str) -> str:
-    """Contract C2; the empty string if it holds, else what is wrong.
-
-    Per row, ``abs(ours - Flax) <= eps (1 + kappa) max_d sum_k w abs(v)``, with
-    ``kappa = max_k (sum_d abs(q_d k_d) / sqrt(depth) + abs(bias))`` over visible keys and eps of the compute dtype.
-    """
-    if actual.shape != expected.shape or actual.dtype != expected.dtype:
-        return f"{actual.dtype}{actual.shape} instead of {expected.dtype}{expected.shape}"
-    actual, expected = actual.astype(np.float64), expected.astype(np.float64)
-    if not np.array_equal(np.isnan(actual), np.isnan(expected)):
-        return "NaN in other places"
-    allowed = EPS[dtype] * _scale(arguments)
-    error = np.nan_to_num(np.abs(actual - expected))
-    worst = float(np.max(error - allowed, initial=0.0))
-    return f"outside the budget by {worst:.3g}" if worst > 0 else ""
-
-
-def _scale(arguments: dict[str, Any]) -> Array:
-    """``(1 + kappa) max_d sum_k w abs(v)``, ``[..., q_length, heads, 1]``, in float64."""
-    query, key, value = (arguments[name].astype(np.float64) for name in ("query", "key", "value"))
-    if not key.shape[-3]:
-        return np.zeros((*query.shape[:-1], 1))
-    root = max(query.shape[-1], 1) ** 0.5
-    logits = np.einsum("...qhd,...khd->...hqk", query, key) / root
-    size = np.einsum("...qhd,...khd->...hqk", np.abs(query), np.abs(key)) / root
-    if (bias := arguments.get("bias")) is not None:
-        bias = bias.astype(np.float64)
-        logits, size = logits + bias, size + np.where(np.isfinite(bias), np.abs(bias), 0)
-    if (mask := arguments.get("mask")) is not None:
-        logits = np.where(mask, logits, -1e300)
-    with np.errstate(invalid="ignore"):
-        weights = np.exp(logits - np.max(logits, axis=-1, keepdims=True))
-        weights = np.nan_to_num(weights / np.sum(weights, axis=-1, keepdims=True))
-    weights = weights / (1.0 - arguments.get("dropout_rate", 0.0))
-    if value.shape[-3] == 1:
-        weights = weights.sum(axis=-1, keepdims=True)
-    spread = np.einsum("...hqk,...khd->...qhd", weights, np.abs(value)).max(axis=-1, keepdims=True, initial=0.0)
-    kappa = np.swapaxes(size.max(axis=-1, keepdims=True), -3, -2)
-    return (1 + kappa) * spread
+    """What is wrong by contract C2; empty if nothing."""
+    return c2(actual, expected, arguments, dtype).message
 
 
 def within_c3(actual: Array, flax: Array, truth: Array, size: Array, dtype: str) -> str:
-    """Contract C3 for an output or a gradient; the empty string if it holds, else what is wrong.
+    """What is wrong by contract C3; empty if nothing."""
+    return c3(actual, flax, truth, size, dtype).message
 
-    Error against float64 truth, in units of the largest `size` (sum of absolute values of what was added) in its
-    row: maximum and root mean square over all rows are at most twice Flax's own, plus 4 eps.
+
+def c2(actual: Array, expected: Array, arguments: dict[str, Any], dtype: str) -> Comparison:
+    """Contract C2 of an output, against Flax's.
+
+    Per row, ``abs(ours - Flax) <= eps (1 + kappa) max_d sum_k w abs(v)``, with
+    ``kappa = max_k (sum_d abs(q_d k_d) / sqrt(depth) + abs(bias))`` and eps of the compute dtype; NaN in the same
+    places.
+    """
+    if problem := _kind(actual, expected) or same_nan(actual, expected):
+        return problem
+    actual, expected = actual.astype(np.float64), expected.astype(np.float64)
+    allowed = np.broadcast_to(EPS[dtype] * _allowance(arguments, dtype), actual.shape)
+    with np.errstate(invalid="ignore"):
+        error = np.where(actual == expected, 0.0, np.nan_to_num(np.abs(actual - expected)))
+    return _judged(error, np.maximum(allowed, np.finfo(np.float64).tiny))
+
+
+def c3(actual: Array, flax: Array, truth: Array, size: Array, dtype: str, changed: Array | bool = False) -> Comparison:
+    """Contract C3 of an output or a gradient, against the truth in float64.
+
+    The errors are measured in units of the largest `size` (the sum of absolute values of what was added) in their row:
+    maximum and root mean square over all rows are at most twice Flax's own, plus 4 eps; a row counts as no smaller than
+    what loses eps to underflow. Where Flax's answer is not
+    finite it may be given as well, save where another meaning was declared (`changed`).
     """
     if actual.shape != truth.shape:
-        return f"shape {actual.shape} instead of {truth.shape}"
-    if not np.array_equal(np.isnan(actual), np.isnan(truth)):
-        return "NaN in other places than the truth"
+        return Comparison(f"shape {actual.shape} instead of {truth.shape}", float("inf"))
+    actual, flax = actual.astype(np.float64), flax.astype(np.float64)
     unit = np.max(size, axis=-1, keepdims=True, initial=0.0)
-    unit = np.where(unit > 0, unit, 1.0)
+    unit = np.maximum(np.where(unit > 0, unit, 1.0), UNDERFLOW[dtype] / EPS[dtype])
+    as_flax = ~np.isfinite(flax) & ((actual == flax) | (np.isnan(actual) & np.isnan(flax))) & ~np.asarray(changed)
+    wrong = ~as_flax & (np.isnan(actual) != np.isnan(truth))
+    wrong |= ~as_flax & ~np.isnan(truth) & (np.isinf(actual) | np.isinf(truth)) & (actual != truth)
+    if wrong.any():
+        at = _where(wrong)
+        count = f" at {int(wrong.sum())} of {wrong.size} places" if wrong.size > 1 else ""
+        return Comparison(f"{actual[at]:.4g} instead of {truth[at]:.4g}{count}", float("inf"), worst=at)
 
     def errors(x: Array) -> Array:
         with np.errstate(invalid="ignore"):
-            error = np.abs(x.astype(np.float64) - truth) / unit
-        return np.where(np.isfinite(truth) & np.isfinite(x.astype(np.float64)), error, 0.0)
+            return np.where(np.isfinite(truth) & np.isfinite(x), np.abs(x - truth) / unit, 0.0)
 
+    ours, theirs = errors(actual), np.where(changed, 0.0, errors(flax))
+    found = Comparison()
     for name, measure in (("maximum", lambda x: np.max(x, initial=0.0)), ("rms", lambda x: np.sqrt(np.mean(x * x)))):
-        ours, theirs = (float(measure(errors(x))) if x.size else 0.0 for x in (actual, flax))
-        if ours > 2 * theirs + 4 * EPS[dtype]:
-            return f"{name} error {ours:.3g}, Flax's {theirs:.3g}"
-    return ""
+        error, flax_error = (float(measure(x)) if x.size else 0.0 for x in (ours, theirs))
+        ratio = error / (2 * flax_error + 4 * EPS[dtype])
+        if name == "maximum" or ratio > max(1.0, found.ratio):
+            message = f"{name} error {error:.3g}, Flax's {flax_error:.3g}" if ratio > 1 else ""
+            found = Comparison(message, ratio, error, flax_error, _where(ours == ours.max()) if ours.size else None)
+    return found
+
+
+def same_nan(actual: Array, expected: Array) -> Comparison | None:
+    """What is wrong if NaN is in other places than Flax's."""
+    other = np.isnan(actual) != np.isnan(expected)
+    if not other.any():
+        return None
+    at = _where(other)
+    return Comparison(f"{actual[at]:.4g} instead of {expected[at]:.4g}: NaN in other places", float("inf"), worst=at)
+
+
+def _kind(actual: Array, expected: Array) -> Comparison | None:
+    if actual.shape == expected.shape and actual.dtype == expected.dtype:
+        return None
+    return Comparison(f"{actual.dtype}{actual.shape} instead of {expected.dtype}{expected.shape}", float("inf"))
+
+
+def _allowance(arguments: dict[str, Any], dtype: str) -> Array:
+    """``(1 + kappa) max_d sum_k w abs(v)``, ``[..., q_length, heads, 1]``, in float64."""
+    query, key = (np.swapaxes(arguments[name].astype(np.float64), -2, -3) for name in ("query", "key"))
+    bias = np.asarray(arguments.get("bias", 0.0), np.float64)
+    with np.errstate(all="ignore"):
+        terms = np.abs(query) @ np.abs(np.swapaxes(key, -1, -2)) / max(query.shape[-1], 1) ** 0.5
+        terms = np.nan_to_num(terms + np.abs(bias), nan=0.0, posinf=0.0)
+    kappa = np.swapaxes(np.max(terms, axis=-1, keepdims=True, initial=0.0), -2, -3)
+    rate = 0.0 if arguments.get("deterministic", False) else arguments.get("dropout_rate", 0.0)
+    spread = truth(arguments | {"dropout_rate": 0.0}, dtype)[1].output
+    with np.errstate(all="ignore"):
+        spread = np.max(spread, axis=-1, keepdims=True, initial=0.0) / np.float64(1.0 - rate)
+    return (1 + kappa) * np.nan_to_num(spread)
+
+
+def _judged(error: Array, allowed: Array) -> Comparison:
+    if not error.size:
+        return Comparison()
+    ratio = error / allowed
+    worst = float(ratio.max())
+    return Comparison(f"outside the budget {worst:.3g} times" if worst > 1 else "", worst, worst=_where(ratio == worst))
+
+
+def _where(found: Array) -> tuple[int, ...]:
+    """The first index at which an array is true."""
+    return tuple(int(i) for i in np.unravel_index(int(np.argmax(found)), found.shape))

@@ -3,101 +3,438 @@
 Inputs are drawn in NumPy's float64 and rounded once, so every framework sees the same bits.
 """
 
-from dataclasses import dataclass, field
+import importlib.util
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import product
 from typing import Any
 
 import numpy as np
 
 Array = Any
+Edit = tuple[str, Any, Any]  # array, index, value; "min" is the smallest finite number of the compute dtype
+ALL = ("float32", "bfloat16", "float16")
+KEY = (0, 7)  # raw key data of every dropout
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call of attention. Shapes are ``[batch..., length, heads, depth]``."""
+    """One call of attention, in each of its dtypes. Shapes are ``[batch..., length, heads, depth]``.
+
+    `also` gives arrays a dtype other than the case's; `compute` is what Flax then computes in, where it is another one.
+    `edits` are made after the draw. `error` is what Flax raises. `extra` adds to `needs` what shapes do not show.
+    `exact`: no order of summation changes the answer; targets that claim Flax's steps have its bits in 16-bit dtypes.
+    `moot`: Flax's answer depends on its compiler, so that only targets which claim its very steps are asked.
+    """
 
     id: str
+    group: str = "layout"
     query: tuple[int, ...] = (2, 3, 2, 4)
     key: tuple[int, ...] = (2, 5, 2, 4)
     v_depth: int = 4
+    value: tuple[int, ...] | None = None  # where it is not that of key with `v_depth`
     bias: tuple[int, ...] | None = None
-    bias_kind: str = "normal"
     mask: tuple[int, ...] | None = None
-    mask_kind: str = "bool"
-    scale: float = 1.0
+    mask_dtype: str = "bool"
+    scale: float = 1.0  # of query
+    bias_scale: float = 1.0
+    edits: tuple[Edit, ...] = ()
     dropout: float = 0.0
     broadcast_dropout: bool = True
-    options: dict[str, Any] = field(default_factory=dict, hash=False)
+    options: tuple[tuple[str, Any], ...] = ()
+    dtypes: tuple[str, ...] = ALL
+    also: tuple[tuple[str, str], ...] = ()
+    compute: str | None = None
+    gradients: bool = True
+    error: str = ""
+    moot: bool = False
+    exact: bool = False
+    extra: tuple[str, ...] = ()
+    smoke: str = "whole"  # what the smoke tier asks for, see `runs`
+
+    @property
+    def seed(self) -> int:
+        """The seed of the inputs."""
+        return zlib.crc32(self.id.encode())
+
+    @property
+    def size(self) -> int:
+        """The elements of query, key and value together."""
+        return int(sum(np.prod(shape) for shape in (self.query, self.key, self._value)))
+
+    @property
+    def _value(self) -> tuple[int, ...]:
+        return self.value or (*self.key[:-1], self.v_depth)
+
+    @cached_property
+    def needs(self) -> frozenset[str]:
+        """What a function has to support to be asked, besides query, key and value: the words of a claim."""
+        found = {"bias": self.bias, "mask": self.mask, "dropout": self.dropout, "errors": self.error}
+        found |= {"bias and mask": self.bias and self.mask, "per-head dropout": not self.broadcast_dropout}
+        found |= dict(self.options)
+        found |= {"non-boolean mask": self.mask and self.mask_dtype != "bool"}
+        found |= {"no batch": len(self.query) == 3, "several batch dimensions": len(self.query) > 4}
+        found |= {"value depth": self._value[-1] != self.query[-1], "empty": 0 in (*self.query, *self._value)}
+        found |= {"low-rank mask": self.mask is not None and len(self.mask) < len(self.query)}
+        found |= {"low-rank bias": self.bias is not None and len(self.bias) < len(self.query)}
+        found |= {"mixed dtypes": any(name != "bias" for name, _ in self.also), "depth 0": not self.query[-1]}
+        found |= {"bool inputs": "bool" in self.dtypes, "integer inputs": "int32" in self.dtypes}
+        return frozenset({name for name, value in found.items() if value} | set(self.extra))
+
+    @property
+    def shows_weights(self) -> bool:
+        """Whether the output is the weights, so that a dropout mask can be read from it."""
+        return self.edits[-len(ONE_HOT) :] == ONE_HOT
+
+    def runs(self, tier: str) -> Iterator[tuple[str, bool]]:
+        """The dtypes to run in, each with whether gradients are asked for.
+
+        Every run costs a compiling library time. The smoke tier asks for all dtypes and, in the first, gradients where
+        a case is "whole"; else in the first dtype alone for "gradients" or for the "output"; where `smoke` is empty,
+        for nothing.
+        """
+        if tier == "full":
+            yield from ((dtype, self.gradients) for dtype in self.dtypes)
+        elif self.smoke:
+            dtypes = self.dtypes if self.smoke == "whole" else self.dtypes[:1]
+            yield from ((dtype, self.gradients and self.smoke != "output" and not i) for i, dtype in enumerate(dtypes))
+
+    def available(self, dtype: str) -> bool:
+        """Whether NumPy has the dtypes of a run here: bfloat16 is that of ml_dtypes."""
+        narrow = "bfloat16" in (dtype, *(name for _, name in self.also))
+        return not narrow or importlib.util.find_spec("ml_dtypes") is not None
+
+    def compute_dtype(self, dtype: str) -> str:
+        """What Flax computes in, which is also the dtype of the output unless an option says otherwise."""
+        return self.compute or dtype
 
     def inputs(self, dtype: str = "float32", bias_dtype: str | None = None) -> dict[str, Any]:
         """The arguments, as NumPy arrays and Python values, by their names in Flax's signature."""
-        random = np.random.default_rng(sum(map(ord, self.id)))
-
-        def normal(shape: tuple[int, ...], to: str, scale: float = 1.0) -> Array:
-            return (random.standard_normal(shape) * scale).astype(_dtype(to))
-
-        value = (*self.key[:-1], self.v_depth)
-        arguments: dict[str, Any] = {
-            "query": normal(self.query, dtype, self.scale),
-            "key": normal(self.key, dtype),
-            "value": normal(value, dtype),
-        }
+        random = np.random.default_rng(self.seed)
+        dtypes = dict.fromkeys(("query", "key", "value", "bias"), dtype) | dict(self.also)
+        dtypes["bias"] = bias_dtype or dtypes["bias"]
+        shapes = {"query": self.query, "key": self.key, "value": self._value}
+        scales = {"query": self.scale, "bias": self.bias_scale}
         if self.bias is not None:
-            bias = normal(self.bias, bias_dtype or dtype)
-            if self.bias_kind == "-inf row":
-                bias[..., 0, :] = -np.inf
-            elif self.bias_kind == "-inf some":
-                bias[..., ::2] = -np.inf
-            arguments["bias"] = bias
+            shapes["bias"] = self.bias
+        arguments: dict[str, Any] = {}
+        for name, shape in shapes.items():
+            x = np.asarray(random.standard_normal(shape) * scales.get(name, 1.0))
+            arguments[name] = x > 0 if dtypes[name] == "bool" else np.rint(3 * x) if "int" in dtypes[name] else x
         if self.mask is not None:
-            mask = random.random(self.mask) < 0.6
-            if self.mask_kind == "hidden row":
-                mask[..., 0, :] = False
-            arguments["mask"] = mask.astype(np.float32) if self.mask_kind == "float" else mask
+            mask = np.asarray(random.random(self.mask) < 0.6)
+            if mask.ndim and mask.shape[-1] > 1:
+                mask[..., 0] |= ~mask.any(axis=-1)  # hidden rows are cases of their own
+            arguments["mask"] = mask.astype(np.float64)
+            dtypes["mask"] = self.mask_dtype
+        for name, index, value in self.edits:
+            arguments[name][index] = lowest(self.compute_dtype(dtype)) if value == "min" else value
+        for name, x in arguments.items():
+            arguments[name] = _rounded(x, dtypes[name])
         if self.dropout:
             arguments |= {
                 "dropout_rate": self.dropout,
-                "dropout_rng": np.asarray([0, 7], dtype=np.uint32),
+                "dropout_rng": np.asarray(KEY, dtype=np.uint32),
                 "broadcast_dropout": self.broadcast_dropout,
             }
-        return arguments | self.options
+        return arguments | dict(self.options)
+
+    def cotangent(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        """What the gradients are taken with: a normal draw of the output's shape, in its dtype."""
+        return np.random.default_rng(self.seed + 1).standard_normal(shape).astype(dtype)
 
 
-def _dtype(name: str) -> Any:
+def numpy_dtype(name: str) -> Any:
+    """NumPy's dtype of this name; bfloat16 is that of ml_dtypes."""
     if name == "bfloat16":
         import ml_dtypes
 
-        return ml_dtypes.bfloat16
-    return name
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(name)
 
 
-SMOKE = (
+def lowest(dtype: str) -> float:
+    """The smallest finite number of a floating-point dtype."""
+    return -float.fromhex("0x1.fep127") if dtype == "bfloat16" else float(np.finfo(dtype).min)
+
+
+def _rounded(x: Array, dtype: str) -> Array:
+    with np.errstate(over="ignore", invalid="ignore"):
+        return x.astype(numpy_dtype(dtype))
+
+
+INF, NAN = float("inf"), float("nan")
+ROW_0, KEY_0 = (..., 0, slice(None)), (..., 0)  # of a mask or a bias
+MASK: dict[str, Any] = {"mask": (2, 1, 3, 5)}
+BIAS: dict[str, Any] = {"bias": (2, 1, 3, 5)}
+HIDE_KEY_0: tuple[Edit, ...] = (("mask", ..., True), ("mask", KEY_0, False))
+HIDE_ROW_0: tuple[Edit, ...] = (("mask", ROW_0, False),)
+BIAS_ALONE: Edit = ("query", ..., 0.0)  # logits are the bias
+# Each key's value is a unit vector: the output is the weights.
+ONE_HOT: tuple[Edit, ...] = (("value", ..., 0.0), *(("value", (..., k, slice(None), k), 1.0) for k in range(5)))
+# Logits are one product each, so that no order of summation matters.
+ONE_PRODUCT: tuple[Edit, ...] = (("query", (..., slice(1, None)), 0.0), ("query", KEY_0, 2.75))
+NARROW: dict[str, Any] = {"dtypes": ("bfloat16", "float16"), "gradients": False, "exact": True}
+WIDE_BIAS: dict[str, Any] = {**BIAS, "also": (("bias", "float32"),), "extra": ("wide bias",)}
+GROWTH: dict[str, Any] = {"group": "growth", "extra": ("growth",)}
+
+FORMS = (  # every form that the arguments take
     Case("plain"),
-    Case("no-batch", query=(3, 2, 4), key=(5, 2, 4)),
-    Case("two-batch", query=(2, 1, 3, 2, 4), key=(2, 1, 5, 2, 4)),
-    Case("depth-24", query=(2, 3, 2, 24), key=(2, 5, 2, 24)),
-    Case("value-depth", v_depth=7),
-    Case("large-logits", query=(2, 33, 2, 16), key=(2, 47, 2, 16), scale=30.0),
-    Case("q-length-1", query=(2, 1, 2, 4)),
-    Case("q-length-0", query=(2, 0, 2, 4)),
-    Case("kv-length-1", key=(2, 1, 2, 4)),
-    Case("kv-length-0", key=(2, 0, 2, 4)),
-    Case("depth-0", query=(2, 3, 2, 0), key=(2, 5, 2, 0)),
-    Case("bias", bias=(2, 2, 3, 5)),
-    Case("bias-lower-rank", bias=(3, 5)),
-    Case("bias-keys", bias=(5,)),
-    Case("bias-higher-rank", bias=(3, 1, 2, 3, 5)),
-    Case("bias-minus-infinity", bias=(2, 1, 3, 5), bias_kind="-inf some"),
-    Case("bias-row-minus-infinity", bias=(2, 1, 3, 5), bias_kind="-inf row"),
-    Case("mask", mask=(2, 1, 3, 5)),
-    Case("mask-float", mask=(2, 1, 3, 5), mask_kind="float"),
-    Case("mask-keys", mask=(2, 1, 1, 5)),
-    Case("mask-lower-rank", mask=(3, 5)),
-    Case("mask-higher-rank", mask=(3, 1, 1, 3, 5)),
-    Case("mask-hidden-row", mask=(2, 1, 3, 5), mask_kind="hidden row"),
-    Case("mask-and-bias", mask=(2, 1, 3, 5), bias=(1, 2, 3, 5)),
-    Case("heads-grown-by-bias", query=(2, 3, 1, 4), key=(2, 5, 1, 4), bias=(3, 3, 5)),
-    Case("keys-grown-by-bias", key=(2, 1, 2, 4), bias=(3, 5)),
-    Case("dropout", dropout=0.3),
-    Case("dropout-everywhere", dropout=0.5, broadcast_dropout=False, mask=(2, 1, 3, 5)),
-    Case("force-fp32", options={"force_fp32_for_softmax": True}, mask=(2, 1, 3, 5)),
+    Case("no-batch", smoke="gradients", query=(3, 2, 4), key=(5, 2, 4)),
+    Case("two-batch", smoke="output", query=(2, 1, 3, 2, 4), key=(2, 1, 5, 2, 4)),
+    Case("value-depth", "depth", smoke="gradients", v_depth=7),
+    Case("depth-0", "depth", smoke="output", query=(2, 3, 2, 0), key=(2, 5, 2, 0)),
+    Case("depth-24", "depth", smoke="gradients", query=(2, 3, 2, 24), key=(2, 5, 2, 24), v_depth=24),
+    Case(
+        "large-logits",
+        "large logits",
+        smoke="output",
+        query=(2, 33, 2, 16),
+        key=(2, 47, 2, 16),
+        v_depth=16,
+        scale=30.0,
+    ),
+    Case("q-length-1", "lengths", smoke="output", query=(2, 1, 2, 4)),
+    Case("q-length-0", "lengths", smoke="output", query=(2, 0, 2, 4)),
+    Case("kv-length-1", "lengths", smoke="gradients", key=(2, 1, 2, 4)),
+    Case("kv-length-0", "lengths", smoke="output", key=(2, 0, 2, 4)),
+    Case("bias", "bias", bias=(2, 2, 3, 5)),
+    Case("bias-lower-rank", "bias", smoke="gradients", bias=(3, 5)),
+    Case("bias-keys", "bias", smoke="gradients", bias=(5,)),
+    Case(
+        "bias-minus-infinity",
+        "infinities",
+        smoke="gradients",
+        **BIAS,
+        edits=(("bias", (..., slice(None, None, 2)), -INF),),
+    ),
+    Case("bias-row-minus-infinity", "infinities", **BIAS, edits=(("bias", ROW_0, -INF),)),
+    Case("mask", "mask", **MASK),
+    Case("mask-float", "mask", **MASK, mask_dtype="float32"),
+    Case("mask-keys", "mask", smoke="gradients", mask=(2, 1, 1, 5)),
+    Case("mask-lower-rank", "mask", smoke="gradients", mask=(3, 5)),
+    Case("mask-hidden-row", "hidden rows", **MASK, edits=HIDE_ROW_0),
+    Case("mask-and-bias", "mask", **MASK, bias=(1, 2, 3, 5)),
+    Case("bias-higher-rank", smoke="gradients", bias=(3, 1, 2, 3, 5), **GROWTH),
+    Case("mask-higher-rank", smoke="output", mask=(3, 1, 1, 3, 5), **GROWTH),
+    Case("heads-grown-by-bias", smoke="gradients", query=(2, 3, 1, 4), key=(2, 5, 1, 4), bias=(3, 3, 5), **GROWTH),
+    Case("keys-grown-by-bias", smoke="gradients", key=(2, 1, 2, 4), bias=(3, 5), **GROWTH),
+    Case("dropout", "dropout", dropout=0.3),
+    Case("dropout-everywhere", "dropout", dropout=0.5, broadcast_dropout=False, **MASK),
+    Case("force-fp32", "dtypes", options=(("force_fp32_for_softmax", True),), **MASK),
 )
+CORNERS = (  # where ports of Flax's attention go wrong
+    Case("three-batch", smoke="output", query=(1, 2, 1, 3, 2, 4), key=(1, 2, 1, 5, 2, 4)),
+    Case("heads-as-many-as-queries", smoke="gradients", query=(2, 3, 3, 4), key=(2, 3, 3, 4), mask=(2, 1, 3, 3)),
+    # The root of 96 is not exact in bfloat16.
+    Case("depth-96", "depth", smoke="output", query=(2, 3, 2, 96), key=(2, 5, 2, 96), dtypes=("bfloat16", "float16")),
+    Case("bias-heads", "bias", smoke="output", bias=(2, 1, 1)),
+    Case("bias-bool", "bias", smoke="output", **BIAS, also=(("bias", "bool"),), extra=("bool bias",), gradients=False),
+    Case(
+        "ragged", "lengths", smoke="output", query=(2, 33, 2, 16), key=(2, 47, 2, 16), v_depth=16, mask=(2, 1, 33, 47)
+    ),
+    Case("q-length-1-masked", "lengths", smoke="output", query=(2, 1, 2, 4), mask=(2, 1, 1, 5)),
+    Case("mask-rank-3", "mask", smoke="output", mask=(2, 3, 5)),
+    Case("mask-heads", "mask", smoke="gradients", mask=(1, 2, 3, 5)),
+    Case(
+        "mask-queries",
+        "hidden rows",
+        smoke="gradients",
+        mask=(2, 1, 3, 1),
+        edits=(("mask", (..., 1, slice(None)), False),),
+    ),
+    Case(
+        "mask-int",
+        "mask",
+        smoke="output",
+        **MASK,
+        mask_dtype="int32",
+        edits=(("mask", KEY_0, 2.0), ("mask", (..., 1), -1.0)),
+    ),
+    Case(
+        "mask-fractions",
+        "mask",
+        smoke="gradients",
+        **MASK,
+        mask_dtype="float32",
+        edits=(("mask", KEY_0, 0.25), ("mask", (..., 1), -0.5)),
+    ),
+    Case("mask-hidden-all", "hidden rows", **MASK, edits=(("mask", ..., False),)),
+    Case("hidden-row-large-bias", "hidden rows", smoke="gradients", **MASK, **BIAS, bias_scale=30.0, edits=HIDE_ROW_0),
+    Case("hidden-nan-bias", "infinities", **MASK, **BIAS, edits=(*HIDE_KEY_0, ("bias", KEY_0, NAN))),
+    Case(
+        "hidden-infinite-bias", "infinities", smoke="output", **MASK, **BIAS, edits=(*HIDE_KEY_0, ("bias", KEY_0, INF))
+    ),
+    Case("visible-infinite-bias", "infinities", smoke="gradients", **BIAS, edits=(("bias", (..., 0, 0), INF),)),
+    Case("visible-nan-bias", "infinities", smoke="output", **BIAS, edits=(("bias", (..., 0, 1), NAN),)),
+    Case("hidden-nan-key", "infinities", smoke="gradients", **MASK, edits=(*HIDE_KEY_0, ("key", (0, 0), NAN))),
+    Case("hidden-nan-value", "infinities", smoke="gradients", **MASK, edits=(*HIDE_KEY_0, ("value", (0, 0), NAN))),
+    Case(
+        "hidden-infinite-value",
+        "infinities",
+        smoke="gradients",
+        **MASK,
+        edits=(*HIDE_KEY_0, ("value", (0, 0, 0, 1), INF)),
+    ),
+    Case("visible-nan-key", "infinities", smoke="output", edits=(("key", (0, 1, 0, 2), NAN),)),
+    Case("infinite-query", "infinities", smoke="output", edits=(("query", (0, 1, 0, 2), INF),)),
+    # The fill is finite: hidden keys win over visible ones at minus infinity.
+    Case("fill-over-infinity", "fill", **MASK, **BIAS, edits=(*HIDE_KEY_0, ("bias", (..., slice(1, None)), -INF))),
+    # The fill is that of the arrays, not of the wider logits: a hidden key wins over -1e6.
+    Case(
+        "fill-of-the-arrays",
+        "fill",
+        **MASK,
+        **WIDE_BIAS,
+        edits=(*HIDE_KEY_0, BIAS_ALONE, ("bias", ..., -1e6)),
+        dtypes=("float16",),
+    ),
+    Case("fill-tie", "fill", **MASK, **BIAS, edits=(*HIDE_KEY_0, BIAS_ALONE, ("bias", ..., "min"))),
+    Case(
+        "fill-below-bias",
+        "fill",
+        **MASK,
+        **BIAS,
+        edits=(*HIDE_KEY_0, BIAS_ALONE, ("bias", ..., -3e38)),
+        dtypes=("float32", "bfloat16"),
+    ),
+    # Logits of -20 beside a bias at the minimum: minus infinity in float16.
+    Case(
+        "overflow-to-infinity",
+        "fill",
+        **BIAS,
+        edits=(("query", ..., 4.0), ("key", ..., -2.5), ("bias", ..., "min")),
+        dtypes=("float16",),
+        gradients=False,
+    ),
+    Case("logits-30", "large logits", **MASK, bias=(1, 2, 3, 5), scale=30.0, bias_scale=30.0),
+    Case("logits-1e4", "large logits", scale=1e4, dtypes=("float32", "bfloat16")),
+    Case("logits-all-large", "large logits", smoke="gradients", edits=(("query", ..., 20.0), ("key", ..., 10.0))),
+    # The sum of products overflows float16, unless the query is divided first.
+    Case(
+        "scale-first",
+        "large logits",
+        smoke="output",
+        query=(2, 3, 2, 64),
+        key=(2, 5, 2, 64),
+        dtypes=("float16",),
+        edits=(
+            ("query", ..., 0.0),
+            ("query", KEY_0, 80.0),
+            ("key", ..., 1000.0),
+            ("key", (..., 1, slice(None), 0), 999.0),
+        ),
+    ),
+    Case("queries-grown-by-bias", smoke="", query=(2, 1, 2, 4), bias=(2, 1, 3, 5), **GROWTH),
+    Case("batch-grown-by-bias", smoke="", query=(1, 3, 2, 4), key=(1, 5, 2, 4), bias=(4, 1, 3, 5), **GROWTH),
+    Case("dropout-mask", "dropout", smoke="output", dropout=0.5, v_depth=5, edits=ONE_HOT),
+    Case(
+        "dropout-mask-per-head",
+        "dropout",
+        smoke="output",
+        dropout=0.5,
+        broadcast_dropout=False,
+        v_depth=5,
+        edits=ONE_HOT,
+    ),
+    Case("dropout-no-batch", "dropout", smoke="output", query=(3, 2, 4), key=(5, 2, 4), dropout=0.1),
+    Case("dropout-and-bias", "dropout", smoke="gradients", dropout=0.1, **MASK, **BIAS),
+    Case("dropout-hidden-row", "dropout", smoke="gradients", dropout=0.5, **MASK, edits=HIDE_ROW_0),
+    Case(
+        "dropout-rate-1",
+        "dropout",
+        dropout=1.0,
+        moot=True,
+        extra=("dropout rate 1",),
+        dtypes=("float32",),
+        gradients=False,
+    ),
+    Case("deterministic", "dropout", smoke="output", dropout=0.5, options=(("deterministic", True),)),
+    Case("wide-bias", "dtypes", **WIDE_BIAS, dtypes=("bfloat16", "float16")),
+    # A bias that 16 bits cannot hold.
+    Case(
+        "wide-bias-fine",
+        "dtypes",
+        **WIDE_BIAS,
+        edits=(("bias", ..., 1000.0), ("bias", KEY_0, 1000.9)),
+        dtypes=("bfloat16", "float16"),
+    ),
+    Case("float64", "dtypes", **MASK, bias=(1, 2, 3, 5), dtypes=("float64",)),
+    Case("float64-depth-24", "dtypes", smoke="gradients", query=(2, 3, 2, 24), key=(2, 5, 2, 24), dtypes=("float64",)),
+    Case("integers", "dtypes", dtypes=("int32",), compute="float32", gradients=False),
+    Case("booleans", "dtypes", dtypes=("bool",), compute="float32", gradients=False),
+    Case("float16-and-bfloat16", "dtypes", dtypes=("float16",), also=(("key", "bfloat16"),), compute="float32"),
+    Case("bfloat16-and-float32", "dtypes", dtypes=("bfloat16",), also=(("value", "float32"),), compute="float32"),
+    Case("float16-and-integers", "dtypes", dtypes=("float16",), also=(("value", "int32"),), gradients=False),
+    Case("dtype", "dtypes", options=(("dtype", "float32"),), dtypes=("float16", "bfloat16"), compute="float32"),
+    Case("weights", "rounding", v_depth=5, edits=(*ONE_PRODUCT, *ONE_HOT), gradients=False, exact=True),
+    Case(
+        "weights-of-depth-96",
+        "rounding",
+        smoke="output",
+        query=(2, 3, 2, 96),
+        key=(2, 5, 2, 96),
+        v_depth=5,
+        edits=(*ONE_PRODUCT, *ONE_HOT),
+        dtypes=("bfloat16", "float16"),
+        exact=True,
+    ),
+    Case("weights-dropped", "rounding", v_depth=5, edits=(*ONE_PRODUCT, *ONE_HOT), dropout=0.1, **NARROW),
+    Case("sums-of-weights", "rounding", edits=(*ONE_PRODUCT, ("value", ..., 1.0)), **NARROW),
+    # 70000 equal keys: in float16 the sum of exponentials overflows.
+    Case(
+        "sum-overflow",
+        "rounding",
+        query=(1, 1, 1),
+        key=(70000, 1, 1),
+        v_depth=1,
+        dtypes=("float16",),
+        edits=(BIAS_ALONE, ("value", ..., 1.0)),
+        gradients=False,
+    ),
+)
+ERRORS = tuple(  # what Flax refuses
+    replace(case, group="errors", dtypes=("float32",), gradients=False)
+    for case in (
+        Case("ranks-differ", key=(5, 2, 4), error="AssertionError"),
+        Case("batches-differ", key=(1, 5, 2, 4), error="AssertionError"),
+        Case("heads-differ", query=(2, 3, 3, 4), error="AssertionError"),
+        Case("kv-lengths-differ", value=(2, 6, 2, 4), error="AssertionError"),
+        Case("depths-differ", key=(2, 5, 2, 3), v_depth=4, error="AssertionError"),
+        Case("bias-does-not-fit", bias=(4,), error="ValueError"),
+        Case("mask-does-not-fit", mask=(4,), error="ValueError"),
+    )
+)
+
+
+def _full() -> Iterator[Case]:
+    """Every broadcast form of mask and bias, ragged lengths, depths, sizes of logits, rates of dropout."""
+    for rank in range(5):
+        for shape in product(*((1, size) for size in (2, 2, 3, 5)[4 - rank :])):
+            name = "x".join(map(str, shape)) or "scalar"
+            yield Case(f"mask-{name}", "mask" if shape[-1:] > (1,) else "hidden rows", mask=shape)
+            yield Case(f"bias-{name}", "bias", bias=shape)
+    for q_length, kv_length in ((33, 47), (1, 130), (130, 1), (127, 129), (64, 256)):
+        shapes: dict[str, Any] = {"query": (2, q_length, 2, 8), "key": (2, kv_length, 2, 8), "v_depth": 8}
+        name, hidden = f"{q_length}x{kv_length}", (2, 1, q_length, kv_length)
+        yield Case(f"lengths-{name}", "lengths", **shapes)
+        yield Case(f"lengths-{name}-hidden-row", "hidden rows", **shapes, mask=hidden, edits=HIDE_ROW_0)
+        yield Case(f"lengths-{name}-bias", "bias", **shapes, bias=(1, 2, q_length, kv_length), mask=hidden)
+        yield Case(f"lengths-{name}-dropout", "dropout", **shapes, dropout=0.2, broadcast_dropout=False)
+        yield Case(f"lengths-{name}-logits-100", "large logits", **shapes, scale=100.0)
+    for depth in (1, 3, 8, 48, 80, 128):
+        yield Case(f"depth-{depth}", "depth", query=(2, 3, 2, depth), key=(2, 5, 2, depth), v_depth=depth)
+    for scale in (3.0, 1e2, 1e3):
+        yield Case(f"logits-{scale:g}", "large logits", scale=scale, **MASK)
+    for rate in (1e-3, 0.25, 0.75, 0.999):
+        yield Case(f"dropout-rate-{rate}", "dropout", dropout=rate)
+    for batch in ((), (1,), (3, 2), (1, 2, 2)):
+        shapes = {"query": (*batch, 6, 3, 4), "key": (*batch, 7, 3, 4)}
+        for broadcast in (True, False):
+            name = f"dropout-{len(batch)}-batch-{'shared' if broadcast else 'per-head'}"
+            yield Case(name, "dropout", **shapes, dropout=0.5, broadcast_dropout=broadcast)
+
+
+CASES = FORMS + CORNERS + ERRORS + tuple(replace(case, smoke="") for case in _full())

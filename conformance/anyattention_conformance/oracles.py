@@ -1,18 +1,114 @@
-"""What is right: Flax itself, called live, and Flax's formula in float64."""
+"""What Flax answers: called live, or recorded."""
 
-from typing import Any, NamedTuple
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+from zlib import crc32
 
 import numpy as np
 
+from anyattention_conformance.cases import Case, numpy_dtype
+from anyattention_conformance.truth import NAMES, Answer
+
 Array = Any
-NAMES = ("query", "key", "value", "bias")
+GOLDEN = Path(__file__).parent / "golden" / "flax.npz"
 
 
-class Answer(NamedTuple):
-    """The output and, given a cotangent, the gradients by name, as NumPy arrays."""
+class OracleError(Exception):
+    """Flax's answers cannot be had; the message says why."""
 
-    output: Array
-    gradients: dict[str, Array]
+
+class Oracle(Protocol):
+    """Where Flax's answers come from."""
+
+    @property
+    def name(self) -> str:
+        """Which Flax, and whether it is live or recorded."""
+
+    def answer(self, case: Case, dtype: str) -> Answer | str:
+        """Flax's output and gradients, or the name of the exception that it raises."""
+
+
+class Live:
+    """The Flax that is installed, called eagerly."""
+
+    @cached_property
+    def name(self) -> str:
+        try:
+            import flax
+            import jax
+        except ImportError as error:
+            raise OracleError(f"Flax cannot be called live: {error}") from error
+
+        return f"Flax {flax.__version__} live, JAX {jax.__version__}"
+
+    def answer(self, case: Case, dtype: str) -> Answer | str:
+        """Flax's answer; float64 with x64 on."""
+        arguments = case.inputs(dtype)
+        with x64(dtype == "float64"):
+            try:
+                output = flax_attention(**arguments)
+            except Exception as error:
+                return type(error).__name__
+            if not case.gradients:
+                return Answer(output, {})
+            return flax_answer(arguments, case.cotangent(output.shape, output.dtype))
+
+
+class Golden:
+    """Answers that a pinned Flax gave; needs NumPy alone, and ml_dtypes for bfloat16."""
+
+    def __init__(self, path: Path = GOLDEN) -> None:
+        self._file = np.load(path)
+        self.about = json.loads(str(self._file["about"]))
+
+    @property
+    def name(self) -> str:
+        return f"Flax {self.about['flax']} recorded, JAX {self.about['jax']}, {self.about['date']}"
+
+    def answer(self, case: Case, dtype: str) -> Answer | str:
+        """The recorded answer. OracleError where this NumPy draws other inputs than were recorded."""
+        run = f"{case.id} {dtype}"
+        about = self.about["runs"].get(run)
+        if about is None:
+            raise OracleError(f"{run} was not recorded; record it with: python -m anyattention_conformance.golden")
+        if case.gradients and "arrays" in about and len(about["arrays"]) == 1:
+            raise OracleError(f"the gradients of {run} were not recorded")
+        if about["inputs"] != digest(case.inputs(dtype)):
+            raise OracleError(
+                f"the inputs of {run} are not those that were recorded, since NumPy {np.__version__} draws other "
+                "numbers; use --oracle live"
+            )
+        if "error" in about:
+            return str(about["error"])
+        arrays = {
+            name: self._file[f"{run} {name}"].view(numpy_dtype(stored)) for name, stored in about["arrays"].items()
+        }
+        return Answer(arrays.pop("output"), arrays)
+
+
+def digest(arguments: dict[str, Any]) -> int:
+    """A checksum of the arrays among the arguments."""
+    found = 0
+    for x in arguments.values():
+        if isinstance(x, np.ndarray):
+            found = crc32(np.ascontiguousarray(x).view(np.uint8), found)
+    return found
+
+
+@contextmanager
+def x64(enabled: bool) -> Iterator[None]:
+    """JAX with 64-bit dtypes, or as it is."""
+    if not enabled:
+        yield
+        return
+    import jax
+
+    with jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64():
+        yield
 
 
 def flax_attention(**arguments: Any) -> Array:
@@ -35,66 +131,3 @@ def flax_answer(arguments: dict[str, Any], cotangent: Array) -> Answer:
     output, pullback = jax.vjp(lambda arrays: flax.linen.dot_product_attention(**arrays, **rest), arrays)
     (gradients,) = pullback(jnp.asarray(cotangent).astype(output.dtype))
     return Answer(np.asarray(output), {name: np.asarray(x) for name, x in gradients.items()})
-
-
-def truth(arguments: dict[str, Any], dtype: str, cotangent: Array) -> tuple[Answer, Answer]:
-    """Flax's formula in float64 on the same inputs, with the fill of `dtype`; and the size of the terms of each sum.
-
-    The second answer has, for every element, the sum of the absolute values of what was added to give it: what an
-    error is to be measured against.
-    """
-    import jax
-    import jax.numpy as jnp
-
-    keep = 1.0
-    if rate := arguments.get("dropout_rate"):
-        shape = np.broadcast_shapes(*(_logits_shape(arguments), np.shape(arguments.get("bias", 0.0))))
-        shape = np.broadcast_shapes(shape, np.shape(arguments.get("mask", True)))
-        if arguments.get("broadcast_dropout", True):
-            shape = (*(1,) * (arguments["key"].ndim - 2), *shape[-2:])
-        keep = np.asarray(jax.random.bernoulli(arguments["dropout_rng"], 1.0 - rate, shape)) / (1.0 - rate)
-    fill = float(jnp.finfo(dtype).min)
-    with jax.enable_x64(True):
-        arrays = {name: jnp.asarray(arguments[name], np.float64) for name in NAMES if name in arguments}
-
-        def weights_of(arrays: dict[str, Array]) -> Array:
-            query = arrays["query"] / max(arrays["query"].shape[-1], 1) ** 0.5
-            logits = jnp.einsum("...qhd,...khd->...hqk", query, arrays["key"])
-            logits = logits + arrays.get("bias", 0.0)
-            if "mask" in arguments:
-                logits = jnp.where(arguments["mask"], logits, fill)
-            return jax.nn.softmax(logits)
-
-        def attend(arrays: dict[str, Array]) -> Array:
-            return jnp.einsum("...hqk,...khd->...qhd", weights_of(arrays) * keep, arrays["value"])
-
-        cotangent = jnp.asarray(cotangent, np.float64)
-        output, pullback = jax.vjp(attend, arrays)
-        (gradients,) = pullback(cotangent)
-
-        size = {name: jnp.abs(x) for name, x in arrays.items()}
-        weights = weights_of(arrays)
-        kept = weights * keep
-        output_size, of_values = jax.vjp(lambda v: jnp.einsum("...hqk,...khd->...qhd", kept, v), size["value"])
-        dweights = jnp.einsum("...qhd,...khd->...hqk", jnp.abs(cotangent), size["value"]) * keep
-        dlogits = weights * (dweights + (weights * dweights).sum(axis=-1, keepdims=True))
-        if "mask" in arguments:
-            dlogits = jnp.where(arguments["mask"], dlogits, 0.0)
-
-        def logits_of(arrays: dict[str, Array]) -> Array:
-            query = arrays["query"] / max(arrays["query"].shape[-1], 1) ** 0.5
-            logits = jnp.einsum("...qhd,...khd->...hqk", query, arrays["key"])
-            return jnp.broadcast_to(logits + arrays.get("bias", 0.0), dlogits.shape)
-
-        (sizes,) = jax.vjp(logits_of, size)[1](dlogits)
-        sizes["value"] = of_values(jnp.abs(cotangent))[0]
-
-        def plain(tree: Any) -> Any:
-            return jax.tree.map(np.asarray, tree)
-
-        return Answer(plain(output), plain(gradients)), Answer(plain(output_size), plain(sizes))
-
-
-def _logits_shape(arguments: dict[str, Any]) -> tuple[int, ...]:
-    query, key = arguments["query"].shape, arguments["key"].shape
-    return (*query[:-3], query[-2], query[-3], key[-3])

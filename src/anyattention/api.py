@@ -176,7 +176,8 @@ def dot_product_attention_vjp(
 
     Returns:
         The output, and a function from the gradient of a loss by the output to its gradients by query, key, value
-        and bias, each of the shape and dtype of what it belongs to, None where the bias is None or a scalar.
+        and bias, each of the shape and dtype of what it belongs to (of integers, in the compute dtype), None where the
+        bias is None or a scalar.
 
     >>> import numpy as np
     >>> x = np.ones((2, 1, 4), dtype=np.float32)
@@ -189,7 +190,8 @@ def dot_product_attention_vjp(
         *(broadcast_dropout, dropout_rng, dropout_rate, deterministic),
         *(precision, force_fp32_for_softmax),
     )
-    output, pullback = backend.run(request.query, layout.vjp, backend, request)
+    given = [backend.dtype_name(_array(backend, "query, key or value", x)) for x in (query, key, value)]
+    output, pullback = backend.run(request.query, layout.vjp, backend, request, given)
     return output, partial(backend.run, request.query, pullback)
 
 

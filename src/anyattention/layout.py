@@ -3,7 +3,7 @@
 In a block heads stand before lengths, and grouped heads are two axes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from anyattention import dtypes, masks, random
@@ -25,8 +25,11 @@ def attention(backend: Backend, request: Request) -> Array:
     return restore(backend, output, result_dtype(request), grouped=_group(request) is not None)
 
 
-def vjp(backend: Backend, request: Request) -> tuple[Array, Callable[[Array], Gradients]]:
-    """The output, and a function from its gradient to those of query, key, value and bias."""
+def vjp(backend: Backend, request: Request, given: Sequence[str]) -> tuple[Array, Callable[[Array], Gradients]]:
+    """The output, and a function from its gradient to those of query, key, value and bias.
+
+    `given` are the dtypes that query, key and value had before promotion, which their gradients get back.
+    """
     call, block = prepare(backend, request)
     bias, group = request.bias, _group(request)
     results = backend.compiled(forward, call, block)
@@ -35,7 +38,11 @@ def vjp(backend: Backend, request: Request) -> tuple[Array, Callable[[Array], Gr
         doutput = heads_first(backend, backend.cast(doutput, call.dtype), results[0].ndim, group)
         *gradients, dbias = backend.compiled(backward, call, block, *results, doutput)
         pairs = zip(gradients, (request.query, request.key, request.value), strict=True)
-        dquery, dkey, dvalue = (_like(backend, gradient, x, group) for gradient, x in pairs)
+        like = (_like(backend, gradient, x, group) for gradient, x in pairs)
+        dquery, dkey, dvalue = (
+            backend.cast(gradient, name) if dtypes.is_inexact(name) else gradient
+            for gradient, name in zip(like, given, strict=True)
+        )
         if dbias is not None and not hasattr(bias, "shape"):
             dbias = None  # of a scalar
         elif dbias is not None:

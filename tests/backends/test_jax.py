@@ -8,10 +8,10 @@ import pytest
 from flax import linen, nnx
 
 import anyattention as aa
-from anyattention_conformance import SMOKE
+from anyattention_conformance import FORMS
 
 OURS, FLAX = aa.dot_product_attention, linen.dot_product_attention
-CASES = {case.id: case for case in SMOKE}
+CASES = {case.id: case for case in FORMS}
 
 
 @pytest.fixture

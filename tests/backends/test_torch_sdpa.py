@@ -8,7 +8,7 @@ import torch
 
 import anyattention as aa
 from anyattention import masks
-from anyattention_conformance import SMOKE, Answer, flax_answer, flax_attention, truth, within_c3
+from anyattention_conformance import FORMS, Answer, flax_answer, flax_attention, truth, within_c3
 
 NAMES = ("query", "key", "value", "bias")
 REFUSED = {  # cases of the conformance suite that the kernel cannot serve, and part of the reason
@@ -40,7 +40,7 @@ def to_numpy(x, like):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("case", SMOKE, ids=lambda case: case.id)
+@pytest.mark.parametrize("case", FORMS, ids=lambda case: case.id)
 def test_within_c3_or_refused(case, dtype):
     arguments = case.inputs(dtype)
     placed = {name: to_torch(x) if isinstance(x, np.ndarray) else x for name, x in arguments.items()}

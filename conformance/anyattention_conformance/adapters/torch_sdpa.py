@@ -1,0 +1,20 @@
+"""PyTorch's ``scaled_dot_product_attention``, whose `attn_mask` hides keys if boolean and else is added to the logits."""
+
+from typing import Any
+
+import torch
+
+from anyattention_conformance.adapters.layouts import adds_only, masks_only
+
+Array = Any
+
+
+def attention(query: Array, key: Array, value: Array, bias: Array = None, mask: Array = None) -> Array:
+    """Attention over ``[batch..., length, heads, depth]``."""
+    bias, mask = adds_only(bias), masks_only(mask)
+    if bias is not None and mask is not None:
+        attn_mask = torch.where(mask, bias, float("-inf"))
+    else:
+        attn_mask = bias if mask is None else mask
+    query, key, value = (x.transpose(-2, -3) for x in (query, key, value))
+    return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask).transpose(-2, -3)

@@ -1,0 +1,150 @@
+"""What a target does differently on purpose, declared in a TOML file.
+
+```toml
+title = "torch SDPA"
+contract = "C3"                       # C1, C2 or C3; what the numbers are held to
+unsupported = ["dropout", "growth"]   # what it refuses: words of `Case.needs`, parameters, dtypes, "gradients"
+
+[meaning]                             # where its definition of attention differs
+fill = "-inf"                         # the logit of a hidden key: a number, or "minimum", Flax's
+empty = 0.0                           # the weights where every logit is minus infinity: 0.0, or nan, Flax's
+
+[[differs]]                           # anything else
+cases = ["hidden-nan-*"]              # patterns of case ids, or names of case groups
+dtypes = ["float16"]                  # all, if left out
+quantities = ["output", "dq"]         # all, if left out
+because = "NaN behind a mask shows"
+```
+"""
+
+import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from anyattention_conformance.cases import CASES, Case
+from anyattention_conformance.truth import FLAX, Meaning
+
+CONTRACTS = ("C1", "C2", "C3")
+QUANTITIES = {"query": "dq", "key": "dk", "value": "dv", "bias": "dbias"}
+DTYPES = frozenset(dtype for case in CASES for dtype in case.dtypes)
+WORDS = frozenset({"gradients"} | DTYPES | {word for case in CASES for word in case.needs})
+
+
+class ClaimError(ValueError):
+    """The claims cannot be read; the message says what to write instead."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Results that differ from Flax's, and why."""
+
+    because: str
+    cases: tuple[str, ...]
+    dtypes: tuple[str, ...] = ()
+    quantities: tuple[str, ...] = ()
+
+    def covers(self, case: Case, dtype: str, quantity: str) -> bool:
+        """Whether a result is among them."""
+        return (
+            any(fnmatchcase(case.id, pattern) or case.group == pattern for pattern in self.cases)
+            and (not self.dtypes or dtype in self.dtypes)
+            and (not self.quantities or quantity in self.quantities)
+        )
+
+
+@dataclass(frozen=True)
+class Claims:
+    """What a target declares; without any it is Flax's attention, whole, by contract C3."""
+
+    title: str = ""
+    contract: str = "C3"
+    unsupported: frozenset[str] = frozenset()
+    meaning: Meaning = FLAX
+    differs: tuple[Difference, ...] = ()
+
+    def refused(self, case: Case, dtype: str) -> frozenset[str]:
+        """The words of `unsupported` that a case needs."""
+        return self.unsupported & (case.needs | {dtype})
+
+    def difference(self, case: Case, dtype: str, quantity: str) -> Difference | None:
+        """What is declared of a result."""
+        return next((x for x in self.differs if x.covers(case, dtype, quantity)), None)
+
+    def concerns(self, case: Case, dtype: str) -> bool:
+        """Whether anything is declared of a run, other than a meaning."""
+        quantities = ("output", "error", *QUANTITIES.values())
+        return bool(
+            self.refused(case, dtype)
+            or "gradients" in self.unsupported
+            or any(self.difference(case, dtype, quantity) for quantity in quantities)
+        )
+
+    @property
+    def sentences(self) -> list[str]:
+        """The claims in words."""
+        found = [f"unsupported: {', '.join(sorted(self.unsupported))}"] if self.unsupported else []
+        if self.meaning.fill != FLAX.fill:
+            found.append(f"hidden logits are {self.meaning.fill}")
+        if self.meaning.empty == 0:
+            found.append("weights are zero where every logit is minus infinity")
+        return [*found, *(f"{', '.join(x.cases)}: {x.because}" for x in self.differs)]
+
+
+def read(path: Path) -> Claims:
+    """The claims of a file. ClaimError if it has names or words that mean nothing."""
+    try:
+        return parse(tomllib.loads(path.read_text()))
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise ClaimError(f"{path}: {error}") from error
+    except ClaimError as error:
+        raise ClaimError(f"{path}: {error}") from error
+
+
+def parse(data: dict[str, Any]) -> Claims:
+    """The claims in the data of a file."""
+    _known(data, ("title", "contract", "unsupported", "meaning", "differs"), "a claim")
+    meaning = data.get("meaning", {})
+    _known(meaning, ("fill", "empty"), "a meaning")
+    contract = data.get("contract", "C3")
+    _known([contract], CONTRACTS, "a contract")
+    differs = []
+    for entry in data.get("differs", []):
+        _known(entry, ("because", "cases", "dtypes", "quantities"), "of a difference")
+        if not entry.get("because") or not entry.get("cases"):
+            raise ClaimError("a difference needs `cases` and `because`")
+        _known(entry.get("dtypes", []), DTYPES, "a dtype")
+        _known(entry.get("quantities", []), ("output", "error", *QUANTITIES.values()), "a quantity")
+        for pattern in entry["cases"]:
+            if not any(fnmatchcase(case.id, pattern) or case.group == pattern for case in CASES):
+                raise ClaimError(f"no case and no group is called {pattern!r}")
+        lists = (tuple(entry.get(name, ())) for name in ("cases", "dtypes", "quantities"))
+        differs.append(Difference(entry["because"], *lists))
+    return Claims(
+        title=data.get("title", ""),
+        contract=contract,
+        unsupported=words(data.get("unsupported", [])),
+        meaning=Meaning(fill=_fill(meaning.get("fill", FLAX.fill)), empty=float(meaning.get("empty", FLAX.empty))),
+        differs=tuple(differs),
+    )
+
+
+def words(names: Iterable[str]) -> frozenset[str]:
+    """The words of what is unsupported. ClaimError for others."""
+    found = frozenset(names)
+    _known(found, WORDS, "something to support")
+    return found
+
+
+def _fill(fill: float | str) -> float | str:
+    try:
+        return fill if fill == FLAX.fill else float(fill)
+    except ValueError:
+        raise ClaimError(f"fill is a number or {FLAX.fill!r}, not {fill!r}") from None
+
+
+def _known(names: Iterable[str], known: Iterable[str], what: str) -> None:
+    if unknown := sorted(set(names) - set(known)):
+        raise ClaimError(f"{unknown[0]!r} is not {what}: {', '.join(sorted(known))}")

@@ -1,0 +1,259 @@
+"""The suite: every case through a target, each answer against the oracle, by contract and claims."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from datetime import date
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from anyattention_conformance import budgets
+from anyattention_conformance.budgets import Comparison, c2, c3
+from anyattention_conformance.cases import CASES, Case
+from anyattention_conformance.claims import QUANTITIES, Claims
+from anyattention_conformance.frameworks import quiet
+from anyattention_conformance.oracles import Golden, Live, Oracle
+from anyattention_conformance.results import BUG, CONFORMS, DECLARED, NOT_RUN, UNSUPPORTED, Report, Result, Rows
+from anyattention_conformance.targets import Outcome, Target
+from anyattention_conformance.truth import FLAX, Answer, truth
+
+Array = Any
+TIERS = ("smoke", "full")
+
+
+class Run(NamedTuple):
+    """One case in one dtype, with or without its gradients."""
+
+    case: Case
+    dtype: str
+    gradients: bool
+
+
+class Expected(NamedTuple):
+    """Flax's answer, the truth by the declared meaning with the sizes of its sums, and where that is not Flax's."""
+
+    flax: Answer
+    truth: Answer
+    size: Answer
+    changed: dict[str, Array]
+
+
+def runs(tier: str, contract: str = "C3", only: Iterable[str] = (), dtypes: Iterable[str] = ()) -> list[Run]:
+    """What a tier asks for; `only` are patterns of case ids or names of groups, which it then does not limit."""
+    only, dtypes = tuple(only), tuple(dtypes)
+    return [
+        Run(case, dtype, gradients)
+        for case in CASES
+        if not only or any(fnmatchcase(case.id, x) or case.group == x for x in only)
+        for dtype, gradients in case.runs("full" if only else tier)
+        if (not dtypes or dtype in dtypes) and (not case.moot or contract != "C3")
+    ]
+
+
+def oracle_for(contract: str, name: str = "auto") -> Oracle:
+    """The oracle of this name: "golden", "live", or "auto", live where bits are compared."""
+    return Live() if name == "live" or (name == "auto" and contract == "C1") else Golden()
+
+
+class Judge:
+    """Compares outcomes with what is expected, by the contract and the claims of one target."""
+
+    def __init__(self, oracle: Oracle, claims: Claims) -> None:
+        self.oracle, self.claims = oracle, claims
+        self._occurred: set[str] = set()
+        self._exercised: set[str] = set()
+
+    def results(self, run: Run, outcome: Outcome) -> list[Result]:
+        """The verdict on every quantity of one run."""
+        with quiet():
+            found = list(self._results(run, outcome))
+        self._watch(run, found)
+        return found
+
+    def _results(self, run: Run, outcome: Outcome) -> Iterator[Result]:
+        case, dtype, gradients = run
+        if not case.available(dtype):
+            why = "NumPy has no bfloat16: pip install ml_dtypes"
+            yield Result(case.id, case.group, dtype, "output", NOT_RUN, why, size=case.size, seed=case.seed)
+            return
+        result = Result(case.id, case.group, dtype, "output", BUG, outcome.message, size=case.size, seed=case.seed)
+        flax = self.oracle.answer(case, dtype)
+        if isinstance(flax, str):
+            yield self._refusal(replace(result, quantity="error"), run, flax, outcome)
+            return
+        if outcome.kind == "impossible":
+            yield replace(result, verdict=NOT_RUN)
+            return
+        if outcome.kind != "answer":
+            refused = self.claims.refused(case, dtype) and outcome.kind in ("missing", "raised")
+            if refused:
+                yield replace(result, verdict=UNSUPPORTED)
+            else:
+                if outcome.kind == "missing":
+                    result = replace(result, message=f"{outcome.message}, and does not declare it unsupported")
+                yield self._declared(result, run)
+            return
+        expected = self._expected(run, flax, gradients and outcome.gradients is not None)
+        yield self._judged(result, run, outcome.output, expected, "output")
+        if not gradients:
+            return
+        if outcome.gradients is None:
+            declared = "gradients" in self.claims.unsupported or "no attribute `vjp`" in outcome.no_gradients
+            verdict = UNSUPPORTED if declared or self.claims.refused(case, dtype) else BUG
+            result = replace(result, quantity="dq", verdict=verdict, message=outcome.no_gradients)
+            yield self._declared(result, run)
+            return
+        for name in expected.flax.gradients:
+            quantity = replace(result, quantity=QUANTITIES[name])
+            gradient = outcome.gradients.get(name)
+            if gradient is None:
+                yield self._declared(replace(quantity, message=f"no gradient of {name}"), run)
+            else:
+                yield self._judged(quantity, run, gradient, expected, name)
+
+    def _refusal(self, result: Result, run: Run, error: str, outcome: Outcome) -> Result:
+        """The verdict where Flax raises: so must the target; by contracts C1 and C2, the same class."""
+        if outcome.kind == "answer":
+            shape = outcome.output.shape
+            result = replace(result, message=f"returned {shape} where Flax raises {error}")
+        elif outcome.kind == "missing" and self.claims.refused(run.case, run.dtype):
+            return replace(result, verdict=UNSUPPORTED, message=outcome.message)
+        elif outcome.kind == "raised" and (self.claims.contract == "C3" or error in outcome.raised):
+            return replace(result, verdict=CONFORMS, message="", contract="C2" if error in outcome.raised else "C3")
+        elif outcome.kind == "raised":
+            result = replace(result, message=f"{outcome.message}, where Flax raises {error}")
+        return self._declared(result, run)
+
+    def _expected(self, run: Run, flax: Answer, gradients: bool) -> Expected:
+        arguments, dtype = run.case.inputs(run.dtype), run.case.compute_dtype(run.dtype)
+        cotangent = run.case.cotangent(flax.output.shape, flax.output.dtype) if gradients else None
+        right, size = truth(arguments, dtype, cotangent, self.claims.meaning)
+        changed: dict[str, Array] = {name: np.asarray(False) for name in ("output", *flax.gradients)}
+        if self.claims.meaning != FLAX:
+            usual, _ = truth(arguments, dtype, cotangent)
+            changed["output"] = ~np.isclose(usual.output, right.output, rtol=1e-12, atol=0, equal_nan=True)
+            for name, x in usual.gradients.items():
+                changed[name] = ~np.isclose(x, right.gradients[name], rtol=1e-12, atol=1e-300, equal_nan=True)
+        return Expected(flax if gradients else Answer(flax.output, {}), right, size, changed)
+
+    def _judged(self, result: Result, run: Run, actual: Array, expected: Expected, name: str) -> Result:
+        """The verdict on one array."""
+        flax, right, size = (
+            x.output if name == "output" else x.gradients[name] for x in (expected.flax, expected.truth, expected.size)
+        )
+        changed, dtype = expected.changed[name], run.case.compute_dtype(run.dtype)
+        if (actual.dtype, actual.shape) != (flax.dtype, flax.shape):
+            message = f"{actual.dtype}{actual.shape} instead of {flax.dtype}{flax.shape}"
+            return self._declared(replace(result, message=message, ratio=float("inf")), run)
+        wanted = np.where(changed, right, flax.astype(np.float64)).astype(flax.dtype) if changed.any() else flax
+        by = {"C3": c3(actual, flax, right, size, dtype, changed), "C1": budgets.same_bits(actual, wanted)}
+        if name == "output" and run.case.exact and dtype in ("bfloat16", "float16"):
+            by["C2"] = by["C1"]
+        elif name == "output":
+            by["C2"] = c2(actual, wanted, run.case.inputs(run.dtype), dtype)
+        else:
+            by["C2"] = budgets.same_nan(actual, wanted) or by["C3"]
+        comparison = by[self.claims.contract]
+        if not comparison.message and run.case.shows_weights and name == "output":
+            comparison = _same_zeros(actual, flax) or comparison
+        met = next((contract for contract in ("C1", "C2", "C3") if not by[contract].message), "")
+        result = replace(
+            result,
+            verdict=CONFORMS if not comparison.message else BUG,
+            message=comparison.message,
+            contract=met if not comparison.message else "",
+            ratio=comparison.ratio,
+            error=by["C3"].error,
+            flax_error=by["C3"].flax_error,
+            rows=_rows(actual, wanted, comparison.worst) if comparison.message else None,
+        )
+        if result.verdict == BUG:
+            return self._declared(result, run)
+        if changed.any():
+            self._occurred.add("meaning")
+            return replace(result, verdict=DECLARED, message="; ".join(self.claims.sentences[:2]))
+        return result
+
+    def _declared(self, result: Result, run: Run) -> Result:
+        """A result that is not Flax's: a bug, unless it is declared."""
+        difference = self.claims.difference(run.case, run.dtype, result.quantity)
+        if difference is None or result.verdict != BUG:
+            return result
+        self._occurred.add(difference.because)
+        return replace(result, verdict=DECLARED, message=f"{difference.because} ({result.message})", rows=None)
+
+    def _watch(self, run: Run, results: list[Result]) -> None:
+        """Note which claims were put to the test, and which occurred."""
+        for result in results:
+            if difference := self.claims.difference(run.case, run.dtype, result.quantity):
+                self._exercised.add(difference.because)
+            words = self.claims.refused(run.case, run.dtype) | (self.claims.unsupported & {"gradients"})
+            if result.quantity in ("output", "error"):
+                words -= {"gradients"}
+            self._exercised |= words
+            if result.verdict != CONFORMS:
+                self._occurred |= words
+
+    @property
+    def problems(self) -> list[str]:
+        """Claims that did not come true, though they could have."""
+        return [f"declared, but did not occur: {x}" for x in sorted(self._exercised - self._occurred)]
+
+
+def certify(
+    name: str,
+    framework: str,
+    outcomes: Iterable[tuple[Run, Outcome]],
+    chosen: list[Run],
+    *,
+    claims: Claims | None = None,
+    oracle: Oracle | None = None,
+    tier: str = "smoke",
+    progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda each, total: each,
+) -> Report:
+    """Judge the outcomes of the chosen runs; `progress` wraps what is iterated over."""
+    claims = claims or Claims()
+    oracle = oracle or oracle_for(claims.contract)
+    judge, found, start = Judge(oracle, claims), {}, time.perf_counter()
+    for run, outcome in progress(outcomes, len(chosen)):
+        found[run.case.id, run.dtype] = judge.results(run, outcome)
+    return Report(
+        target=name,
+        title=claims.title,
+        framework=framework,
+        contract=claims.contract,
+        tier=tier,
+        oracle=oracle.name,
+        date=date.today().isoformat(),
+        versions={},
+        claims=claims.sentences,
+        problems=judge.problems,
+        results=[result for run in chosen for result in found[run.case.id, run.dtype]],
+        seconds=time.perf_counter() - start,
+    )
+
+
+def certify_here(target: Target, chosen: list[Run], **options: Any) -> Report:
+    """Certify a target in this process, with the options of `certify`."""
+    outcomes = ((run, target.run(*run)) for run in chosen)
+    report = certify(target.name, target.framework.name, outcomes, chosen, **options)
+    report.versions = target.framework.versions
+    return report
+
+
+def _same_zeros(actual: Array, flax: Array) -> Comparison | None:
+    """Contract C4, where the output is the weights: zeros in the same places."""
+    other = (actual == 0) != (flax == 0)
+    if not other.any():
+        return None
+    at = tuple(int(i) for i in np.argwhere(other)[0])
+    return Comparison(f"another dropout mask: {int(other.sum())} of {other.size} differ", float("inf"), worst=at)
+
+
+def _rows(actual: Array, expected: Array, worst: tuple[int, ...] | None) -> Rows | None:
+    if not worst:
+        return None
+    index = worst[:-1]
+    return Rows(index, *(tuple(float(x) for x in np.ravel(array[index])) for array in (expected, actual)))

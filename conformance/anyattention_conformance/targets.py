@@ -1,0 +1,161 @@
+"""What is certified: a function with Flax's parameter names, or some of them, for arrays of one library."""
+
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from anyattention_conformance.adapters import ADAPTERS
+from anyattention_conformance.cases import Case
+from anyattention_conformance.frameworks import Framework, framework, quiet
+from anyattention_conformance.truth import NAMES
+
+Array = Any
+
+
+class TargetError(Exception):
+    """The target cannot be run at all; the message says why."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a target did with one case.
+
+    `kind` is "answer", "missing" (it does not take an argument), "impossible" (its library does not have the arrays),
+    "raised", or "died" (with its process, or by the time limit). `raised` has the names of the exception's classes.
+    `gradients` is None where none were asked for or taken.
+    """
+
+    kind: str
+    message: str = ""
+    output: Array = None
+    gradients: dict[str, Array] | None = None
+    no_gradients: str = ""  # why there are none
+    raised: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Target:
+    """A function under test. `vjp` has its signature and returns the output and a pullback, for libraries without."""
+
+    name: str
+    function: Callable[..., Any]
+    framework: Framework
+    vjp: Callable[..., Any] | None = None
+    accepts: frozenset[str] | None = field(init=False)  # names of its parameters; None if they cannot be seen
+
+    def __post_init__(self) -> None:
+        try:
+            parameters = inspect.signature(self.function).parameters.values()
+        except (TypeError, ValueError):
+            object.__setattr__(self, "accepts", None)
+        else:
+            named = (x.name for x in parameters if x.kind not in (x.VAR_KEYWORD, x.VAR_POSITIONAL))
+            object.__setattr__(self, "accepts", frozenset(named))
+
+    def run(self, case: Case, dtype: str, gradients: bool) -> Outcome:
+        """Call the function on one case."""
+        if not case.available(dtype):
+            return Outcome("missing", "NumPy has no bfloat16")
+        arguments = case.inputs(dtype)
+        missing = [] if self.accepts is None else [x for x in arguments if x not in {*self.accepts, *NAMES[:3]}]
+        if missing:
+            return Outcome("missing", f"takes no {' and no '.join(missing)}")
+        try:
+            with quiet(), self.framework.scope(dtype):
+                return self._call(case, dtype, arguments, gradients)
+        except Exception as error:
+            names = tuple(x.__name__ for x in type(error).__mro__)
+            return Outcome("raised", f"{type(error).__name__}: {error}"[:500], raised=names)
+
+    def _call(self, case: Case, dtype: str, arguments: dict[str, Any], gradients: bool) -> Outcome:
+        try:
+            placed = {
+                name: self.framework.put(x) if isinstance(x, np.ndarray) and name != "dropout_rng" else x
+                for name, x in arguments.items()
+            }
+        except Exception as error:
+            return Outcome("impossible", f"{self.framework.name} has no {dtype} here: {error}"[:300])
+        query = placed["query"]
+        wanted = [name for name in NAMES if name in placed] if gradients else []
+        if not wanted:
+            output = self._apply(**placed)
+            self.framework.like(output, query)
+            return Outcome("answer", output=self.framework.get(output))
+        arrays = {name: placed.pop(name) for name in wanted}
+        if self.framework.differentiates:
+            output, pullback = self.framework.vjp(lambda **arrays: self._apply(**arrays, **placed), arrays)
+        elif self.vjp is not None:
+            output, (_, pull) = self._apply(**arrays, **placed), self.vjp(**arrays, **placed)
+            pullback = lambda cotangent: dict(zip(NAMES, pull(cotangent), strict=False))  # noqa: E731
+        else:
+            output = self._apply(**arrays, **placed)
+            self.framework.like(output, query)
+            why = f"{self.framework.name} has no gradients, and the function no attribute `vjp`"
+            return Outcome("answer", output=self.framework.get(output), no_gradients=why)
+        self.framework.like(output, query)
+        answer = self.framework.get(output)
+        cotangent = self.framework.put(case.cotangent(answer.shape, answer.dtype))
+        try:
+            found = {name: self.framework.get(x) for name, x in pullback(cotangent).items() if name in arrays}
+        except Exception as error:
+            return Outcome("answer", output=answer, no_gradients=f"{type(error).__name__}: {error}"[:500])
+        return Outcome("answer", output=answer, gradients=found)
+
+    def _apply(self, **arguments: Any) -> Array:
+        if self.accepts is not None and not self.accepts.issuperset(NAMES[:3]):
+            return self.function(*(arguments.pop(name) for name in NAMES[:3]), **arguments)
+        return self.function(**arguments)
+
+
+def load(name: str, framework_name: str) -> Target:
+    """The target ``module:callable`` or ``path/to/file.py:callable``, or an adapter. TargetError if there is none."""
+    adapter = ADAPTERS.get(name)
+    where, _, path = (adapter.target if adapter else name).rpartition(":")
+    framework_name = adapter.framework if adapter else framework_name
+    if not where or not path:
+        known = f"module:callable or path/to/file.py:callable, or one of {', '.join(ADAPTERS)}"
+        raise TargetError(f"{name!r} is no target: write {known}")
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        module = _import_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
+    except BaseException as error:  # also SystemExit
+        raise TargetError(f"{where} cannot be imported: {type(error).__name__}: {error}") from error
+    function: Any = module
+    for attribute in path.split("."):
+        if not hasattr(function, attribute):
+            raise TargetError(f"{where} has no {path}")
+        function = getattr(function, attribute)
+    if not callable(function):
+        raise TargetError(f"{name} is {type(function).__name__}, which cannot be called")
+    return make(function, framework_name, name)
+
+
+def make(function: Callable[..., Any], framework_name: str, name: str = "") -> Target:
+    """The target of a function. Its attribute `vjp`, if it has one, gives gradients where the library does not."""
+    try:
+        library = framework(framework_name)
+    except Exception as error:
+        raise TargetError(f"the framework {framework_name} cannot be imported: {error}") from error
+    name = name or f"{getattr(function, '__module__', '?')}:{getattr(function, '__qualname__', repr(function))}"
+    return Target(name, function, library, getattr(function, "vjp", None))
+
+
+def _import_file(path: Path) -> Any:
+    if not path.exists():
+        raise FileNotFoundError(f"no file {path}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    sys.path.insert(0, str(path.parent.resolve()))
+    spec.loader.exec_module(module)
+    return module

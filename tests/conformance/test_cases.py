@@ -1,0 +1,71 @@
+"""The cases as data."""
+
+import numpy as np
+import pytest
+
+from anyattention_conformance import CASES, FORMS, Case
+from anyattention_conformance.cases import lowest, numpy_dtype
+
+RUNS = [(case, dtype) for case in CASES if case.smoke for dtype in case.dtypes]
+
+
+def test_names_and_seeds_are_unique():
+    assert len({case.id for case in CASES}) == len({case.seed for case in CASES}) == len(CASES)
+
+
+@pytest.mark.parametrize(("case", "dtype"), RUNS, ids=lambda x: getattr(x, "id", x))
+def test_inputs_are_what_the_case_says(case, dtype):
+    arguments, again = case.inputs(dtype), case.inputs(dtype)
+    dtypes = dict.fromkeys(("query", "key", "value", "bias"), dtype) | dict(case.also) | {"mask": case.mask_dtype}
+    for name in ("query", "key", "bias", "mask"):
+        shape = getattr(case, name)
+        assert (shape is None) == (name not in arguments)
+        if shape is not None:
+            assert (arguments[name].shape, arguments[name].dtype) == (shape, numpy_dtype(dtypes[name]))
+            assert arguments[name].tobytes() == again[name].tobytes()
+    assert case.error or arguments["value"].shape == (*case.key[:-1], case.v_depth)
+
+
+def test_every_dtype_sees_the_same_numbers_rounded_once():
+    case = Case("rounded", bias=(3, 5))
+    wide = case.inputs("float64")
+    for dtype in ("float32", "float16", "bfloat16"):
+        for name, x in case.inputs(dtype).items():
+            np.testing.assert_array_equal(x, wide[name].astype(numpy_dtype(dtype)))
+
+
+def test_hidden_rows_are_cases_of_their_own():
+    for case in CASES:
+        mask = case.inputs(case.dtypes[0]).get("mask")
+        if case.group == "mask":
+            assert np.asarray(mask, bool).any(axis=-1).all(), case.id
+        if case.group == "hidden rows":
+            assert not np.asarray(mask, bool).any(axis=-1).all() or "x" in case.id or case.mask == (), case.id
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
+def test_lowest(dtype):
+    import jax.numpy as jnp
+    import ml_dtypes
+
+    info = ml_dtypes.finfo(dtype) if dtype == "bfloat16" else np.finfo(dtype)
+    assert lowest(dtype) == float(info.min)
+    assert dtype == "float64" or lowest(dtype) == float(jnp.finfo(dtype).min)
+
+
+def test_tiers():
+    for case in CASES:
+        full, smoke = dict(case.runs("full")), dict(case.runs("smoke"))
+        assert full == dict.fromkeys(case.dtypes, case.gradients)
+        assert smoke.keys() <= full.keys()
+        assert all(full[dtype] or not gradients for dtype, gradients in smoke.items())
+    assert {case.group for case in CASES} == {case.group for case in CASES if case.smoke}
+    assert all(any(case.runs("smoke")) for case in FORMS)
+
+
+def test_needs():
+    assert Case("x", bias=(2, 1, 3, 5)).needs == {"bias"}
+    assert Case("x", mask=(3, 5), mask_dtype="float32").needs == {"mask", "non-boolean mask", "low-rank mask"}
+    assert Case("x", dropout=0.5, broadcast_dropout=False).needs == {"dropout", "per-head dropout"}
+    assert Case("x", query=(3, 2, 4), key=(5, 2, 4), v_depth=6).needs == {"no batch", "value depth"}
+    assert Case("x", key=(2, 0, 2, 4), options=(("dtype", "float16"),)).needs == {"empty", "dtype"}

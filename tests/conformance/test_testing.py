@@ -1,0 +1,86 @@
+"""The kit within a test file: the assertion, the class, the plugin."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from anyattention_conformance import Claims, assert_matches_flax, reproduce
+from anyattention_conformance.adapters import ours
+from anyattention_conformance.reference import attention
+
+SAMPLES = Path(__file__).with_name("samples.py")
+
+
+def wrong(query, key, value, mask=None):
+    """Without the scale."""
+    return attention(query * np.asarray(query.shape[-1] ** 0.5, query.dtype), key, value, mask=mask)
+
+
+@pytest.mark.parametrize("framework", ["numpy", "torch"])
+def test_a_right_function_passes(framework):
+    assert_matches_flax(
+        ours.exact, framework, contract="C2", unsupported=["dropout rate 1"], only=["layout", "dropout"]
+    )
+
+
+def test_a_wrong_function_fails_with_a_report():
+    with pytest.raises(AssertionError, match=r"(?s)BUG layout.*no-batch.*expected.*actual.*reproduce\("):
+        assert_matches_flax(wrong, unsupported=["bias", "dropout"], only=["layout", "mask"])
+
+
+def test_claims_may_be_given():
+    claims = Claims(unsupported=frozenset({"dropout"}))
+    with pytest.raises(AssertionError, match="takes no dropout_rate"):
+        assert_matches_flax(wrong, only=["dropout"])
+    with pytest.raises(AssertionError, match="did not occur: dropout"):
+        assert_matches_flax(attention, claims=claims, only=["dropout"])
+
+
+def test_a_failure_can_be_reproduced(capsys):
+    reproduce(wrong, "plain")
+    said = capsys.readouterr().out
+    assert "query =" in said
+    assert "output: BUG" in said
+    with pytest.raises(ValueError, match="there is no case 'absent'"):
+        reproduce(wrong, "absent")
+
+
+def run_pytest(*arguments, cwd):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False, timeout=300)
+
+
+def test_the_class(tmp_path):
+    (tmp_path / "test_mine.py").write_text(
+        "from anyattention_conformance import AttentionConformance\n"
+        "from anyattention_conformance.reference import attention\n"
+        "def wrong(query, key, value, mask=None):\n"
+        "    return attention(query, key, value, mask=None if mask is None else 1 - mask.astype('f4'))\n"
+        "class TestRight(AttentionConformance):\n"
+        "    target = attention\n"
+        "    contract = 'C2'\n"
+        "class TestWrong(AttentionConformance):\n"
+        "    target = staticmethod(wrong)\n"
+        "    unsupported = ('bias', 'dropout', 'force_fp32_for_softmax', 'dtype')\n"
+    )
+    done = run_pytest(cwd=tmp_path)
+    assert done.returncode == 1
+    assert "TestRight" not in done.stdout
+    assert "TestWrong::test_case[mask-float32]" in done.stdout
+    assert "TestWrong::test_case[bias-float32]" not in done.stdout
+
+
+def test_the_plugin(tmp_path):
+    plugin = ("-p", "anyattention_conformance.plugin", "--attention-target")
+    done = run_pytest(*plugin, f"{SAMPLES}:right", "--attention-contract", "C2", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert "failed" not in done.stdout
+    done = run_pytest(*plugin, f"{SAMPLES}:zero_rows", "--attention-unsupported", "dropout", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "test_case[mask-hidden-row-float32]" in done.stdout
+    (tmp_path / "test_other.py").write_text("def test_other(): pass\n")
+    done = run_pytest(*plugin, f"{SAMPLES}:right", "test_other.py", "-k", "plain or other", cwd=tmp_path)
+    assert "4 passed" in done.stdout  # three dtypes of plain, and the other test
