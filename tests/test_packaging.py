@@ -32,12 +32,16 @@ def test_installed(tmp_path, build, home):
     code = f"import site, sys; sys.path[:] = [path for path in sys.path if path not in {ours}]\n"
     code += f"site.addsitedir({str(site)!r})\nimport numpy as np, {', '.join(PACKAGES)}\n"
     code += "x = np.ones((2, 1, 4), np.float32)\nprint(anyattention.dot_product_attention(x, x, x).sum())\n"
+    code += "from anyattention_conformance import Golden, adapters, claims, report_html\n"
+    code += "print(len(Golden().about['runs']) and report_html.to_html([])[:15])\n"
+    code += "claims.read(adapters.FOLDER / 'torch-sdpa.toml')\n"
     code += f"for package in ({', '.join(PACKAGES)}): print(package.__file__)"
     environment = {name: text for name, text in os.environ.items() if name != "PYTHONPATH"}
     run = [sys.executable, "-c", code]
     done = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
-    total, *files = done.stdout.splitlines()
+    total, page, *files = done.stdout.splitlines()
     assert float(total) == 8.0
+    assert page.lower() == "<!doctype html>"
     for file in map(Path, files):
         assert file.is_relative_to(home or site)
         assert (file.parent / "py.typed").exists()

@@ -91,15 +91,16 @@ class Case:
     def runs(self, tier: str) -> Iterator[tuple[str, bool]]:
         """The dtypes to run in, each with whether gradients are asked for.
 
-        Every run costs a compiling library time. The smoke tier asks for all dtypes and, in the first, gradients where
-        a case is "whole"; else in the first dtype alone for "gradients" or for the "output"; where `smoke` is empty,
-        for nothing.
+        Every run costs a compiling library time. The smoke tier asks where `smoke` is "whole" for all dtypes, and in
+        the first for gradients; for "outputs" in all dtypes; for "gradients" or the "output" in the first; else for
+        nothing.
         """
         if tier == "full":
             yield from ((dtype, self.gradients) for dtype in self.dtypes)
         elif self.smoke:
-            dtypes = self.dtypes if self.smoke == "whole" else self.dtypes[:1]
-            yield from ((dtype, self.gradients and self.smoke != "output" and not i) for i, dtype in enumerate(dtypes))
+            asked = self.gradients and self.smoke in ("whole", "gradients")
+            dtypes = self.dtypes if self.smoke in ("whole", "outputs") else self.dtypes[:1]
+            yield from ((dtype, asked and not i) for i, dtype in enumerate(dtypes))
 
     def available(self, dtype: str) -> bool:
         """Whether NumPy has the dtypes of a run here: bfloat16 is that of ml_dtypes."""
@@ -186,7 +187,7 @@ FORMS = (  # every form that the arguments take
     Case("two-batch", smoke="output", query=(2, 1, 3, 2, 4), key=(2, 1, 5, 2, 4)),
     Case("value-depth", "depth", smoke="gradients", v_depth=7),
     Case("depth-0", "depth", smoke="output", query=(2, 3, 2, 0), key=(2, 5, 2, 0)),
-    Case("depth-24", "depth", smoke="gradients", query=(2, 3, 2, 24), key=(2, 5, 2, 24), v_depth=24),
+    Case("depth-24", "depth", smoke="output", query=(2, 3, 2, 24), key=(2, 5, 2, 24), v_depth=24),
     Case(
         "large-logits",
         "large logits",
@@ -198,36 +199,36 @@ FORMS = (  # every form that the arguments take
     ),
     Case("q-length-1", "lengths", smoke="output", query=(2, 1, 2, 4)),
     Case("q-length-0", "lengths", smoke="output", query=(2, 0, 2, 4)),
-    Case("kv-length-1", "lengths", smoke="gradients", key=(2, 1, 2, 4)),
+    Case("kv-length-1", "lengths", smoke="output", key=(2, 1, 2, 4)),
     Case("kv-length-0", "lengths", smoke="output", key=(2, 0, 2, 4)),
     Case("bias", "bias", bias=(2, 2, 3, 5)),
-    Case("bias-lower-rank", "bias", smoke="gradients", bias=(3, 5)),
+    Case("bias-lower-rank", "bias", smoke="output", bias=(3, 5)),
     Case("bias-keys", "bias", smoke="gradients", bias=(5,)),
     Case(
         "bias-minus-infinity",
         "infinities",
-        smoke="gradients",
+        smoke="output",
         **BIAS,
         edits=(("bias", (..., slice(None, None, 2)), -INF),),
     ),
     Case("bias-row-minus-infinity", "infinities", **BIAS, edits=(("bias", ROW_0, -INF),)),
     Case("mask", "mask", **MASK),
-    Case("mask-float", "mask", **MASK, mask_dtype="float32"),
-    Case("mask-keys", "mask", smoke="gradients", mask=(2, 1, 1, 5)),
-    Case("mask-lower-rank", "mask", smoke="gradients", mask=(3, 5)),
+    Case("mask-float", "mask", smoke="outputs", **MASK, mask_dtype="float32"),
+    Case("mask-keys", "mask", smoke="output", mask=(2, 1, 1, 5)),
+    Case("mask-lower-rank", "mask", smoke="output", mask=(3, 5)),
     Case("mask-hidden-row", "hidden rows", **MASK, edits=HIDE_ROW_0),
     Case("mask-and-bias", "mask", **MASK, bias=(1, 2, 3, 5)),
     Case("bias-higher-rank", smoke="gradients", bias=(3, 1, 2, 3, 5), **GROWTH),
     Case("mask-higher-rank", smoke="output", mask=(3, 1, 1, 3, 5), **GROWTH),
-    Case("heads-grown-by-bias", smoke="gradients", query=(2, 3, 1, 4), key=(2, 5, 1, 4), bias=(3, 3, 5), **GROWTH),
+    Case("heads-grown-by-bias", smoke="output", query=(2, 3, 1, 4), key=(2, 5, 1, 4), bias=(3, 3, 5), **GROWTH),
     Case("keys-grown-by-bias", smoke="gradients", key=(2, 1, 2, 4), bias=(3, 5), **GROWTH),
-    Case("dropout", "dropout", dropout=0.3),
-    Case("dropout-everywhere", "dropout", dropout=0.5, broadcast_dropout=False, **MASK),
+    Case("dropout", "dropout", smoke="gradients", dropout=0.3),
+    Case("dropout-everywhere", "dropout", smoke="gradients", dropout=0.5, broadcast_dropout=False, **MASK),
     Case("force-fp32", "dtypes", options=(("force_fp32_for_softmax", True),), **MASK),
 )
 CORNERS = (  # where ports of Flax's attention go wrong
     Case("three-batch", smoke="output", query=(1, 2, 1, 3, 2, 4), key=(1, 2, 1, 5, 2, 4)),
-    Case("heads-as-many-as-queries", smoke="gradients", query=(2, 3, 3, 4), key=(2, 3, 3, 4), mask=(2, 1, 3, 3)),
+    Case("heads-as-many-as-queries", smoke="output", query=(2, 3, 3, 4), key=(2, 3, 3, 4), mask=(2, 1, 3, 3)),
     # The root of 96 is not exact in bfloat16.
     Case("depth-96", "depth", smoke="output", query=(2, 3, 2, 96), key=(2, 5, 2, 96), dtypes=("bfloat16", "float16")),
     Case("bias-heads", "bias", smoke="output", bias=(2, 1, 1)),
@@ -237,7 +238,7 @@ CORNERS = (  # where ports of Flax's attention go wrong
     ),
     Case("q-length-1-masked", "lengths", smoke="output", query=(2, 1, 2, 4), mask=(2, 1, 1, 5)),
     Case("mask-rank-3", "mask", smoke="output", mask=(2, 3, 5)),
-    Case("mask-heads", "mask", smoke="gradients", mask=(1, 2, 3, 5)),
+    Case("mask-heads", "mask", smoke="output", mask=(1, 2, 3, 5)),
     Case(
         "mask-queries",
         "hidden rows",
@@ -256,25 +257,25 @@ CORNERS = (  # where ports of Flax's attention go wrong
     Case(
         "mask-fractions",
         "mask",
-        smoke="gradients",
+        smoke="output",
         **MASK,
         mask_dtype="float32",
         edits=(("mask", KEY_0, 0.25), ("mask", (..., 1), -0.5)),
     ),
-    Case("mask-hidden-all", "hidden rows", **MASK, edits=(("mask", ..., False),)),
-    Case("hidden-row-large-bias", "hidden rows", smoke="gradients", **MASK, **BIAS, bias_scale=30.0, edits=HIDE_ROW_0),
+    Case("mask-hidden-all", "hidden rows", smoke="outputs", **MASK, edits=(("mask", ..., False),)),
+    Case("hidden-row-large-bias", "hidden rows", smoke="output", **MASK, **BIAS, bias_scale=30.0, edits=HIDE_ROW_0),
     Case("hidden-nan-bias", "infinities", **MASK, **BIAS, edits=(*HIDE_KEY_0, ("bias", KEY_0, NAN))),
     Case(
         "hidden-infinite-bias", "infinities", smoke="output", **MASK, **BIAS, edits=(*HIDE_KEY_0, ("bias", KEY_0, INF))
     ),
-    Case("visible-infinite-bias", "infinities", smoke="gradients", **BIAS, edits=(("bias", (..., 0, 0), INF),)),
+    Case("visible-infinite-bias", "infinities", smoke="output", **BIAS, edits=(("bias", (..., 0, 0), INF),)),
     Case("visible-nan-bias", "infinities", smoke="output", **BIAS, edits=(("bias", (..., 0, 1), NAN),)),
     Case("hidden-nan-key", "infinities", smoke="gradients", **MASK, edits=(*HIDE_KEY_0, ("key", (0, 0), NAN))),
     Case("hidden-nan-value", "infinities", smoke="gradients", **MASK, edits=(*HIDE_KEY_0, ("value", (0, 0), NAN))),
     Case(
         "hidden-infinite-value",
         "infinities",
-        smoke="gradients",
+        smoke="output",
         **MASK,
         edits=(*HIDE_KEY_0, ("value", (0, 0, 0, 1), INF)),
     ),
@@ -295,6 +296,7 @@ CORNERS = (  # where ports of Flax's attention go wrong
     Case(
         "fill-below-bias",
         "fill",
+        smoke="outputs",
         **MASK,
         **BIAS,
         edits=(*HIDE_KEY_0, BIAS_ALONE, ("bias", ..., -3e38)),
@@ -310,8 +312,8 @@ CORNERS = (  # where ports of Flax's attention go wrong
         gradients=False,
     ),
     Case("logits-30", "large logits", **MASK, bias=(1, 2, 3, 5), scale=30.0, bias_scale=30.0),
-    Case("logits-1e4", "large logits", scale=1e4, dtypes=("float32", "bfloat16")),
-    Case("logits-all-large", "large logits", smoke="gradients", edits=(("query", ..., 20.0), ("key", ..., 10.0))),
+    Case("logits-1e4", "large logits", smoke="outputs", scale=1e4, dtypes=("float32", "bfloat16")),
+    Case("logits-all-large", "large logits", smoke="output", edits=(("query", ..., 20.0), ("key", ..., 10.0))),
     # The sum of products overflows float16, unless the query is divided first.
     Case(
         "scale-first",
@@ -340,8 +342,8 @@ CORNERS = (  # where ports of Flax's attention go wrong
         edits=ONE_HOT,
     ),
     Case("dropout-no-batch", "dropout", smoke="output", query=(3, 2, 4), key=(5, 2, 4), dropout=0.1),
-    Case("dropout-and-bias", "dropout", smoke="gradients", dropout=0.1, **MASK, **BIAS),
-    Case("dropout-hidden-row", "dropout", smoke="gradients", dropout=0.5, **MASK, edits=HIDE_ROW_0),
+    Case("dropout-and-bias", "dropout", smoke="output", dropout=0.1, **MASK, **BIAS),
+    Case("dropout-hidden-row", "dropout", smoke="output", dropout=0.5, **MASK, edits=HIDE_ROW_0),
     Case(
         "dropout-rate-1",
         "dropout",
@@ -357,19 +359,29 @@ CORNERS = (  # where ports of Flax's attention go wrong
     Case(
         "wide-bias-fine",
         "dtypes",
+        smoke="outputs",
         **WIDE_BIAS,
         edits=(("bias", ..., 1000.0), ("bias", KEY_0, 1000.9)),
         dtypes=("bfloat16", "float16"),
     ),
     Case("float64", "dtypes", **MASK, bias=(1, 2, 3, 5), dtypes=("float64",)),
-    Case("float64-depth-24", "dtypes", smoke="gradients", query=(2, 3, 2, 24), key=(2, 5, 2, 24), dtypes=("float64",)),
+    Case("float64-depth-24", "dtypes", smoke="output", query=(2, 3, 2, 24), key=(2, 5, 2, 24), dtypes=("float64",)),
     Case("integers", "dtypes", dtypes=("int32",), compute="float32", gradients=False),
     Case("booleans", "dtypes", dtypes=("bool",), compute="float32", gradients=False),
     Case("float16-and-bfloat16", "dtypes", dtypes=("float16",), also=(("key", "bfloat16"),), compute="float32"),
     Case("bfloat16-and-float32", "dtypes", dtypes=("bfloat16",), also=(("value", "float32"),), compute="float32"),
     Case("float16-and-integers", "dtypes", dtypes=("float16",), also=(("value", "int32"),), gradients=False),
-    Case("dtype", "dtypes", options=(("dtype", "float32"),), dtypes=("float16", "bfloat16"), compute="float32"),
-    Case("weights", "rounding", v_depth=5, edits=(*ONE_PRODUCT, *ONE_HOT), gradients=False, exact=True),
+    Case(
+        "dtype",
+        "dtypes",
+        smoke="outputs",
+        options=(("dtype", "float32"),),
+        dtypes=("float16", "bfloat16"),
+        compute="float32",
+    ),
+    Case(
+        "weights", "rounding", smoke="outputs", v_depth=5, edits=(*ONE_PRODUCT, *ONE_HOT), gradients=False, exact=True
+    ),
     Case(
         "weights-of-depth-96",
         "rounding",

@@ -90,12 +90,13 @@ def test_c3_where_numbers_are_not_finite(actual, flax, right, holds):
 
 
 def test_c3_does_not_excuse_by_flax_where_another_meaning_is_declared():
-    right, size, flax = np.zeros((2, 4)), np.ones((2, 4)), np.zeros((2, 4))
-    flax[0] = 0.5  # Flax's mean, where zero is declared
-    changed = np.asarray([[True], [False]]) & np.ones((2, 4), bool)
-    assert within_c3(flax, flax, right, size, "float32") == ""
-    assert c3(flax, flax, right, size, "float32", changed).message
-    assert not c3(right, flax, right, size, "float32", changed).message
+    right, size, usual = np.zeros((2, 4)), np.ones((2, 4)), np.zeros((2, 4))
+    usual[0] = 0.5  # Flax's mean, where zero is declared
+    assert not c3(usual, usual, right, size, "float32").message  # as if this were Flax's own error
+    assert c3(usual, usual, right, size, "float32", (usual, size)).message
+    assert not c3(right, usual, right, size, "float32", (usual, size)).message
+    infinite = np.where(usual > 0, np.nan, usual)
+    assert c3(infinite, infinite, right, size, "float32", (infinite, size)).message
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])

@@ -26,8 +26,12 @@ def batches(output: Array, batch: Shape) -> Array:
 
 
 def four_axes(x: Array) -> Array:
-    """A mask or bias with four axes, if it has no more."""
-    return x if x is None else x.reshape((1,) * (4 - x.ndim) + tuple(x.shape))
+    """A mask or bias with exactly four axes, ``[batch, heads, q_length, kv_length]``. ValueError if it has more."""
+    if x is None:
+        return None
+    if x.ndim > 4:
+        raise ValueError(f"a mask or bias has at most four axes, not {x.ndim}")
+    return x.reshape((1,) * (4 - x.ndim) + tuple(x.shape))
 
 
 def masks_only(mask: Array) -> Array:
