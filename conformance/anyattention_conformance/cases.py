@@ -54,6 +54,9 @@ class Case:
     extra: tuple[str, ...] = ()
     smoke: str = "whole"  # what the smoke tier asks for, see `runs`
 
+    def __hash__(self) -> int:
+        return hash(self.id)  # edits have slices
+
     @property
     def seed(self) -> int:
         """The seed of the inputs."""

@@ -32,7 +32,7 @@ class Run(NamedTuple):
 
 
 class Expected(NamedTuple):
-    """Flax's answer; the truth with the sizes of its sums, in the declared meaning, and in Flax's if that is another."""
+    """Flax's answer; the truth with the size of its sums, in the declared meaning, and in Flax's if that is another."""
 
     flax: Answer
     truth: Answer

@@ -161,8 +161,11 @@ def backward(call: Call, block: Block, output: Array, base: Array, total: Array,
     backend, bias = call.backend, block.pairs.bias
     if block.empty:
         return tree_map(backend.xp.zeros_like, (block.rows[0], *block.columns, bias))
-    call = _inspected(call, block)._replace(skip=call.skip and _sees(call, base), bounded=False)
-    statistics = None if backend.surely(base == 0.0, True) else base, total
+    call = _inspected(call, block)
+    unbased = backend.surely(base == 0.0, True)
+    # What was rounded in the forward pass is rounded alike here: in the weights of large logits errors then cancel.
+    call = call._replace(skip=call.skip and _sees(call, base), bounded=call.bounded and unbased)
+    statistics = None if unbased else base, total
     whole = Block((block.rows[0], doutput, output), block.columns, block.pairs._replace(statistics=statistics))
     by_row = call.bias_axes[0]
     like = (block.rows[0], bias if by_row else None), (*block.columns, None if by_row else bias)
@@ -181,10 +184,11 @@ def pull_back(
     query, doutput, output = block.rows
     base, total = block.pairs.statistics
     delta = backend.row_sum(doutput * output) / total
-    rows = (query / call.root, doutput / (total * call.keep_prob))
+    unit = backend.power_unit if call.bounded else 1.0
+    rows = (query / (call.root / unit), doutput / (total * call.keep_prob))
     block = Block(rows, block.columns, block.pairs._replace(statistics=(finite(backend, base), delta)))
     dquery, (dkey, dvalue, dbias) = backend.scan_columns(partial(pull_tile, call), None, block, call.tiles)
-    dquery = dquery / call.root
+    dquery, dkey = dquery / call.root, dkey if unit == 1.0 else dkey / unit
     if bias is None:
         return (dquery, None), (dkey, dvalue, None)
     dbias = backend.transpose(dbias)
@@ -205,10 +209,13 @@ def pull_tile(call: Call, dquery: Array | None, tile: Block) -> tuple[Array, tup
         return zeros[0] if dquery is None else dquery, (zeros[1], zeros[2], None)
 
     product = partial(backend.matmul, precision=call.precision)
-    logits = tile_logits(call, tile)
-    if visible is not None:
-        logits = backend.fill(logits, visible, call.fill)
-    weights = backend.exp_minus(logits, base)
+    if call.bounded:
+        _, weights = tile_weights(call, tile, visible)
+    else:
+        logits = tile_logits(call, tile)
+        if visible is not None:
+            logits = backend.fill(logits, visible, call.fill)
+        weights = backend.exp_minus(logits, base)
     dweights = product(doutput, backend.transpose(value), scratch="" if bias is not None else "dweights")
     kept = weights
     if keep is not None:

@@ -110,6 +110,7 @@ FORMS = {
     "mask": {"mask": (2, 1, 3, 5)},
     "mask of a lower rank": {"mask": (3, 5)},
     "mask and bias": {"mask": (2, 1, 3, 5), "bias": (1, 2, 3, 5)},
+    "many keys, mask of each head": {"key": (2, 67, 2, 4), "mask": (2, 3, 67)},
     "a hidden row": {"mask": np.tri(3, 5, k=-1)},
     "bias -inf": {"bias": np.asarray([-INF, 0, -INF, 1, 2], np.float16)},
     "bias of a higher rank": {"bias": (3, 1, 2, 3, 5)},
@@ -169,10 +170,12 @@ def test_float64(form):
     ids=["no keys", "no queries", "no batch", "no heads", "no value depth", "no depth", "no keys nor depth"],
 )
 def test_empty(query, key, v_depth, dtype):
-    arguments = draw(dtype, query, key, v_depth, mask=(), bias=(1,))
-    assert key[-3] or not agree(arguments).any()
+    arguments = draw(dtype, query, key, v_depth, bias=(1,))
+    output = agree(arguments)
+    assert key[-3] or not output.any()
+    agree(arguments | {"mask": np.asarray(False)})
     agree(arguments | {"dropout_rate": 0.5, "dropout_rng": KEY})
-    agree_on_gradients(arguments)
+    agree_on_gradients(draw(dtype, query, key, v_depth, mask=np.asarray(True)))
 
 
 # --- dtypes ---

@@ -1,4 +1,4 @@
-"""MLX's ``fast.scaled_dot_product_attention``, whose `mask` hides keys if boolean and else is added to the logits."""
+"""MLX's ``fast.scaled_dot_product_attention``: a boolean `mask` hides keys, any other is added to the logits."""
 
 from typing import Any
 

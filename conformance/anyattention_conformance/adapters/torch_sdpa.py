@@ -1,4 +1,4 @@
-"""PyTorch's ``scaled_dot_product_attention``: its `attn_mask` hides keys if boolean, and else is added to the logits."""
+"""PyTorch's ``scaled_dot_product_attention``: `attn_mask` hides keys if boolean, and else is added to the logits."""
 
 from typing import Any
 
