@@ -159,26 +159,26 @@ class SingleQueryUnmasked(Attention):
 
 @mutant("depth", "The query is not divided by the root of the depth.")
 class NoScale(Attention):
-    def scale(self, call: Call, query: Array) -> Array:
-        return query
+    def root(self, call: Call) -> Array:
+        return rounded(1, call.dtype)
 
 
 @mutant("depth", "The query is divided by the depth, not by its root.")
 class ScaleByDepth(Attention):
-    def scale(self, call: Call, query: Array) -> Array:
-        return divided(query, rounded(query.shape[-1], call.dtype))
+    def root(self, call: Call) -> Array:
+        return rounded(call.query.shape[-1], call.dtype)
 
 
 @mutant("depth", "The query is divided by the root of the values' depth.")
 class ScaleByValueDepth(Attention):
-    def scale(self, call: Call, query: Array) -> Array:
-        return divided(query, rounded(np.sqrt(call.value.shape[-1]), call.dtype))
+    def root(self, call: Call) -> Array:
+        return rounded(np.sqrt(call.value.shape[-1]), call.dtype)
 
 
 @mutant("depth", "The depth is filled up to a multiple of 8, and the root is that of the filled depth.")
 class ScaleByPaddedDepth(Attention):
-    def scale(self, call: Call, query: Array) -> Array:
-        return divided(query, rounded(np.sqrt(-(-query.shape[-1] // 8) * 8), call.dtype))
+    def root(self, call: Call) -> Array:
+        return rounded(np.sqrt(-(-call.query.shape[-1] // 8) * 8), call.dtype)
 
 
 @mutant("depth", "No depth at all: an error, from the division by its root.", row=21)
@@ -478,7 +478,7 @@ class LogitsCapped(Attention):
 class ScaleAfterProduct(Attention):
     def logits(self, call: Call, query: Array) -> Array:
         product = rounded(einsum(QUERY_KEY, call.query, call.key), call.dtype)
-        return divided(product, rounded(np.sqrt(max(query.shape[-1], 1)), call.dtype))
+        return divided(product, self.root(call)) if query.shape[-1] else product
 
 
 @mutant("large logits", "The exponential of float16 is taken without subtracting the maximum.")
@@ -705,14 +705,14 @@ class DtypeIgnored(Attention):
 
 @mutant("rounding", "The root of the depth is not rounded to 16 bits.", row=13, contract="C2")
 class RootNotRounded(Attention):
-    def scale(self, call: Call, query: Array) -> Array:
-        return rounded(wide(query) / np.sqrt(query.shape[-1]), call.dtype)
+    def root(self, call: Call) -> Array:
+        return rounded(np.sqrt(call.query.shape[-1]), promoted(call.dtype, FLOAT32))
 
 
 @mutant("rounding", "float16 is divided, not multiplied with the rounded reciprocal.", contract="C2")
 class TrueDivision(Attention):
     def scale(self, call: Call, query: Array) -> Array:
-        return rounded(wide(query) / wide(rounded(np.sqrt(query.shape[-1]), call.dtype)), call.dtype)
+        return rounded(wide(query) / wide(self.root(call)), call.dtype)
 
     def softmax(self, call: Call, logits: Array) -> Array:
         powers = wide(_powers(logits))
@@ -758,7 +758,7 @@ class DropoutFactorNotRounded(Attention):
 @mutant("rounding", "The steps of bfloat16 are cut off, not rounded.", row=31, contract="C2")
 class Truncated(Attention):
     def scale(self, call: Call, query: Array) -> Array:
-        return _truncated(wide(query) / wide(rounded(np.sqrt(query.shape[-1]), call.dtype)), call.dtype)
+        return _truncated(wide(query) / wide(self.root(call)), call.dtype)
 
     def logits(self, call: Call, query: Array) -> Array:
         return _truncated(einsum(QUERY_KEY, query, call.key), call.dtype)

@@ -142,9 +142,13 @@ class Attention:
         _demand(key[-3] == value[-3], "k, v lengths must match.")
         _demand(query[-1] == key[-1], "q, k depths must match.")
 
+    def root(self, call: Call) -> Array:
+        """What the query is divided by: the root of its depth, in the compute dtype."""
+        return rounded(np.sqrt(call.query.shape[-1]), call.dtype)
+
     def scale(self, call: Call, query: Array) -> Array:
-        """The query by the root of its depth, itself rounded, before the product."""
-        return divided(query, rounded(np.sqrt(query.shape[-1]), call.dtype))
+        """The query divided, before the product."""
+        return divided(query, self.root(call))
 
     def logits(self, call: Call, query: Array) -> Array:
         """Products of queries and keys, ``[batch..., heads, q_length, kv_length]``."""
@@ -215,7 +219,7 @@ class Attention:
 
     def query_gradient(self, call: Call, dlogits: Array) -> Array:
         """``[batch..., q_length, heads, depth]``. A hidden key still counts, times zero: its NaN shows."""
-        return einsum("...hqk,...khd->...qhd", dlogits, call.key) / np.sqrt(call.query.shape[-1])
+        return einsum("...hqk,...khd->...qhd", dlogits, call.key) / wide(self.root(call))
 
     def key_gradient(self, call: Call, dlogits: Array) -> Array:
         """``[batch..., kv_length, heads, depth]``."""
