@@ -9,10 +9,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+import anyattention
 from anyattention_conformance import claims, report_html, report_text, suite, targets
 from anyattention_conformance.adapters import ADAPTERS, FOLDER, OURS
 from anyattention_conformance.cases import CASES
 from anyattention_conformance.claims import CONTRACTS, ClaimError, Claims
+from anyattention_conformance.frameworks import framework
 from anyattention_conformance.oracles import OracleError
 from anyattention_conformance.results import Report
 from anyattention_conformance.targets import TargetError
@@ -39,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def conform(options: argparse.Namespace) -> int:
     """Certify a target."""
-    name, framework, declared = _target(options)
+    name, library, declared = _target(options)
     if options.claims:
         declared = claims.read(options.claims)
     if options.unsupported:
@@ -52,10 +56,10 @@ def conform(options: argparse.Namespace) -> int:
         raise ClaimError("no case is chosen; `anyattention cases` lists them")
     if options.html:
         report_html.to_html([])
-    workers = Workers(Recipe(targets.load, (name, framework)), options.time_limit, options.jobs)
+    workers = Workers(Recipe(targets.load, (name, library)), options.time_limit, options.jobs)
     report = suite.certify(
         name,
-        framework,
+        library,
         workers(chosen),
         chosen,
         claims=declared,
@@ -105,12 +109,20 @@ def cases(options: argparse.Namespace) -> int:
 
 
 def info(options: argparse.Namespace) -> int:
-    """Say what is installed."""
+    """Say what is installed, and what `implementation=None` would run."""
     for package in PACKAGES:
         try:
             _say(f"{package:18} {version(package)}")
         except PackageNotFoundError:
             _say(f"{package:18} not installed")
+    for name in ("numpy", "jax", "torch", "mlx"):
+        try:
+            library = framework(name)
+        except ImportError:
+            continue
+        for length in (64, 4096):
+            x = library.put(np.zeros((1, length, 8, 64), np.float32))
+            _say(f"\n{name}, {length} queries and keys of 8 heads:\n{anyattention.explain(x, x, x)}")
     return CONFORMS
 
 

@@ -54,3 +54,9 @@ def dies(query, key, value):
 
 def exits(query, key, value):
     raise SystemExit(0)
+
+
+def changes_its_query(query, key, value, mask=None):
+    output = attention(query, key, value, mask=mask)
+    query *= 2
+    return output

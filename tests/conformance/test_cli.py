@@ -92,6 +92,7 @@ def test_bad_options_are_said(arguments, message):
         ("returns_a_list", "returned builtins.list instead of numpy.ndarray"),
         ("hides_its_names", "takes no mask"),
         ("exits", "SystemExit"),
+        ("changes_its_query", "changed its argument query"),
     ],
 )
 def test_what_a_target_does_wrong_is_said(name, message):
@@ -138,7 +139,9 @@ def test_reports_side_by_side(tmp_path):
 
 def test_lists():
     assert "mask-hidden-row" in conform("cases").stdout
-    assert "numpy" in conform("info").stdout
+    info = conform("info").stdout
+    assert "numpy" in info
+    assert "tiled" in info  # what NumPy runs for 4096 queries
 
 
 def test_numpy_alone_is_enough(tmp_path):
