@@ -118,7 +118,8 @@ class Target:
 
     def _apply(self, **arguments: Any) -> Array:
         if self.accepts is not None and not self.accepts.issuperset(NAMES[:3]):
-            return self.function(*(arguments.pop(name) for name in NAMES[:3]), **arguments)
+            first = [arguments.pop(name) for name in NAMES[:3]]
+            return self.function(*first, **arguments)
         return self.function(**arguments)
 
 

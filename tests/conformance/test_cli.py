@@ -39,6 +39,11 @@ def test_a_part_of_the_signature_is_enough_if_it_is_declared():
     assert "takes no dropout_rate" in done.stdout
 
 
+def test_query_key_and_value_may_have_other_names():
+    done = conform("conform", f"{SAMPLES}:other_names", "--only", "layout", "--unsupported", "mask,dropout")
+    assert done.returncode == 0, done.stdout
+
+
 def test_differences_are_found_and_can_be_declared(tmp_path):
     done = conform("conform", f"{SAMPLES}:zero_rows", *PLAIN)
     assert done.returncode == 1
