@@ -190,7 +190,8 @@ def test_what_reproduces_a_failure_is_python_that_names_it():
     imported, called = ast.parse(line).body
     assert (imported.module, imported.names[0].name) == ("anyattention_conformance", called.value.func.id)
     assert [ast.literal_eval(x) for x in called.value.args] == names[:3]
-    assert {x.arg: ast.literal_eval(x.value) for x in called.value.keywords} == {"framework": names[3]}
+    keywords = {x.arg: ast.literal_eval(x.value) for x in called.value.keywords}
+    assert keywords == {"framework": names[3], "contract": "C1"}
 
 
 @pytest.mark.parametrize(
