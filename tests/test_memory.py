@@ -186,7 +186,9 @@ def test_gradient(library, name):
 @pytest.mark.slow
 @libraries
 def test_twice_the_length_takes_twice_the_memory(library):
-    short, long = measure(library, "gradient none 4096 tiled", "gradient none 8192 tiled").values()
+    cases = ("gradient none 4096 tiled", "gradient none 8192 tiled")
+    figures = [measure(library, *cases) for _ in range(3)]  # what allocators keep only ever adds
+    short, long = (min(each[case] for each in figures) for case in cases)
     assert long <= 2 * short + 8
 
 
