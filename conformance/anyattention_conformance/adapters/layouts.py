@@ -35,9 +35,9 @@ def four_axes(x: Array) -> Array:
 
 
 def masks_only(mask: Array) -> Array:
-    """A mask for a library that adds others to the logits. TypeError if it is not boolean."""
+    """A mask for a library that adds others to the logits, or does not say what they mean. TypeError if not boolean."""
     if mask is not None and not str(mask.dtype).endswith("bool"):
-        raise TypeError(f"a mask of {mask.dtype} would be added to the logits: pass a boolean one")
+        raise TypeError(f"a mask of {mask.dtype} is no mask to this library: pass a boolean one")
     return mask
 
 
