@@ -74,10 +74,18 @@ class Case:
     @cached_property
     def needs(self) -> frozenset[str]:
         """What a function has to support to be asked, besides query, key and value: the words of a claim."""
-        found = {"bias": self.bias, "mask": self.mask, "dropout": self.dropout, "errors": self.error}
-        found |= {"bias and mask": self.bias and self.mask, "per-head dropout": not self.broadcast_dropout}
+        found = {
+            "bias": self.bias is not None,
+            "mask": self.mask is not None,
+            "dropout": self.dropout,
+            "errors": self.error,
+        }
+        found |= {
+            "bias and mask": self.bias is not None and self.mask is not None,
+            "per-head dropout": not self.broadcast_dropout,
+        }
         found |= dict(self.options)
-        found |= {"non-boolean mask": self.mask and self.mask_dtype != "bool"}
+        found |= {"non-boolean mask": self.mask is not None and self.mask_dtype != "bool"}
         found |= {"no batch": len(self.query) == 3, "several batch dimensions": len(self.query) > 4}
         found |= {"value depth": self._value[-1] != self.query[-1], "empty": 0 in (*self.query, *self._value)}
         found |= {"low-rank mask": self.mask is not None and len(self.mask) < len(self.query)}

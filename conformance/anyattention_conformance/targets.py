@@ -28,8 +28,8 @@ class Outcome:
     """What a target did with one case.
 
     `kind` is "answer", "missing" (it does not take an argument), "impossible" (its library does not have the arrays),
-    "raised", or "died" (with its process, or by the time limit). `raised` has the names of the exception's classes.
-    `gradients` is None where none were asked for or taken.
+    "raised", "changed" (an argument), or "died" (with its process, or by the time limit). `raised` has the names of the
+    exception's classes. `gradients` is None where none were asked for or taken.
     """
 
     kind: str
@@ -86,7 +86,7 @@ class Target:
         outcome = self._answer(case, placed, gradients)
         for name, x in given.items():
             if name != "dropout_rng" and not _same(self.framework.get(x), arguments[name]):
-                return Outcome("raised", f"changed its argument {name}")
+                return Outcome("changed", f"changed its argument {name}")
         return outcome
 
     def _answer(self, case: Case, placed: dict[str, Any], gradients: bool) -> Outcome:
