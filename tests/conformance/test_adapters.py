@@ -1,6 +1,5 @@
 """Attentions of other libraries are certified, each with what it declares and nothing else."""
 
-import importlib.util
 import re
 import subprocess
 import sys
@@ -16,7 +15,6 @@ from anyattention_conformance.adapters import ADAPTERS, FOLDER, layouts
 from anyattention_conformance.claims import Difference
 from anyattention_conformance.workers import Recipe, Workers
 
-LIBRARIES = {"huggingface": "transformers"}  # where a name does not start with that of its library
 SLOW = ("*jax*", "flax-*", "torch-flex")  # they compile
 TAKEN_APART = ("keras-numpy", "mlx-fast")  # they are the fastest
 QUANTITIES = ("output", "error", *claims.QUANTITIES.values())
@@ -32,18 +30,9 @@ def each(name):
     return pytest.param(name, marks=[pytest.mark.slow] if any(fnmatchcase(name, x) for x in SLOW) else [])
 
 
-def needs(name):
-    """Skip the test where a library is not installed."""
-    for part in name.split("-"):
-        library = LIBRARIES.get(part, part)
-        if library in ("keras", "mlx", "transformers") and importlib.util.find_spec(library) is None:
-            pytest.skip(f"{library} is not installed")
-
-
 @cache
 def outcomes(name):
     """What an adapter did with every run of the full tier."""
-    needs(name)
     adapter = ADAPTERS[name]
     workers = Workers(Recipe(targets.load, (adapter.target, adapter.framework)))
     return list(workers(suite.runs("full")))
@@ -66,7 +55,6 @@ def test_every_adapter_has_claims_and_every_file_an_adapter():
 
 @pytest.mark.parametrize("name", [each(name) for name in ADAPTERS])
 def test_it_conforms(name):
-    needs(name)
     done = conform(name)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -110,7 +98,6 @@ def test_a_claim_that_does_not_occur_is_a_problem(name):
 
 
 def test_a_claim_removed_or_added_fails_on_the_command_line_as_well(tmp_path):
-    needs("mlx")
     text = (FOLDER / "mlx-fast.toml").read_text()
     less, more = tmp_path / "less.toml", tmp_path / "more.toml"
     less.write_text(re.sub(r"\[\[differs\]\]\ncases = \[\"hidden-nan-value\".*\n(.+\n)+", "", text))
