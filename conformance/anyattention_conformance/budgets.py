@@ -137,9 +137,9 @@ def _allowance(arguments: dict[str, Any], dtype: str) -> Array:
     kappa = np.swapaxes(np.max(terms, axis=-1, keepdims=True, initial=0.0), -2, -3)
     rate = 0.0 if arguments.get("deterministic", False) else arguments.get("dropout_rate", 0.0)
     spread = truth(arguments | {"dropout_rate": 0.0}, dtype)[1].output
-    with np.errstate(all="ignore"):
+    with np.errstate(all="ignore"):  # at rate 1 the quotient is infinite; so is Flax's answer
         spread = np.max(spread, axis=-1, keepdims=True, initial=0.0) / np.float64(1.0 - rate)
-    return (1 + kappa) * np.nan_to_num(spread)
+        return np.nan_to_num((1 + kappa) * spread)
 
 
 def _judged(error: Array, allowed: Array) -> Comparison:
