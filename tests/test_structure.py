@@ -9,26 +9,36 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = {  # module: what it may import of the package
-    "__init__": {"api", "errors", "masks", "plan", "random"},
-    "api": {"attention", "backend", "dispatch", "engine", "errors", "layout", "masks", "plan", "request"},
+    "__init__": {"api", "errors", "masks", "plan", "random", "settings"},
+    "api": {"attention", "backend", "dispatch", "engine", "errors", "layout", "masks", "plan", "request", "settings"},
     "attention": {"backend", "request"},
     "backend": {"blocks", "dtypes", "random"},
     "blocks": set(),
     "dispatch": {"backend"},
     "dtypes": set(),
-    "engine": {"backend", "request"},
+    "engine": {"backend", "request", "settings"},
     "errors": set(),
     "layout": {"backend", "blocks", "dtypes", "masks", "random", "request", "tiled"},
     "masks": {"backend", "dispatch", "dtypes", "errors"},
     "partials": {"backend"},
-    "plan": set(),
+    "plan": {"settings"},
     "random": {"dtypes"},
     "request": set(),
+    "settings": set(),
+    "structure": {"masks"},
     "tiled": {"backend", "blocks", "masks", "partials", "random"},
 }
-BELOW = {"backend", "blocks", "dtypes", "engine", "masks", "request"}  # what backends may import
+BELOW = {"backend", "blocks", "dtypes", "engine", "masks", "request", "structure"}  # what backends may import
 PARTS = {  # modules that are part of a backend
     ("numpy", "anyattention_backends", "threads"),
+    ("jax", "anyattention_backends.jax_cudnn", "CuDNN"),
+    ("jax", "anyattention_backends.jax_splash", "Splash"),
+    ("jax", "anyattention_backends.jax_tokamax", "Tokamax"),
+    ("jax_cudnn", "anyattention_backends.jax_kernel", "Kernel"),
+    ("jax_cudnn", "anyattention_backends.jax_kernel", "dense"),
+    ("jax_splash", "anyattention_backends.jax_kernel", "Kernel"),
+    ("jax_tokamax", "anyattention_backends.jax_kernel", "Kernel"),
+    ("jax_tokamax", "anyattention_backends.jax_kernel", "dense"),
     ("torch", "anyattention_backends.torch_sdpa", "SDPA"),
 }
 FRAMEWORKS = {"jax", "flax", "torch", "dask", "mlx", "ndonnx", "numpy", "ml_dtypes", "array_api_strict"}

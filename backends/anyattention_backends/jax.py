@@ -11,6 +11,9 @@ import numpy as np
 
 from anyattention.backend import Backend
 from anyattention.blocks import Block, Group, cut_columns, cut_group, cut_rows
+from anyattention_backends.jax_cudnn import CuDNN
+from anyattention_backends.jax_splash import Splash
+from anyattention_backends.jax_tokamax import Tokamax
 
 Array = Any
 
@@ -142,9 +145,10 @@ class JAXBackend(Backend):
     def tiles(self, block: Block, ruled: bool) -> tuple[int, int]:
         """Reason: speed. XLA does best with a whole row of keys, while it fits."""
         rows, columns = block.lengths
-        columns = min(columns, max(8192, 2**20 // max(rows, 1)))
-        together = 1 if _maps_lead() else -(-math.prod(block.lead) // jax.device_count())
-        return max(16 if together > 1 else 256, min(512, 2**20 // max(columns * together, 1))), columns
+        most = 2**20 if jax.default_backend() == "cpu" else 2**24  # logits of a tile: to stay in caches, to fill a GPU
+        columns = min(columns, max(8192, most // max(rows, 1)))
+        together = 1 if _one_cpu() else -(-math.prod(block.lead) // jax.device_count())
+        return max(16 if together > 1 else 256, min(512, most // max(columns * together, 1))), columns
 
     def row_max(self, x: Array) -> Array:
         """Reason: speed. The weights do not depend on what is subtracted, so no derivative of it is needed."""
@@ -169,7 +173,7 @@ class JAXBackend(Backend):
         like: tuple[Any, Any],
     ) -> tuple[Any, Any]:
         """Reason: speed. Loops of XLA's, compiled once; derivatives recompute each tile."""
-        if block.lead and _maps_lead() and not _few(block.rows[0], block.columns[0]):
+        if block.lead and _one_cpu() and not _few(block.rows[0], block.columns[0]):
             return _map_lead(lambda slab: self.map_rows(function, slab, groups, tiles, like), block)
         sums = jax.tree.map(
             jnp.zeros_like, jax.eval_shape(partial(function, groups[0]), cut_group(block, groups[0]))[1]
@@ -207,26 +211,8 @@ class JAXBackend(Backend):
         return state, self.join_rows(results)
 
     def matmul(self, x: Array, y: Array, precision: Any = None, scratch: str = "") -> Array:
-        """Reason: speed, and precision is JAX's own. A few rows for each of several heads are one product.
-
-        Keys and values of all heads lie side by side in memory, ``[length, heads, depth]``; a product for each head
-        would gather them first. So the rows are put on the diagonal of a matrix of heads by heads.
-        """
-        if not _few(x, y):
-            return jnp.matmul(x, y, precision=precision)
-        *lead, heads, rows, _ = x.shape
-        diagonal = jnp.eye(heads, dtype=x.dtype)
-        if y.shape[-1] > y.shape[-2]:  # [heads, depth, columns]: the sum is over heads and depth
-            x = x[..., :, :, None, :] * diagonal[:, None, :, None]
-            x = jnp.reshape(x, (*lead, heads * rows, -1))
-            y = jnp.moveaxis(y, -1, -3)  # as it lies
-            y = jnp.reshape(y, (*y.shape[:-2], -1))
-            return jnp.reshape(jnp.matmul(x, y.mT, precision=precision), (*lead, heads, rows, -1))
-        x = jnp.reshape(x, (*lead, heads * rows, -1))
-        y = jnp.moveaxis(y, -3, -2)
-        y = jnp.reshape(y, (*y.shape[:-2], -1))
-        z = jnp.reshape(jnp.matmul(x, y, precision=precision), (*lead, heads, rows, heads, -1))
-        return jnp.einsum("...hrhd->...hrd", z)
+        """Reason: speed, and precision is JAX's own. A few rows for each of several heads are one product."""
+        return _product_of_few(x, y, precision) if _few(x, y) else jnp.matmul(x, y, precision=precision)
 
     def beside(self, like: Array | None) -> dict[str, Any]:
         """Reason: missing. A tracer has no device, and the sharding of one array does not fit another."""
@@ -266,12 +252,49 @@ def _compiled(function: Callable[..., Any], call: Any, *arrays: Any) -> Any:
 
 def _few(x: Array, y: Array) -> bool:
     """Whether the rows of `x` are so few, and its heads those of `y`, that all are better served by one product."""
-    return x.ndim > 2 and x.shape[-3] == y.shape[-3] > 1 and x.shape[-3] * x.shape[-2] <= 64
+    return _one_cpu() and x.ndim > 2 and x.shape[-3] == y.shape[-3] > 1 and x.shape[-3] * x.shape[-2] <= 64
 
 
-def _maps_lead() -> bool:
-    """Whether to take one head at a time: not where heads may be on several devices, which would have to wait."""
-    return jax.device_count() == 1
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _product_of_few(x: Array, y: Array, precision: Any) -> Array:
+    """``x @ y``, all heads at once.
+
+    Keys and values of all heads lie side by side in memory, ``[length, heads, depth]``; a product for each head would
+    gather them first. So the rows are put on the diagonal of a matrix of heads by heads. Beside a zero of that matrix
+    what is not finite would spread to the other heads: if anything comes out so, each head has its own product.
+    """
+    *lead, heads, rows, _ = x.shape
+    if y.shape[-1] <= y.shape[-2]:  # [heads, columns, depth]: each row times the values of all heads, then its own
+        x = jnp.reshape(x, (*lead, heads * rows, -1))
+        y = jnp.moveaxis(y, -3, -2)  # as it lies
+        y = jnp.reshape(y, (*y.shape[:-2], -1))
+        z = jnp.reshape(jnp.matmul(x, y, precision=precision), (*lead, heads, rows, heads, -1))
+        return jnp.einsum("...hrhd->...hrd", z)
+    of_head = jnp.eye(heads, dtype=bool)[:, None, :, None]  # [heads, depth, columns]: the sum is over heads and depth
+    diagonal = jnp.reshape(jnp.where(of_head, x[..., None, :], 0), (*lead, heads * rows, -1))
+    lying = jnp.moveaxis(y, -1, -3)
+    whole = jnp.reshape(lying, (*lying.shape[:-2], -1))
+    z = jnp.reshape(jnp.matmul(diagonal, whole.mT, precision=precision), (*lead, heads, rows, -1))
+
+    def apart(_: Array, x: Array, lying: Array) -> Array:  # no product, whose copy of the keys XLA would make room for
+        return jnp.sum(x[..., None, :] * jnp.moveaxis(lying, -3, -2)[..., None, :, :], axis=-1)
+
+    finite = jnp.all(jnp.isfinite(jnp.sum(z, axis=-1)))  # by rows: XLA is slow to reduce all axes at once
+    return jax.lax.cond(finite, lambda z, *_: z, apart, z, x, lying)
+
+
+def _derivative_of_few(precision: Any, primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> Any:
+    (x, y), (dx, dy) = primals, tangents
+    dz = jnp.matmul(dx, y, precision=precision) + jnp.matmul(x, dy, precision=precision)
+    return _product_of_few(x, y, precision), dz
+
+
+_product_of_few.defjvp(_derivative_of_few)
+
+
+def _one_cpu() -> bool:
+    """Whether heads may be taken one after the other, or asked about together: on several devices they would wait."""
+    return jax.device_count() == 1 and jax.default_backend() == "cpu"
 
 
 def _map_lead(function: Callable[[Block], Any], block: Block) -> Any:
@@ -319,3 +342,4 @@ def _scan(
 
 
 backend = JAXBackend(jnp)
+backend.engines = (CuDNN(backend), Tokamax(backend), Splash(backend))

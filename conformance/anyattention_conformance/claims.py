@@ -49,10 +49,18 @@ class Difference:
     def covers(self, case: Case, dtype: str, quantity: str) -> bool:
         """Whether a result is among them."""
         return (
-            any(fnmatchcase(case.id, pattern) or case.group == pattern for pattern in self.cases)
+            bool(self.claims(case))
             and (not self.dtypes or dtype in self.dtypes)
             and (not self.quantities or quantity in self.quantities)
         )
+
+    def claims(self, case: Case) -> set[str]:
+        """What is claimed of a case: each of the patterns that match it, with the reason."""
+        return {
+            f"{pattern}: {self.because}"
+            for pattern in self.cases
+            if fnmatchcase(case.id, pattern) or case.group == pattern
+        }
 
 
 @dataclass(frozen=True)

@@ -144,7 +144,7 @@ class MLX(Framework):
     def put(self, x: Array) -> Array:
         if x.dtype.name == "bfloat16":
             return self.module.array(x.astype(np.float32)).astype(self.module.bfloat16)
-        return self.module.array(x)
+        return self.module.array(x, self.module.float64 if x.dtype == np.float64 else None)
 
     def get(self, x: Array) -> Array:
         if x.dtype == self.module.bfloat16:

@@ -182,20 +182,24 @@ class Judge:
         difference = self.claims.difference(run.case, run.dtype, result.quantity)
         if difference is None or result.verdict != BUG:
             return result
-        self._occurred.add(difference.because)
+        self._occurred |= difference.claims(run.case)
         return replace(result, verdict=DECLARED, message=f"{difference.because} ({result.message})", rows=None)
 
     def _watch(self, run: Run, results: list[Result]) -> None:
-        """Note which claims were put to the test, and which occurred."""
+        """Note which claims were put to the test, and which occurred.
+
+        A word of `unsupported` is put to the test where nothing else that the case needs is unsupported.
+        """
+        refused = self.claims.refused(run.case, run.dtype)
         for result in results:
             if difference := self.claims.difference(run.case, run.dtype, result.quantity):
-                self._exercised.add(difference.because)
-            words = self.claims.refused(run.case, run.dtype) | (self.claims.unsupported & {"gradients"})
-            if result.quantity in ("output", "error"):
-                words -= {"gradients"}
-            self._exercised |= words
-            if result.verdict != CONFORMS:
+                self._exercised |= difference.claims(run.case)
+            of_output = result.quantity in ("output", "error")
+            words = refused if of_output else refused | (self.claims.unsupported & {"gradients"})
+            if result.verdict == UNSUPPORTED and len(words) == 1:
                 self._occurred |= words
+            if result.verdict != NOT_RUN and result.quantity != "error" and len(words) == 1:
+                self._exercised |= words
 
     @property
     def problems(self) -> list[str]:

@@ -5,9 +5,9 @@ from functools import partial
 from typing import Any
 
 from anyattention import attention as exact
-from anyattention import dispatch, layout
+from anyattention import dispatch, layout, settings
 from anyattention.backend import Backend
-from anyattention.engine import Engine
+from anyattention.engine import Engine, find
 from anyattention.errors import ShapeError
 from anyattention.masks import CausalMask, Mask, as_mask
 from anyattention.plan import Plan, choose
@@ -269,6 +269,7 @@ def _resolve(
     if is_causal:
         mask = _causal(backend, query, key, mask)
     request = Request(compute_dtype, query, key, value, bias, mask, dropout, precision, force_fp32)
+    implementation = implementation or settings.current().implementation
     plan = choose(implementation, backend, query, key, _serves, request, module, einsum)
     if plan.implementation == "exact" and isinstance(mask, Mask):
         lengths = query.shape[-3], key.shape[-3]  # expanded, since exact has all logits anyway
@@ -299,12 +300,8 @@ def _serves(
         return None, reasons + _not_tiled(backend, request)
     if reasons:
         return None, reasons
-    for engine in backend.engines:
-        refusals = engine.refusals(request)
-        if not refusals:
-            return engine, []
-        reasons += [f"{engine.name}: {reason}" for reason in refusals]
-    return None, reasons or [f"there is no engine for {backend.name}"]
+    engine, reasons = find(backend.engines, request)
+    return engine, reasons if engine or reasons else [f"there is no engine for {backend.name}"]
 
 
 def _not_tiled(backend: Backend, request: Request) -> list[str]:

@@ -279,6 +279,15 @@ def as_mask(x: Any) -> Any:
     return x if x is None or isinstance(x, Mask) else _Array(x)
 
 
+def conjunction(mask: Any) -> list[Any]:
+    """The masks by rule and the arrays of which a mask is the logical and; nothing of None."""
+    if mask is None:
+        return []
+    if isinstance(mask, _Join) and mask.how == "&":
+        return conjunction(mask.one) + conjunction(mask.two)
+    return [mask.array if isinstance(mask, _Array) else mask]
+
+
 def _check_integer(name: str, value: Any) -> None:
     if not isinstance(value, int):
         raise TypeError(f"{name} must be a Python integer, known when the mask is made, got {type(value).__name__}")

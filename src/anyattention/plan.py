@@ -8,8 +8,7 @@ from collections.abc import Callable
 from math import prod
 from typing import Any, NamedTuple
 
-#: Every implementation there is.
-IMPLEMENTATIONS = ("exact", "tiled", "fused")
+from anyattention.settings import check_implementation
 
 
 class Rule(NamedTuple):
@@ -30,11 +29,16 @@ RULES = {
         Rule("tiled", logits=2**22, of_a_head=2**18),
         Rule("tiled", logits=2**16, most_queries=1),
     ),
+    ("jax", "gpu"): (Rule("fused", logits=2**16), Rule("tiled", logits=2**30)),
+    ("jax", "tpu"): (Rule("fused", logits=2**16), Rule("tiled", logits=2**30)),
     ("torch", "cpu"): (
         Rule("fused", logits=2**16),
         Rule("tiled", logits=2**22, of_a_head=2**18),
     ),
+    ("torch", "cuda"): (Rule("fused", logits=2**16), Rule("tiled", logits=2**30)),
+    ("mlx", "gpu"): (Rule("fused", logits=2**16),),
 }
+_RULED = {library for library, _ in RULES}
 _BY_DEFAULT = ("the default of this library",)
 _SMALL = ("the call is small, see anyattention.plan.RULES",)
 
@@ -79,35 +83,36 @@ def choose(
     """
     library = backend.name
     if implementation is None:
-        if (library, "cpu") not in RULES:
-            return Plan("exact", library, _BY_DEFAULT)
         return _by_rule(backend, query, key, serves, *call)
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"implementation={implementation!r} is unknown: pass None or one of {', '.join(IMPLEMENTATIONS)}"
-        )
+    check_implementation(implementation)
     engine = None
     if implementation != "exact":
         engine, reasons = serves(implementation, backend, *call)
         if reasons:
-            raise NotImplementedError(f"implementation={implementation!r} cannot serve this call: {'; '.join(reasons)}")
+            raise NotImplementedError(
+                f"implementation={implementation!r} cannot serve this call: {'; '.join(reasons)}. Pass None for one "
+                "that can, or its name"
+            )
     return Plan(implementation, library, ("asked for by name",), engine)
 
 
 def _by_rule(backend: Any, query: Any, key: Any, serves: Callable[..., tuple[Any, list[str]]], *call: Any) -> Plan:
     library = backend.name
+    if library not in _RULED:
+        return Plan("exact", library, _BY_DEFAULT)
     *batch, queries, heads, _ = query.shape
     of_a_head = queries * key.shape[-3]
     logits = of_a_head * heads * prod(batch)
     if not isinstance(logits, int):
         return Plan("exact", library, ("lengths are symbols",))
     against: list[str] = []
-    for rule in RULES[library, "cpu"]:
+    platform = backend.platform(query)
+    if (library, platform) not in RULES:
+        return Plan("exact", library, (f"there is no rule for {platform}",))
+    for rule in RULES[library, platform]:
         small = logits < rule.logits or of_a_head < rule.of_a_head
         if small or not rule.least_queries <= queries <= rule.most_queries:
             continue
-        if (platform := backend.platform(query)) != "cpu":
-            return Plan("exact", library, (f"there is no rule for {platform} yet",))
         engine, reasons = serves(rule.implementation, backend, *call)
         if not reasons:
             size = f"{logits} logits, {of_a_head} of a head, {queries} queries: see anyattention.plan.RULES"

@@ -1,5 +1,7 @@
 """JAX's own corners: transforms, weak types, things that become arrays, settings; the bits are Flax's throughout."""
 
+from functools import partial
+
 import jax
 import jax.export
 import jax.numpy as jnp
@@ -236,3 +238,31 @@ def test_debug_nans_finds_none_in_a_hidden_row(arguments):
         )
         with pytest.raises(FloatingPointError):
             OURS(**arguments, bias=jnp.full(5, -jnp.inf))
+
+
+# --- tiles ---
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf], ids=str)
+@pytest.mark.parametrize("name", ["query", "key", "value", "bias", "doutput"])
+def test_what_is_not_finite_stays_in_its_head(name, bad):
+    """Few queries of all heads share products."""
+    random = np.random.default_rng(6)
+    shapes = {"query": (2, 3, 4, 8), "key": (2, 40, 4, 8), "value": (2, 40, 4, 8), "bias": (2, 4, 3, 40)}
+    shapes["doutput"] = shapes["query"]
+    clean = {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    spoilt = {name: x.copy() for name, x in clean.items()}
+    spoilt[name][(1, 2, 1, 3) if name == "bias" else (1, 1, 2, 3)] = bad
+
+    def results(query, key, value, bias, doutput):
+        tiled = partial(OURS, implementation="tiled")
+        output, pullback = jax.vjp(tiled, query, key, value, bias)
+        *gradients, dbias = pullback(jnp.asarray(doutput))
+        arrays = [jnp.moveaxis(x, -2, 0) for x in (output, *gradients)] + [jnp.moveaxis(dbias, -3, 0)]
+        return [np.asarray(x) for x in arrays]
+
+    for one, other in zip(results(**clean), results(**spoilt), strict=True):
+        np.testing.assert_allclose(other[[0, 1, 3]], one[[0, 1, 3]], rtol=1e-5, atol=1e-6)
+    head = [x[..., 2:3, :] for x in (spoilt["query"], spoilt["key"], spoilt["value"])]
+    expected = FLAX(*head, bias=spoilt["bias"][:, 2:3])
+    np.testing.assert_allclose(results(**spoilt)[0][2], expected[..., 0, :], rtol=1e-5, atol=1e-6)

@@ -94,7 +94,7 @@ def test_a_claim_that_does_not_occur_is_a_problem(name):
     wrong = Difference("never", ("plain",), quantities=("output",))
     report = judged(name, replace(declared, differs=(*declared.differs, wrong)), lambda run: run.case.id == "plain")
     assert not report.failures
-    assert report.problems == ["declared, but did not occur: never"]
+    assert report.problems == ["declared, but did not occur: plain: never"]
 
 
 def test_a_claim_removed_or_added_fails_on_the_command_line_as_well(tmp_path):
@@ -107,7 +107,7 @@ def test_a_claim_removed_or_added_fails_on_the_command_line_as_well(tmp_path):
     done = conform("mlx-fast", "--only", "hidden-nan-value", "--claims", less)
     assert (done.returncode, "BUG" in done.stdout) == (1, True)
     done = conform("mlx-fast", "--only", "plain", "--claims", more)
-    assert (done.returncode, "declared, but did not occur: never" in done.stdout) == (1, True)
+    assert (done.returncode, "declared, but did not occur: plain: never" in done.stdout) == (1, True)
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 1, 3, 5), (1, 2, 2, 1, 5), (1, 2, 1, 1, 1), (2, 1, 3, 5), (2, 3, 5), (5,)])

@@ -85,7 +85,7 @@ def test_claims():
     zero = Changed(lambda x: np.zeros_like(x))
     assert certify(zero, ["plain"], differs=(Difference("always zero", ("plain",)),)).conforms
     report = certify(attention, ["plain"], differs=(Difference("always zero", ("plain",)),))
-    assert report.problems == ["declared, but did not occur: always zero"]
+    assert report.problems == ["declared, but did not occur: plain: always zero"]
     assert not report.conforms
     report = certify(zero, ["plain"], differs=(Difference("always zero", ("plain",), ("float32",)),))
     assert {x.dtype for x in report.failures} == {"bfloat16", "float16"}

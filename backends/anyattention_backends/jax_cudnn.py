@@ -1,0 +1,77 @@
+"""cuDNN's flash attention for NVIDIA GPUs, through `jax.nn.dot_product_attention`."""
+
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from anyattention.request import Request
+from anyattention.structure import Structure
+from anyattention_backends.jax_kernel import Kernel, dense
+
+Array = Any
+
+
+class CuDNN(Kernel):
+    """Fastest without a bias or an array as mask, which it reads as a bias of the whole logits' shape."""
+
+    name = "cudnn"
+    platform = "gpu"
+    dtypes = ("bfloat16", "float16")
+    multiple = 8
+    one_depth = True
+
+    @cached_property
+    def absent(self) -> str:
+        device = jax.devices()[0]
+        if "NVIDIA" not in device.device_kind.upper():
+            return f"it runs on NVIDIA's GPUs, not on {device.device_kind}"
+        if float(device.compute_capability) < 8.0:
+            return f"it needs compute capability 8.0, not {device.compute_capability}"
+        return "" if _has_cudnn() else "JAX finds no cuDNN: install jax[cuda12] or jax[cuda13]"
+
+    @cached_property
+    def most_depth(self) -> int:
+        """The largest depth of a head."""
+        return 256 if float(jax.devices()[0].compute_capability) >= 9.0 else 128
+
+    def rank(self, request: Request) -> int:
+        return 1 if dense(request) else 0
+
+    def limits(self, request: Request, mask: Structure) -> dict[str, bool]:
+        query, key, value = request[1:4]
+        depth = self.depth(query, value)
+        return {
+            f"depth {depth} is more than {self.most_depth}": depth > self.most_depth,
+            "of bands it has CausalMask() and LocalMask(left, 0) alone": mask.banded and mask.right != 0,
+            "it has no segments": mask.kv_ids is not None,
+            "with a bias or an array as mask lengths must be even": dense(request)
+            and (query.shape[-3] | key.shape[-3]) % 2 == 1,
+            "its fill for hidden keys in float16 is within reach of logits": mask.array is not None
+            and request.dtype == "float16",
+            "a bias or an array beside lengths or a window is not tried": dense(request)
+            and (mask.kv_lengths is not None or mask.left is not None),
+        }
+
+    def call(self, query: Array, key: Array, value: Array, bias: Array | None, mask: Structure, scale: float) -> Array:
+        whole = query.shape[-3], key.shape[-3]
+        bias, array = (None if x is None else jnp.broadcast_to(x, (*x.shape[:2], *whole)) for x in (bias, mask.array))
+        return jax.nn.dot_product_attention(
+            query,
+            key,
+            value,
+            bias=bias,
+            mask=array,
+            scale=scale,
+            is_causal=mask.right == 0,
+            key_value_seq_lengths=mask.kv_lengths,
+            local_window_size=None if mask.left is None else (mask.left, 0),
+            implementation="cudnn",
+        )
+
+
+def _has_cudnn() -> bool:
+    from jax._src.lib import cuda_versions  # what JAX itself asks
+
+    return cuda_versions is not None

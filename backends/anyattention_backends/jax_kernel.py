@@ -1,0 +1,275 @@
+"""What the kernels on JAX have in common: what none of them serves, their four axes, and Flax's meaning.
+
+Kernels disagree about a query that sees no key; Flax gives it the mean of all values. Such queries are shown some key,
+so that whatever the kernel computes of them is finite, and their output is replaced: then their gradients are Flax's
+too. An output of a bias that is minus infinity throughout is NaN, as a softmax makes it.
+"""
+
+from collections.abc import Callable
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+import numpy as np
+from jax.interpreters import ad, batching, mlir
+
+from anyattention import dtypes, masks
+from anyattention.engine import Engine
+from anyattention.request import Request
+from anyattention.structure import Structure, structure
+
+Array = Any
+Arrays = tuple[Array, Array, Array, Array | None]  # query, key, value, bias
+
+
+class Kernel(Engine):
+    """One kernel. Subclasses say where it is, what it lacks, and how it is called."""
+
+    platform: str  # as JAX names it
+    dtypes: tuple[str, ...]
+    multiple = 1  # of the depths, which are filled up with zeros
+    one_depth = False  # of queries, keys and values
+
+    @cached_property
+    def absent(self) -> str:
+        """Why this machine cannot run the kernel; empty where it can."""
+        return ""
+
+    def limits(self, request: Request, mask: Structure) -> dict[str, bool]:
+        """More reasons against the kernel, and whether they hold."""
+        return {}
+
+    def call(self, query: Array, key: Array, value: Array, bias: Array | None, mask: Structure, scale: float) -> Array:
+        """The kernel: ``[batch, length, heads, depth]`` in and out; all of one dtype, of no batch axes but one."""
+        raise NotImplementedError
+
+    def refusals(self, request: Request) -> list[str]:
+        dtype, query, key, value, bias = request[:5]
+        if (platform := self.backend.platform(query)) != self.platform:
+            return [f"it runs on {self.platform}, not on {platform}"]
+        if self.absent:
+            return [self.absent]
+        mask = structure(request.mask)
+        checks = {
+            f"it has no {dtype}": dtype not in self.dtypes,
+            "a softmax in float32 of 16-bit arrays returns float32": request.force_fp32 and "16" in dtype,
+            "it has no dropout of Flax's bits": request.dropout is not None,
+            "its precision is its own": request.precision is not None,
+            "something is empty": 0 in (*query.shape, *key.shape, *value.shape),
+            "bias or mask has axes that query and key lack": not _fits(request),
+            "the mask is no band, lengths, segments and array, joined by &": mask is None,
+        }
+        if hasattr(bias, "shape"):
+            wide = dtypes.promote(dtype, self.backend.dtype_name(bias))
+            checks[f"the bias makes logits {wide}"] = wide != dtype
+        if mask is not None:
+            lengths = query.shape[-3], key.shape[-3]
+            checks["some queries see nothing, where their window begins or ends"] = not mask.band_shows(*lengths)
+            checks["a window beside lengths or segments may leave queries without a key"] = mask.left is not None and (
+                mask.kv_lengths is not None or mask.kv_ids is not None
+            )
+            checks |= self.limits(request, mask)
+        return [reason for reason, holds in checks.items() if holds and reason]
+
+    def attention(self, request: Request, fallback: Callable[[Array, Array, Array], Array]) -> Array:
+        query, key, value, bias = request[1:5]
+        bias = None if bias is None else jnp.atleast_1d(jnp.asarray(bias, query.dtype))
+        arrays = jax.tree.map(partial(_no_forward, self.name), (query, key, value, bias))
+        try:
+            if (sound := self._sound(request, bias)) is None:
+                return _program(self, request.mask, arrays)
+            if not isinstance(sound, jax.core.Tracer):
+                return _program(self, request.mask, arrays) if sound else fallback(query, key, value)
+            return jax.lax.cond(sound, lambda *x: _program(self, request.mask, (*x, bias)), fallback, *arrays[:3])
+        except TypeError as error:
+            if "forward-mode" not in str(error):
+                raise
+            _no_tangent(engine=self.name)
+        except Exception as error:
+            error.add_note(f"This is the engine {self.name!r}. {_SWITCH.format(self.name)}")
+            raise
+
+    def _sound(self, request: Request, bias: Array | None) -> Array | None:
+        """Whether every query that sees a key sees one whose bias is far above the fill; None where that is known.
+
+        Else Flax gives weight to hidden keys, which are as far down.
+        """
+        if bias is None or request.mask is None:
+            return None
+        visible = _visible(self.backend, request.mask, request.query, request.key)
+        largest = jnp.max(jnp.where(visible, bias, -jnp.inf), axis=-1)
+        fill = float(self.backend.lowest(request.dtype))
+        return jnp.all((largest > fill / 2) | ~jnp.any(visible, axis=-1))
+
+    def depth(self, *arrays: Array) -> int:
+        """The depth that the kernel is given for the depths of these arrays."""
+        return -(-max(x.shape[-1] for x in arrays) // self.multiple) * self.multiple
+
+    def mended(self, mask: Any, arrays: Arrays) -> Array:
+        """The kernel's answer with Flax's meaning, ``[batch..., q_length, heads, v_depth]``."""
+        query, key, value, bias = arrays
+        *batch, _, heads, depth = query.shape
+        found = structure(mask) or Structure()
+        seen, found = _shown(self.backend, found, mask, query, key)
+        found = _one_batch(found, batch)
+        widths = (self.depth(query, value),) * 2 if self.one_depth else (self.depth(query), self.depth(value))
+        q, k, v = (
+            _filled(jnp.reshape(x, (-1, *x.shape[-3:])), width)
+            for x, width in zip((query, key, value), (widths[0], widths[0], widths[1]), strict=True)
+        )
+        four = None if bias is None else _pairs(bias, batch)
+        output = self.call(q, k, v, four, found, depth**-0.5)[..., : value.shape[-1]]
+        output = jnp.reshape(output, (*query.shape[:-1], value.shape[-1]))
+        if seen is not None:
+            mean = jnp.mean(value.astype(jnp.promote_types(value.dtype, jnp.float32)), axis=-3, keepdims=True)
+            mean = jnp.repeat(mean.astype(value.dtype), heads // key.shape[-2], axis=-2)
+            output = jnp.where(_rows(seen), output, mean)
+        if bias is not None:
+            infinite = jnp.max(bias, axis=-1) == -jnp.inf
+            output = output * jnp.where(_rows(infinite), jnp.nan, 1.0).astype(output.dtype)
+        return output
+
+
+_INSTEAD = "pass implementation='tiled', or implementation='exact'"
+_SWITCH = (
+    "Switch it off with anyattention.config(engines=('-{0}',)) or ANYATTENTION_ENGINES=-{0}, or pass "
+    "implementation='tiled'."
+)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _once(kernel: Kernel, mask: Any, arrays: Arrays) -> Array:
+    """The mended kernel, which can be differentiated once, in reverse mode."""
+    return kernel.mended(mask, arrays)
+
+
+def _forward(kernel: Kernel, mask: Any, arrays: Arrays) -> tuple[Array, Any]:
+    return jax.vjp(partial(kernel.mended, mask), arrays)
+
+
+def _backward(kernel: Kernel, pullback: Any, doutput: Array) -> tuple[None, Arrays]:
+    return None, _last(kernel, pullback, doutput)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _last(kernel: Kernel, pullback: Any, doutput: Array) -> Arrays:
+    return pullback(doutput)[0]
+
+
+def _no_second(kernel: Kernel, primals: Any, tangents: Any) -> Any:
+    raise NotImplementedError(f"the engine {kernel.name!r} has no second derivative: {_INSTEAD}")
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _no_forward(engine: str, x: Array) -> Array:
+    """The array, whose tangent may be transposed but not computed."""
+    return x
+
+
+def _to_transpose(engine: str, primals: Any, tangents: Any) -> Any:
+    return primals[0], _tangent.bind(tangents[0], engine=engine)
+
+
+def _no_tangent(*args: Any, engine: str) -> Any:
+    raise NotImplementedError(f"the engine {engine!r} has no forward-mode derivative: {_INSTEAD}")
+
+
+_once.defvjp(_forward, _backward)
+_last.defjvp(_no_second)
+_no_forward.defjvp(_to_transpose)
+_program = jax.jit(_once, static_argnums=0)
+_tangent = jax.extend.core.Primitive("tangent_of_fused")
+_tangent.def_abstract_eval(lambda x, engine: x)
+_tangent.def_impl(_no_tangent)
+mlir.register_lowering(_tangent, _no_tangent)
+ad.deflinear2(_tangent, lambda cotangent, x, engine: [cotangent])
+batching.defvectorized(_tangent)
+
+
+def _shown(backend: Any, found: Structure, mask: Any, query: Array, key: Array) -> tuple[Array | None, Structure]:
+    """Which queries see a key, ``[batch..., heads or 1, q_length or 1]``, None for all; a mask that shows each one."""
+    batch = query.shape[:-3]
+    if found.array is None and found.kv_ids is None:
+        if found.kv_lengths is None:
+            return None, found
+        kv_lengths = jnp.clip(jnp.asarray(found.kv_lengths, jnp.int32), 0, key.shape[-3])
+        seen = (kv_lengths > 0)[..., None, None]
+        if found.query_lengths is not None:
+            rows = jnp.arange(query.shape[-3], dtype=jnp.int32)
+            seen = seen & (rows < jnp.asarray(found.query_lengths)[..., None, None])
+        return seen, found._replace(kv_lengths=jnp.maximum(kv_lengths, 1), query_lengths=None)
+    seen = jnp.any(_visible(backend, mask, query, key), axis=-1)
+    if found.kv_lengths is not None:
+        kv_lengths = jnp.clip(jnp.asarray(found.kv_lengths, jnp.int32), 1, key.shape[-3])
+        found = found._replace(kv_lengths=kv_lengths, query_lengths=None)
+    if found.array is not None:
+        found = found._replace(array=backend.truth(jnp.asarray(found.array)) | ~seen[..., None])
+    if found.kv_ids is not None:  # every key 0 is in the band and within the lengths
+        ids = jnp.broadcast_to(jnp.asarray(found.query_ids), (*batch, query.shape[-3]))
+        alone = ~jnp.broadcast_to(jnp.any(seen, axis=-2), ids.shape)
+        found = found._replace(query_ids=jnp.where(alone, jnp.asarray(found.kv_ids)[..., :1], ids))
+    return seen, found
+
+
+def _visible(backend: Any, mask: Any, query: Array, key: Array) -> Array:
+    """Where a query sees a key, broadcastable to ``[batch..., heads, q_length, kv_length]``; XLA fuses it away."""
+    if not isinstance(mask, masks.Mask):
+        return backend.truth(jnp.asarray(mask))
+    to = masks.Lowering(backend, tuple(query.shape[:-3]), (query.shape[-3], key.shape[-3]), query)
+    return masks.visible(backend, mask.lower(to), tuple(to.arrays))
+
+
+def _one_batch(found: Structure, batch: list[int]) -> Structure:
+    """The same with one batch axis: of lengths and ids the call's own, of an array that or 1."""
+
+    def flat(x: Any, axes: int) -> Array | None:
+        if x is None:
+            return None
+        x = jnp.asarray(x)
+        x = jnp.broadcast_to(x, (*batch, *x.shape[x.ndim - axes :]))
+        return jnp.reshape(x, (-1, *x.shape[len(batch) :]))
+
+    lengths = {name: flat(getattr(found, name), 0) for name in ("kv_lengths", "query_lengths")}
+    ids = {name: flat(getattr(found, name), 1) for name in ("query_ids", "kv_ids")}
+    return found._replace(**lengths, **ids, array=None if found.array is None else _pairs(found.array, batch))
+
+
+def _pairs(x: Array, batch: list[int]) -> Array:
+    """A bias or mask of four axes, the first the batch or 1."""
+    x = jnp.reshape(x, (1,) * (len(batch) + 3 - x.ndim) + x.shape)
+    if all(size == 1 for size in x.shape[: len(batch)]):
+        return jnp.reshape(x, (1, *x.shape[-3:]))
+    x = jnp.broadcast_to(x, (*batch, *x.shape[-3:]))
+    return jnp.reshape(x, (-1, *x.shape[-3:]))
+
+
+def _rows(x: Array) -> Array:
+    """``[..., heads, q_length]`` as ``[..., q_length, heads, 1]``; axes may be missing."""
+    if x.ndim < 2:
+        x = jnp.reshape(x, (1,) * (2 - x.ndim) + x.shape)
+    return jnp.swapaxes(x, -1, -2)[..., None]
+
+
+def _filled(x: Array, depth: int) -> Array:
+    """The array with zeros up to a depth."""
+    more = depth - x.shape[-1]
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, more)]) if more else x
+
+
+def dense(request: Request) -> bool:
+    """Whether there is a bias, or an array as mask."""
+    return request.bias is not None or any(not isinstance(x, masks.Mask) for x in masks.conjunction(request.mask))
+
+
+def _fits(request: Request) -> bool:
+    """Whether bias and mask have no axes, and no sizes, but those of query and key."""
+    query, key = request.query, request.key
+    shape = (*query.shape[:-3], query.shape[-2], query.shape[-3], key.shape[-3])
+    for part in (request.bias, *masks.conjunction(request.mask)):
+        if hasattr(part, "shape") and not isinstance(part, masks.Mask):
+            sizes = zip(reversed(np.shape(part)), reversed(shape), strict=False)
+            if len(part.shape) > len(shape) or any(size not in (1, whole) for size, whole in sizes):
+                return False
+    return True

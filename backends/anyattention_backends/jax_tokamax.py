@@ -1,0 +1,67 @@
+"""tokamax's Mosaic kernels for NVIDIA's Hopper and Blackwell GPUs, where tokamax is installed."""
+
+import re
+from functools import cached_property
+from importlib import metadata, util
+from typing import Any
+
+import jax
+
+from anyattention.request import Request
+from anyattention.structure import Structure
+from anyattention_backends.jax_kernel import Kernel, dense
+
+Array = Any
+
+
+class Tokamax(Kernel):
+    """Fastest where there is a bias or an array as mask, of which it reads axes of size 1 as they are."""
+
+    name = "tokamax"
+    platform = "gpu"
+    dtypes = ("bfloat16", "float16")
+    implementation = "mosaic"
+
+    @cached_property
+    def absent(self) -> str:
+        if util.find_spec("tokamax") is None:
+            return "tokamax is not installed: pip install 'anyattention[tokamax]'"
+        version = metadata.version("tokamax")
+        if tuple(int(x) for x in re.findall(r"\d+", version)[:3]) < (0, 0, 13):
+            return f"tokamax {version} reads the program's command line: install 0.0.13 or later"
+        device = jax.devices()[0]
+        capability = getattr(device, "compute_capability", "0")
+        if float(capability) not in (9.0, 10.0):
+            return f"it needs compute capability 9.0 or 10.0, not {capability}"
+        return ""
+
+    def rank(self, request: Request) -> int:
+        return 0 if dense(request) else 1
+
+    def limits(self, request: Request, mask: Structure) -> dict[str, bool]:
+        query, key = request.query, request.key
+        apart = mask.banded and not mask.causal and query.shape[-3] != key.shape[-3]
+        return {
+            "it has no segments": mask.kv_ids is not None,
+            "its windows need queries and keys of one length": apart,
+        }
+
+    def call(self, query: Array, key: Array, value: Array, bias: Array | None, mask: Structure, scale: float) -> Array:
+        import tokamax
+
+        window = None
+        if mask.banded and not mask.causal:
+            length = key.shape[-3]
+            window = tuple(length if side is None else side for side in (mask.left, mask.right))
+        return tokamax.dot_product_attention(
+            query,
+            key,
+            value,
+            bias=bias,
+            mask=mask.array,
+            scale=scale,
+            is_causal=mask.causal,
+            key_value_seq_lengths=mask.kv_lengths,
+            local_window_size=window,
+            implementation=self.implementation,
+        )

@@ -1,0 +1,227 @@
+"""What the kernels on JAX share, by kernels written out here that leave rows without a key to chance."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen
+
+import anyattention as aa
+from anyattention.masks import CausalMask, LengthMask, LocalMask, SegmentMask
+from anyattention_backends.jax import backend
+from anyattention_backends.jax_kernel import Kernel
+from anyattention_conformance import Golden, suite, targets
+
+
+class StandIn(Kernel):
+    """Attention as kernels compute it: hidden logits are minus infinity; `empty` where there are no others."""
+
+    name = "cudnn"
+    platform = "cpu"
+    dtypes = ("float32", "bfloat16", "float16")
+
+    def __init__(self, empty, **attributes):
+        super().__init__(backend)
+        self.empty = empty
+        vars(self).update(attributes)
+
+    def call(self, query, key, value, bias, mask, scale):
+        assert query.ndim == key.ndim == value.ndim == 4
+        assert not self.one_depth or query.shape[-1] == value.shape[-1]
+        assert all(x.shape[-1] % self.multiple == 0 for x in (query, key, value))
+        group = query.shape[2] // key.shape[2]
+        q, k, v = (x.astype(jnp.float32) for x in (query, key, value))
+        k, v = (jnp.repeat(x, group, axis=2) for x in (k, v))
+        logits = jnp.einsum("btnh,bsnh->bnts", q, k) * scale
+        logits = logits if bias is None else logits + bias.astype(jnp.float32)
+        i, j = jnp.arange(q.shape[1])[:, None], jnp.arange(k.shape[1])
+        visible = jnp.ones((1, 1, q.shape[1], k.shape[1]), bool)
+        if mask.left is not None:
+            visible &= i - mask.left <= j
+        if mask.right is not None:
+            visible &= j <= i + mask.right
+        if mask.kv_lengths is not None:
+            assert mask.kv_lengths.shape == (q.shape[0],)
+            visible &= j < mask.kv_lengths[:, None, None, None]
+        if mask.kv_ids is not None:
+            visible &= mask.query_ids[:, None, :, None] == mask.kv_ids[:, None, None, :]
+        if mask.array is not None:
+            visible &= mask.array
+        seen = visible.any(-1, keepdims=True)
+        weights = jax.nn.softmax(jnp.where(visible, logits, -jnp.inf), axis=-1)
+        weights = jnp.where(seen, weights, self.empty)
+        return jnp.einsum("bnts,bsnh->btnh", weights, v).astype(query.dtype)
+
+
+@pytest.fixture(params=[0.0, jnp.nan], ids=["zero", "nan"])
+def kernel(request, monkeypatch):
+    kernel = StandIn(request.param, multiple=8, one_depth=True)
+    monkeypatch.setattr(backend, "engines", (kernel,))
+    return kernel
+
+
+fused = partial(aa.dot_product_attention, implementation="fused")
+
+
+def test_the_cases(kernel):
+    """Contract C3 of every case that the kernel takes, gradients too; what it does not take it refuses."""
+    target = targets.make(fused, "jax")
+    outcomes = {run: target.run(*run) for run in suite.runs("smoke") if not run.case.error}
+    served = {run: x for run, x in outcomes.items() if "cannot serve this call" not in x.message}
+    report = suite.certify("fused", "jax", served.items(), list(served), oracle=Golden())
+    assert [(x.case, x.dtype, x.quantity, x.message) for x in report.failures] == []
+    refused = {run.case.group for run in outcomes.keys() - served.keys()}
+    assert len(served) > 60
+    assert refused == {"fill", "rounding", "dtypes", "depth", "dropout", "lengths", "growth"}
+
+
+def arrays(batch=(3,), q_length=9, kv_length=7, heads=4, kv_heads=4, depth=12, v_depth=5):
+    random = np.random.default_rng(7)
+    shapes = (q_length, heads, depth), (kv_length, kv_heads, depth), (kv_length, kv_heads, v_depth)
+    return [jnp.asarray(random.standard_normal((*batch, *shape)), jnp.float32) for shape in shapes]
+
+
+def value_and_gradients(function, *args, **kwargs):
+    output, pullback = jax.vjp(lambda *x: function(*x, **kwargs), *args)
+    cotangent = np.random.default_rng(8).standard_normal(output.shape).astype(np.float32)
+    return output, *pullback(cotangent)
+
+
+def same_as_flax(args, mask=None, bias=None, rtol=2e-5):
+    """The output and gradients of Flax with the dense mask, keys and values repeated for each query head."""
+    query, key, _ = args
+    group = query.shape[-2] // key.shape[-2]
+    dense = mask.on(backend, query.shape[:-3], (query.shape[-3], key.shape[-3]), query) if mask is not None else None
+
+    def flax(query, key, value):
+        return linen.dot_product_attention(
+            query, jnp.repeat(key, group, -2), jnp.repeat(value, group, -2), mask=dense, bias=bias
+        )
+
+    expected = value_and_gradients(flax, *args)
+    for actual, right in zip(value_and_gradients(fused, *args, mask=mask, bias=bias), expected, strict=True):
+        np.testing.assert_allclose(actual, right, rtol=rtol, atol=rtol)
+
+
+LENGTHS = np.array([7, 0, 3])
+IDS = np.array([[0, 0, 1, 1, 2, 2, 2], [5, 5, 5, 5, 5, 5, 5], [0, 1, 2, 3, 4, 5, 6]])
+MASKS = {
+    "causal": CausalMask(),
+    "later": CausalMask(3),
+    "window": LocalMask(3, 2),
+    "windows": CausalMask(1) & LocalMask(4, 2),
+    "lengths": LengthMask(LENGTHS),
+    "both lengths": LengthMask(LENGTHS, np.array([2, 9, 0])),
+    "causal lengths": LengthMask(LENGTHS, np.array([2, 9, 0])) & CausalMask(),
+    "segments": SegmentMask(np.pad(IDS, ((0, 0), (0, 2)), constant_values=9), IDS),
+    "causal segments": SegmentMask(np.pad(IDS, ((0, 0), (2, 0)), constant_values=9), IDS) & CausalMask(),
+    "array": CausalMask() & (np.random.default_rng(3).random((3, 4, 9, 7)) < 0.2),
+    "array of keys": CausalMask() & (np.random.default_rng(3).random((3, 1, 1, 7)) < 0.3),
+    "array and lengths": LengthMask(LENGTHS, np.array([2, 9, 0])) & (np.random.default_rng(3).random((4, 9, 7)) < 0.2),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_structure(kernel, name):
+    """Rows without a key too: there are some in all but the bands."""
+    mask = MASKS[name]
+    same_as_flax(arrays(q_length=7 if name == "window" else 9), mask)
+
+
+def test_grouped_heads_and_other_batches(kernel):
+    same_as_flax(arrays(kv_heads=2), MASKS["array"])
+    same_as_flax(arrays(batch=()), CausalMask())
+    ids = [np.stack([IDS, IDS[::-1]])] * 2
+    same_as_flax(arrays(batch=(2, 3), q_length=7), SegmentMask(*ids) & LengthMask(LENGTHS[:, None, None][0]))
+
+
+def test_bias(kernel):
+    """Also minus infinity, for a whole row or where everything else is hidden."""
+    args = arrays()
+    bias = np.random.default_rng(4).standard_normal((3, 1, 9, 7)).astype(np.float32)
+    same_as_flax(args, bias=bias)
+    same_as_flax(args, MASKS["array"], bias=bias)
+    same_as_flax(args, bias=2.5)
+    bias[0, 0, 3] = -np.inf
+    same_as_flax(args, bias=bias)
+    mask = aa.masks.as_mask(np.arange(7)[None] < 3)
+    bias[0, 0, 3, 3:] = 0.0  # what is visible is minus infinity, so that Flax's weights are those of the hidden keys
+    same_as_flax(args, mask, bias=bias)
+    jitted = jax.jit(partial(fused, bias=bias, mask=mask))(*args)
+    np.testing.assert_allclose(jitted, linen.dot_product_attention(*args, bias, mask.array), rtol=2e-5, atol=2e-5)
+    gradient, expected = (
+        jax.grad(lambda bias, f=f: f(*args, bias, CausalMask().to_array(9, 7)).sum())(np.nan_to_num(bias, neginf=0.0))
+        for f in (fused, linen.dot_product_attention)
+    )
+    np.testing.assert_allclose(gradient, expected, rtol=2e-5, atol=2e-5)
+
+
+def test_transforms(kernel):
+    args = arrays()
+    query = args[0]
+
+    def loss(function, query):
+        return jnp.sum(function(query, *args[1:], mask=MASKS["array"].on(backend, (3,), (9, 7), query)) ** 2)
+
+    for transform in (jax.grad, lambda f: jax.jit(jax.value_and_grad(f))):
+        actual, expected = (transform(partial(loss, f))(query) for f in (fused, linen.dot_product_attention))
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-5, atol=1e-4), actual, expected)
+    batched = jnp.stack([query, 2 * query])
+    actual, expected = (jax.vmap(jax.grad(partial(loss, f)))(batched) for f in (fused, linen.dot_product_attention))
+    np.testing.assert_allclose(actual, expected, rtol=2e-5, atol=1e-4)
+
+
+def test_one_derivative_in_reverse(kernel):
+    args = arrays()
+    query = args[0]
+
+    def loss(query):
+        return fused(query, *args[1:]).sum()
+
+    for transform in (jax.jacfwd, jax.hessian, lambda f: jax.jacrev(jax.grad(f))):
+        with pytest.raises(NotImplementedError, match="'tiled'"):
+            transform(loss)(query)
+    with pytest.raises(NotImplementedError, match="'tiled'"):
+        jax.jvp(jax.jit(loss), (query,), (query,))
+    with pytest.raises(NotImplementedError, match="'tiled'"):
+        jax.jit(jax.vmap(lambda x: jax.jvp(loss, (x,), (x,))))(query[None])
+
+
+def test_what_it_refuses(kernel, monkeypatch):
+    args = arrays()
+
+    def reason(**kwargs):
+        with pytest.raises(NotImplementedError) as error:
+            fused(*args, **kwargs)
+        return str(error.value)
+
+    assert "dropout" in reason(dropout_rng=jax.random.key(0), dropout_rate=0.5)
+    assert "band, lengths" in reason(mask=~CausalMask())
+    assert "see nothing" in reason(mask=CausalMask(-1))
+    assert "see nothing" in reason(mask=LocalMask(1, 1))  # 9 queries, 7 keys
+    assert "without a key" in reason(mask=LocalMask(4, 1) & LengthMask(LENGTHS))
+    assert "precision" in reason(precision="highest")
+    assert "module" in reason(module=linen.Dense(1))
+    assert "logits float32" in reason(bias=np.float32([1.0]), dtype="bfloat16")
+    assert "float32" in reason(force_fp32_for_softmax=True, dtype="bfloat16")
+    assert "axes" in reason(mask=np.ones((2, 3, 1, 9, 7), bool))
+    assert "switched off" in reason_of(aa.config(engines=["-cudnn"]), reason)
+    monkeypatch.setattr(kernel, "platform", "gpu")
+    assert "cudnn: it runs on gpu, not on cpu" in reason()
+
+
+def reason_of(context, reason):
+    with context:
+        return reason()
+
+
+def test_an_error_names_the_engine(kernel, monkeypatch):
+    def broken(*args):
+        raise RuntimeError("no such kernel image")
+
+    monkeypatch.setattr(kernel, "call", broken)
+    with pytest.raises(RuntimeError, match="kernel image") as error:
+        fused(*arrays())
+    assert any("ANYATTENTION_ENGINES=-cudnn" in note for note in error.value.__notes__)
