@@ -1,104 +1,63 @@
-"""The architecture, held: which module may import which, and what an import brings in."""
+"""Masks as kernels read them."""
 
-import ast
-import subprocess
-import sys
-from pathlib import Path
-
+import numpy as np
 import pytest
 
-ROOT = Path(__file__).parents[1]
-LAYERS = {  # module: what it may import of the package
-    "__init__": {"api", "errors", "masks", "plan", "random", "settings"},
-    "api": {"attention", "backend", "dispatch", "engine", "errors", "layout", "masks", "plan", "request", "settings"},
-    "attention": {"backend", "request"},
-    "backend": {"blocks", "dtypes", "random"},
-    "blocks": set(),
-    "dispatch": {"backend"},
-    "dtypes": set(),
-    "engine": {"backend", "request", "settings"},
-    "errors": set(),
-    "layout": {"backend", "blocks", "dtypes", "masks", "random", "request", "tiled"},
-    "masks": {"backend", "dispatch", "dtypes", "errors"},
-    "partials": {"backend"},
-    "plan": {"settings"},
-    "random": {"dtypes"},
-    "request": set(),
-    "settings": set(),
-    "structure": {"masks"},
-    "tiled": {"backend", "blocks", "masks", "partials", "random"},
-}
-BELOW = {"backend", "blocks", "dtypes", "engine", "masks", "request", "structure"}  # what backends may import
-PARTS = {  # modules that are part of a backend
-    ("numpy", "anyattention_backends", "threads"),
-    ("jax", "anyattention_backends.jax_cudnn", "CuDNN"),
-    ("jax", "anyattention_backends.jax_splash", "Splash"),
-    ("jax", "anyattention_backends.jax_tokamax", "Tokamax"),
-    ("jax_cudnn", "anyattention_backends.jax_kernel", "Kernel"),
-    ("jax_cudnn", "anyattention_backends.jax_kernel", "dense"),
-    ("jax_splash", "anyattention_backends.jax_kernel", "Kernel"),
-    ("jax_tokamax", "anyattention_backends.jax_kernel", "Kernel"),
-    ("jax_tokamax", "anyattention_backends.jax_kernel", "dense"),
-    ("torch", "anyattention_backends.torch_sdpa", "SDPA"),
-}
-FRAMEWORKS = {"jax", "flax", "torch", "dask", "mlx", "ndonnx", "numpy", "ml_dtypes", "array_api_strict"}
+from anyattention.masks import CausalMask, LengthMask, LocalMask, SegmentMask
+from anyattention.structure import Structure, structure
 
-
-def imported(path):
-    """(module, name) of every import in a file."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from ((alias.name, None) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            yield from ((node.module, alias.name) for alias in node.names)
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "src/anyattention").glob("*.py")), ids=lambda path: path.stem)
-def test_source_imports_only_what_lies_below(path):
-    for module, name in imported(path):
-        root, _, inner = module.partition(".")
-        assert root not in FRAMEWORKS, f"{path.name} imports {module}"
-        if root == "anyattention":
-            assert (inner or name) in LAYERS[path.stem], f"{path.name} imports {inner or name}"
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "backends/anyattention_backends").glob("*.py")), ids=lambda p: p.stem)
-def test_backends_do_not_know_each_other(path):
-    for module, name in imported(path):
-        if module.startswith("anyattention_"):
-            assert (path.stem, module, name) in PARTS, f"{path.name} imports {module}"
-        elif module.startswith("anyattention"):
-            assert (module.partition(".")[2] or name) in BELOW
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "conformance").rglob("*.py")), ids=lambda path: path.stem)
-def test_conformance_uses_public_names_only(path):
-    assert not [module for module, _ in imported(path) if module.startswith(("anyattention.", "anyattention_backends"))]
-
-
-def frameworks_after(code):
-    """The frameworks that a fresh interpreter has imported after running the code."""
-    code += "\nimport sys; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return set(done.stdout.split()) & FRAMEWORKS
-
-
-@pytest.mark.parametrize("package", ["anyattention", "anyattention_backends"])
-def test_import_brings_in_no_framework(package):
-    assert not frameworks_after(f"import {package}")
+IDS, LENGTHS, ARRAY = np.zeros((2, 5), int), np.array([3, 4]), np.ones((5, 5), bool)
+SEGMENTS = SegmentMask(IDS, IDS)
 
 
 @pytest.mark.parametrize(
-    ("make", "expected"),
+    ("mask", "expected"),
     [
-        ("import numpy as np; x = np.ones((2, 1, 4), 'f4')", {"numpy"}),
-        ("import torch; x = torch.ones(2, 1, 4)", {"torch", "numpy"}),
-        ("import jax.numpy as jnp; x = jnp.ones((2, 1, 4))", {"jax", "numpy", "ml_dtypes"}),
-        ("import array_api_strict as xp; x = xp.ones((2, 1, 4))", {"array_api_strict", "numpy"}),
+        (None, {}),
+        (ARRAY, {"array": ARRAY}),
+        (CausalMask(2), {"right": 2}),
+        (LocalMask(1, 3), {"left": 1, "right": 3}),
+        (CausalMask() & LocalMask(1, 3) & LocalMask(2, 2), {"left": 1, "right": 0}),
+        (LengthMask(LENGTHS), {"kv_lengths": LENGTHS}),
+        (LengthMask(LENGTHS, LENGTHS[::-1]), {"kv_lengths": LENGTHS, "query_lengths": LENGTHS[::-1]}),
+        (SEGMENTS & (ARRAY & CausalMask()), {"query_ids": IDS, "kv_ids": IDS, "array": ARRAY, "right": 0}),
     ],
-    ids=["numpy", "torch", "jax", "strict"],
+    ids=str,
 )
-def test_use_brings_in_no_other_framework(make, expected):
-    code = f"{make}\nfrom anyattention import dot_product_attention, random"
-    code += "\ndot_product_attention(x, x, x, dropout_rng=random.key(0), dropout_rate=0.1)"
-    assert frameworks_after(code) <= expected
+def test_structure(mask, expected):
+    found = structure(mask)
+    assert {name for name, x in found._asdict().items() if x is not None} == expected.keys()
+    for name, x in expected.items():
+        np.testing.assert_array_equal(getattr(found, name), x)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        ~CausalMask(),
+        CausalMask() | LocalMask(1, 1),
+        SEGMENTS & SEGMENTS,
+        LengthMask(LENGTHS) & CausalMask() & LengthMask(LENGTHS),
+        (ARRAY & CausalMask()) & ARRAY,
+        CausalMask() & ~SEGMENTS,
+    ],
+    ids=str,
+)
+def test_other_combinations_are_none(mask):
+    assert structure(mask) is None
+
+
+def test_where_a_band_shows_every_query_a_key():
+    for left in (None, 0, 1, 2, 3):
+        for right in (None, -2, -1, 0, 1):
+            for q_length, kv_length in ((3, 3), (4, 2), (2, 5), (1, 1)):
+                i, j = np.arange(q_length)[:, None], np.arange(kv_length)
+                band = (left is None or i - left <= j) & (right is None or j <= i + right) & (i + j >= 0)
+                found = Structure(left=left, right=right)
+                assert found.band_shows(q_length, kv_length) == band.any(axis=1).all(), (left, right)
+    assert (Structure(right=0).causal, Structure(left=3, right=0).causal, Structure(right=1).causal) == (
+        True,
+        False,
+        False,
+    )
+    assert (Structure().banded, Structure(left=2).banded, Structure(right=2).banded) == (False, True, True)

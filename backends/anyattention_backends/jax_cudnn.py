@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from anyattention.request import Request
 from anyattention.structure import Structure
 from anyattention_backends.jax_kernel import Kernel, dense
+from anyattention_backends.jax_once import alike
 
 Array = Any
 
@@ -57,6 +58,7 @@ class CuDNN(Kernel):
     def call(self, query: Array, key: Array, value: Array, bias: Array | None, mask: Structure, scale: float) -> Array:
         whole = query.shape[-3], key.shape[-3]
         bias, array = (None if x is None else jnp.broadcast_to(x, (*x.shape[:2], *whole)) for x in (bias, mask.array))
+        query, key, value, lengths, bias, array = alike(query, key, value, mask.kv_lengths, bias, array)
         return jax.nn.dot_product_attention(
             query,
             key,
@@ -65,7 +67,8 @@ class CuDNN(Kernel):
             mask=array,
             scale=scale,
             is_causal=mask.right == 0,
-            key_value_seq_lengths=mask.kv_lengths,
+            query_seq_lengths=None if lengths is None else lengths * 0 + whole[0],
+            key_value_seq_lengths=lengths,
             local_window_size=None if mask.left is None else (mask.left, 0),
             implementation="cudnn",
         )

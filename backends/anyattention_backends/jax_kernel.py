@@ -10,15 +10,14 @@ from functools import cached_property, partial
 from typing import Any
 
 import jax
-import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
-from jax.interpreters import ad, batching, mlir
 
 from anyattention import dtypes, masks
 from anyattention.engine import Engine
 from anyattention.request import Request
 from anyattention.structure import Structure, structure
+from anyattention_backends.jax_once import once
 
 Array = Any
 Arrays = tuple[Array, Array, Array, Array | None]  # query, key, value, bias
@@ -76,17 +75,15 @@ class Kernel(Engine):
     def attention(self, request: Request, fallback: Callable[[Array, Array, Array], Array]) -> Array:
         query, key, value, bias = request[1:5]
         bias = None if bias is None else jnp.atleast_1d(jnp.asarray(bias, query.dtype))
-        arrays = jax.tree.map(partial(_no_forward, self.name), (query, key, value, bias))
+        arrays = query, key, value, bias
         try:
             if (sound := self._sound(request, bias)) is None:
                 return _program(self, request.mask, arrays)
             if not isinstance(sound, jax.core.Tracer):
                 return _program(self, request.mask, arrays) if sound else fallback(query, key, value)
             return jax.lax.cond(sound, lambda *x: _program(self, request.mask, (*x, bias)), fallback, *arrays[:3])
-        except TypeError as error:
-            if "forward-mode" not in str(error):
-                raise
-            _no_tangent(engine=self.name)
+        except NotImplementedError:
+            raise
         except Exception as error:
             error.add_note(f"This is the engine {self.name!r}. {_SWITCH.format(self.name)}")
             raise
@@ -132,60 +129,15 @@ class Kernel(Engine):
         return output
 
 
-_INSTEAD = "pass implementation='tiled', or implementation='exact'"
 _SWITCH = (
     "Switch it off with anyattention.config(engines=('-{0}',)) or ANYATTENTION_ENGINES=-{0}, or pass "
     "implementation='tiled'."
 )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _once(kernel: Kernel, mask: Any, arrays: Arrays) -> Array:
-    """The mended kernel, which can be differentiated once, in reverse mode."""
-    return kernel.mended(mask, arrays)
-
-
-def _forward(kernel: Kernel, mask: Any, arrays: Arrays) -> tuple[Array, Any]:
-    return jax.vjp(partial(kernel.mended, mask), arrays)
-
-
-def _backward(kernel: Kernel, pullback: Any, doutput: Array) -> tuple[None, Arrays]:
-    return None, _last(kernel, pullback, doutput)
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _last(kernel: Kernel, pullback: Any, doutput: Array) -> Arrays:
-    return pullback(doutput)[0]
-
-
-def _no_second(kernel: Kernel, primals: Any, tangents: Any) -> Any:
-    raise NotImplementedError(f"the engine {kernel.name!r} has no second derivative: {_INSTEAD}")
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _no_forward(engine: str, x: Array) -> Array:
-    """The array, whose tangent may be transposed but not computed."""
-    return x
-
-
-def _to_transpose(engine: str, primals: Any, tangents: Any) -> Any:
-    return primals[0], _tangent.bind(tangents[0], engine=engine)
-
-
-def _no_tangent(*args: Any, engine: str) -> Any:
-    raise NotImplementedError(f"the engine {engine!r} has no forward-mode derivative: {_INSTEAD}")
-
-
-_once.defvjp(_forward, _backward)
-_last.defjvp(_no_second)
-_no_forward.defjvp(_to_transpose)
-_program = jax.jit(_once, static_argnums=0)
-_tangent = jax.extend.core.Primitive("tangent_of_fused")
-_tangent.def_abstract_eval(lambda x, engine: x)
-_tangent.def_impl(_no_tangent)
-mlir.register_lowering(_tangent, _no_tangent)
-ad.deflinear2(_tangent, lambda cotangent, x, engine: [cotangent])
-batching.defvectorized(_tangent)
+@partial(jax.jit, static_argnums=0)
+def _program(kernel: Kernel, mask: Any, arrays: Arrays) -> Array:
+    return once(kernel.mended, kernel.name, mask, arrays)
 
 
 def _shown(backend: Any, found: Structure, mask: Any, query: Array, key: Array) -> tuple[Array | None, Structure]:

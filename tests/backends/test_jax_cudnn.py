@@ -1,0 +1,176 @@
+"""cuDNN without a GPU: what is chosen on a pretended one, and the calls of cuDNN in programs lowered for CUDA."""
+
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.cudnn import fused_attention_stablehlo
+
+import anyattention as aa
+from anyattention.masks import CausalMask, LengthMask, LocalMask, SegmentMask
+from anyattention_backends.jax import backend
+
+LENGTHS = np.array([0, 100])
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A pretended GPU with cuDNN, for choosing and for lowering, not for running."""
+    cudnn, tokamax, _ = backend.engines
+    monkeypatch.setattr(backend, "platform", lambda x: "gpu")
+    monkeypatch.setitem(vars(cudnn), "absent", "")
+    monkeypatch.setitem(vars(cudnn), "most_depth", 256)
+    monkeypatch.setitem(vars(tokamax), "absent", "tokamax is not installed")
+    for name, answer in (
+        ("check_cudnn_version", lambda: 91000),
+        ("check_compute_capability", lambda capability: True),
+        ("is_cuda_compute_capability_equal", lambda capability: False),
+    ):
+        monkeypatch.setattr(fused_attention_stablehlo, name, answer)
+
+
+def shapes(*batch, q_length=256, kv_length=128, kv_heads=4, depth=64, v_depth=64, dtype="bfloat16"):
+    each = (q_length, 4, depth), (kv_length, kv_heads, depth), (kv_length, kv_heads, v_depth)
+    return [jax.ShapeDtypeStruct((*batch, *shape), dtype) for shape in each]
+
+
+def attend(query, key, value, **kwargs):
+    return aa.dot_product_attention(query, key, value, implementation="fused", **kwargs)
+
+
+def gradients(query, key, value, **kwargs):
+    return jax.grad(lambda *x: attend(*x, **kwargs).astype("float32").sum(), (0, 1, 2))(query, key, value)
+
+
+def lowered(function, *arrays):
+    text = jax.jit(function).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    names = re.findall(r"@__cudnn\$(\w+)", text)
+    found = re.findall(r"(?:mask_type|sliding_window_length): (\w+)", text.replace(r"\22", ""))
+    return sorted(names), set(found)
+
+
+@pytest.mark.parametrize(
+    ("mask", "kind", "window"),
+    [
+        (None, "NO_MASK", "0"),
+        (CausalMask(), "CAUSAL", "0"),
+        (CausalMask() & LocalMask(200, 7), "CAUSAL", "201"),
+        (LengthMask(LENGTHS), "PADDING", "0"),
+        (LengthMask(LENGTHS) & CausalMask(), "PADDING_CAUSAL", "0"),
+    ],
+    ids=["none", "causal", "window", "lengths", "causal-lengths"],
+)
+def test_masks_are_flags(gpu, mask, kind, window):
+    """Nothing is as large as the logits."""
+    for function, names in ((attend, ["fmhaSoftmax"]), (gradients, ["fmhaSoftmax", "fmhaSoftmaxBackward"])):
+        assert lowered(partial(function, mask=mask), *shapes(2)) == (names, {kind, window})
+        text = jax.jit(partial(function, mask=mask)).trace(*shapes(2)).lower(lowering_platforms=("cuda",)).as_text()
+        assert not re.search(r"tensor<2x4x256x128x(bf16|i1)>", text)
+
+
+def test_arrays_are_a_bias(gpu):
+    mask = np.random.default_rng(0).random((2, 1, 1, 128)) < 0.5
+    assert lowered(partial(attend, mask=mask), *shapes(2))[0] == ["fmhaScaleBiasSoftmax"]
+    names = ["fmhaScaleBiasSoftmax", "fmhaScaleBiasSoftmaxBackward"]
+    assert lowered(partial(gradients, mask=mask), *shapes(2))[0] == names
+    bias = jax.ShapeDtypeStruct((4, 256, 128), "bfloat16")
+
+    def both(*x):
+        return jax.grad(lambda *x: attend(*x[:3], bias=x[3]).astype("float32").sum(), (0, 3))(*x)
+
+    assert lowered(both, *shapes(2), bias)[0] == names
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"kv_heads": 2}, {"depth": 20, "v_depth": 20}, {"depth": 32, "v_depth": 80}, {"dtype": "float16"}],
+    ids=["grouped", "depth", "v-depth", "float16"],
+)
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3)], ids=str)
+def test_shapes(gpu, batch, options):
+    arrays = shapes(*batch, **options)
+    assert lowered(attend, *arrays)[0] == ["fmhaSoftmax"]
+    assert jax.eval_shape(attend, *arrays).shape == (*batch, 256, 4, arrays[2].shape[-1])
+    assert [x.shape for x in jax.eval_shape(gradients, *arrays)] == [x.shape for x in arrays]
+
+
+@pytest.mark.parametrize("axes", [(0, 0, 0), (0, None, None), (None, 0, 0)], ids=str)
+@pytest.mark.parametrize("function", [attend, gradients])
+def test_vmap(gpu, function, axes):
+    """Mapped over some arguments, which JAX's rule for cuDNN does not know."""
+    mapped = jax.vmap(function, in_axes=axes)
+    arrays = [shapes(3, 2)[i] if axis == 0 else shapes(2)[i] for i, axis in enumerate(axes)]
+    assert "fmhaSoftmax" in lowered(mapped, *arrays)[0]
+    lengths = jax.ShapeDtypeStruct((3, 2), "int32")
+    by_length = jax.vmap(lambda n, *x: function(*x, mask=LengthMask(n)), in_axes=(0, *axes))
+    assert "fmhaSoftmax" in lowered(by_length, lengths, *arrays)[0]
+
+
+def test_what_is_chosen(gpu):
+    """The rules of the plan for JAX on GPUs, row by row."""
+
+    def plan(*arrays, **kwargs):
+        found = []
+        jax.eval_shape(lambda *x: found.append(aa.explain(*x, **kwargs)), *arrays)
+        return found[0]
+
+    large = shapes(2)
+    assert (plan(*large).implementation, plan(*large).engine.name) == ("fused", "cudnn")
+    assert plan(*shapes(2, q_length=8, kv_length=8)).implementation == "exact"
+    assert plan(*large, dropout_rng=jax.random.key(0), dropout_rate=0.1).implementation == "exact"
+    longest = shapes(16, q_length=16384, kv_length=16384)
+    assert plan(*longest).implementation == "fused"
+    dropped = plan(*longest, dropout_rng=jax.random.key(0), dropout_rate=0.1)
+    assert dropped.implementation == "tiled"
+    assert any("cudnn: it has no dropout" in reason for reason in dropped.reasons)
+    with aa.config(engines=["-cudnn"]):
+        assert plan(*large).implementation == "exact"
+        assert "cudnn: it is switched off" in str(plan(*large))
+    with aa.config(engines=["tokamax"]):
+        assert "tokamax is not installed" in str(plan(*large))
+    with aa.config(implementation="tiled"):
+        assert plan(*large).implementation == "tiled"
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"dtype": "float32"}, "no float32"),
+        ({"depth": 264}, "depth 264 is more than 256"),
+        ({"mask": CausalMask(1)}, "of bands it has"),
+        ({"mask": LocalMask(200, 1)}, "of bands it has"),
+        ({"mask": SegmentMask(np.zeros(256, int), np.zeros(128, int))}, "no segments"),
+        ({"mask": np.ones((256, 128), bool), "dtype": "float16"}, "float16"),
+        ({"bias": np.zeros((255, 128), jnp.bfloat16), "q_length": 255}, "even"),
+        ({"bias": np.zeros((256, 128), jnp.bfloat16), "mask": LengthMask(LENGTHS)}, "not tried"),
+    ],
+    ids=lambda x: None if isinstance(x, dict) else x,
+)
+def test_limits(gpu, options, reason):
+    call = {name: options[name] for name in options.keys() & {"mask", "bias"}}
+    arrays = shapes(2, **{name: options[name] for name in options.keys() - call.keys()})
+    with pytest.raises(NotImplementedError, match=f"cudnn: .*{reason}"):
+        jax.eval_shape(partial(attend, **call), *arrays)
+
+
+def test_tokamax_comes_first_where_there_is_an_array(gpu, monkeypatch):
+    monkeypatch.setitem(vars(backend.engines[1]), "absent", "")
+
+    def engine(*arrays, **kwargs):
+        found = []
+        jax.eval_shape(lambda *x: found.append(aa.explain(*x, implementation="fused", **kwargs)), *arrays)
+        return found[0].engine.name
+
+    assert engine(*shapes(2)) == "cudnn"
+    assert engine(*shapes(2), mask=np.ones((2, 1, 1, 128), bool)) == "tokamax"
+    assert engine(*shapes(2), bias=np.zeros((256, 128), jnp.bfloat16)) == "tokamax"
+    assert engine(*shapes(2, kv_length=256), mask=LocalMask(3, 3)) == "tokamax"
+
+
+def test_a_machine_without_a_gpu():
+    x = jnp.ones((2, 4, 8), jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match=r"cudnn: it runs on gpu, not on cpu.*tokamax: it runs on gpu"):
+        attend(x, x, x)

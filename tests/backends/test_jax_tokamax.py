@@ -1,0 +1,99 @@
+"""tokamax's function as it is called, with its kernel for any machine in place of Mosaic's."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen
+
+import anyattention as aa
+from anyattention.masks import CausalMask, LengthMask, LocalMask, SegmentMask
+from anyattention_backends.jax import backend
+from anyattention_backends.jax_tokamax import Tokamax
+
+fused = partial(aa.dot_product_attention, implementation="fused")
+LENGTHS = np.array([0, 5])
+ARRAY = np.random.default_rng(1).random((2, 1, 1, 9)) < 0.4
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    """The engine as on a GPU that has it."""
+    engine = Tokamax(backend)
+    monkeypatch.setitem(vars(engine), "absent", "")
+    monkeypatch.setattr(backend, "engines", (engine,))
+    monkeypatch.setattr(backend, "platform", lambda x: "gpu")
+    return engine
+
+
+def arrays(q_length=9, kv_heads=4, dtype=jnp.bfloat16):
+    random = np.random.default_rng(3)
+    shapes = (2, q_length, 4, 16), (2, 9, kv_heads, 16), (2, 9, kv_heads, 8)
+    return [jnp.asarray(random.standard_normal(shape), dtype) for shape in shapes]
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        None,
+        CausalMask(),
+        CausalMask(2),
+        LocalMask(2, 3),
+        LengthMask(LENGTHS),
+        LengthMask(LENGTHS) & CausalMask(),
+        ARRAY,
+    ],
+    ids=["none", "causal", "later", "window", "lengths", "causal-lengths", "array"],
+)
+def test_its_call(engine, monkeypatch, mask):
+    pytest.importorskip("tokamax", reason="an extra that wants Python 3.12")
+    monkeypatch.setattr(engine, "implementation", "xla")
+    monkeypatch.setattr("sys.argv", ["tests"])  # which 0.0.12 reads
+    args = arrays(kv_heads=2)
+    dense = mask if mask is None or mask is ARRAY else mask.on(backend, (2,), (9, 9), args[0])
+    wide = [x.astype(jnp.float32) for x in args]
+
+    def flax(query, key, value):
+        return linen.dot_product_attention(query, jnp.repeat(key, 2, -2), jnp.repeat(value, 2, -2), mask=dense)
+
+    output, pullback = jax.vjp(partial(fused, mask=mask), *args)
+    expected, expected_pullback = jax.vjp(flax, *wide)
+    np.testing.assert_allclose(output.astype(jnp.float32), expected, atol=2e-2)
+    cotangent = jnp.asarray(np.random.default_rng(4).standard_normal(output.shape), jnp.bfloat16)
+    gradients = zip(pullback(cotangent), expected_pullback(cotangent.astype(jnp.float32)), strict=True)
+    for actual, right in gradients:
+        np.testing.assert_allclose(actual.astype(jnp.float32), right, atol=6e-2)
+
+
+def test_limits(engine):
+    def reason(*args, **kwargs):
+        with pytest.raises(NotImplementedError) as error:
+            fused(*args, **kwargs)
+        return str(error.value)
+
+    ids = np.zeros((2, 9), int)
+    assert "no segments" in reason(*arrays(), mask=SegmentMask(ids, ids))
+    assert "one length" in reason(*arrays(q_length=7), mask=LocalMask(2, 3))
+    assert "no float32" in reason(*arrays(dtype=jnp.float32))
+
+
+@pytest.mark.parametrize(
+    ("version", "capability", "reason"),
+    [
+        (None, "9.0", "not installed"),
+        ("0.0.12", "9.0", "command line"),
+        ("0.0.17", "8.0", "not 8.0"),
+        ("0.0.17", "9.0", ""),
+        ("0.1.0", "10.0", ""),
+    ],
+    ids=str,
+)
+def test_where_it_is(monkeypatch, version, capability, reason):
+    device = type("Device", (), {"compute_capability": capability})
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: version)
+    monkeypatch.setattr("importlib.metadata.version", lambda name: version)
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    absent = Tokamax(backend).absent
+    assert (reason in absent) if reason else absent == ""
