@@ -54,7 +54,7 @@ class JAXBackend(Backend):
 
     def check_array(self, x: Array) -> Array:
         """Reason: missing. Flax variables and the like turn into arrays by ``__jax_array__``."""
-        return jnp.asarray(x)
+        return x if isinstance(x, jax.Array) else jnp.asarray(x)
 
     def check_dtype(self, name: str) -> None:
         """Reason: bits. JAX knows more dtypes, and refuses the others itself."""
@@ -80,6 +80,10 @@ class JAXBackend(Backend):
 
     def promote(self, arrays: Sequence[Array], dtype: Any = None) -> tuple[list[Array], str]:
         """Reason: bits. JAX's flags and weak types decide here, as in Flax."""
+        first = arrays[0].dtype
+        alike = dtype is None and all(x.dtype == first and not x.weak_type for x in arrays)
+        if alike and jnp.issubdtype(first, jnp.inexact):  # nothing to ask, which takes JAX long
+            return list(arrays), first.name
         if dtype is None:
             with jax.numpy_dtype_promotion("standard"):
                 dtype = jnp.result_type(*arrays)

@@ -76,12 +76,13 @@ class Kernel(Engine):
         query, key, value, bias = request[1:5]
         bias = None if bias is None else jnp.atleast_1d(jnp.asarray(bias, query.dtype))
         arrays = query, key, value, bias
+        function = partial(once, partial(_mended, self), self.name, request.mask)
         try:
             if (sound := self._sound(request, bias)) is None:
-                return _program(self, request.mask, arrays)
+                return function(arrays)
             if not isinstance(sound, jax.core.Tracer):
-                return _program(self, request.mask, arrays) if sound else fallback(query, key, value)
-            return jax.lax.cond(sound, lambda *x: _program(self, request.mask, (*x, bias)), fallback, *arrays[:3])
+                return function(arrays) if sound else fallback(query, key, value)
+            return jax.lax.cond(sound, lambda *x: function((*x, bias)), fallback, *arrays[:3])
         except NotImplementedError:
             raise
         except Exception as error:
@@ -117,7 +118,8 @@ class Kernel(Engine):
             for x, width in zip((query, key, value), (widths[0], widths[0], widths[1]), strict=True)
         )
         four = None if bias is None else _pairs(bias, batch)
-        output = self.call(q, k, v, four, found, depth**-0.5)[..., : value.shape[-1]]
+        with jax.named_scope(f"anyattention engine {self.name}"):  # shows in errors of the compiler
+            output = self.call(q, k, v, four, found, depth**-0.5)[..., : value.shape[-1]]
         output = jnp.reshape(output, (*query.shape[:-1], value.shape[-1]))
         if seen is not None:
             mean = jnp.mean(value.astype(jnp.promote_types(value.dtype, jnp.float32)), axis=-3, keepdims=True)
@@ -136,8 +138,8 @@ _SWITCH = (
 
 
 @partial(jax.jit, static_argnums=0)
-def _program(kernel: Kernel, mask: Any, arrays: Arrays) -> Array:
-    return once(kernel.mended, kernel.name, mask, arrays)
+def _mended(kernel: Kernel, mask: Any, arrays: Arrays) -> Array:
+    return kernel.mended(mask, arrays)
 
 
 def _shown(backend: Any, found: Structure, mask: Any, query: Array, key: Array) -> tuple[Array | None, Structure]:
