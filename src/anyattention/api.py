@@ -97,7 +97,7 @@ def dot_product_attention(
         request.query,
         exact.attention,
         backend,
-        *request[:7],
+        *request._replace(mask=_dense(backend, request))[:7],
         module=module,
         force_fp32_for_softmax=force_fp32_for_softmax,
         query_key=qk_attn_weights_einsum or einsum,
@@ -146,7 +146,7 @@ def dot_product_attention_weights(
         exact.attention_weights,
         *(backend, request.dtype, request.query, request.key),
         bias=request.bias,
-        mask=request.mask,
+        mask=_dense(backend, request),
         dropout=request.dropout,
         module=module,
         force_fp32_for_softmax=force_fp32_for_softmax,
@@ -271,10 +271,15 @@ def _resolve(
     request = Request(compute_dtype, query, key, value, bias, mask, dropout, precision, force_fp32)
     implementation = implementation or settings.current().implementation
     plan = choose(implementation, backend, query, key, _serves, request, module, einsum)
-    if plan.implementation == "exact" and isinstance(mask, Mask):
-        lengths = query.shape[-3], key.shape[-3]  # expanded, since exact has all logits anyway
-        request = request._replace(mask=mask.on(backend, tuple(query.shape[:-3]), lengths, query))
     return backend, request, plan
+
+
+def _dense(backend: Backend, request: Request) -> Any:
+    """The mask as exact takes it: by rule no longer, since exact has all logits anyway."""
+    query, key, mask = request.query, request.key, request.mask
+    if not isinstance(mask, Mask):
+        return mask
+    return mask.on(backend, tuple(query.shape[:-3]), (query.shape[-3], key.shape[-3]), query)
 
 
 def _causal(backend: Backend, query: Array, key: Array, mask: Any) -> Any:

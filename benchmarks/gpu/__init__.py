@@ -1,0 +1,1 @@
+"""Right first, then fast, on an NVIDIA GPU: ``python -m benchmarks.gpu``."""
