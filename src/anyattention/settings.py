@@ -71,14 +71,15 @@ def current() -> Settings:
     return _settings.get()
 
 
-vars(current)["_dynamo_marked_constant"] = True  # torch.compile cannot trace it: as `torch.compiler.assume_constant_result`
+# As `torch.compiler.assume_constant_result` marks it: torch.compile cannot trace a ContextVar.
+vars(current)["_dynamo_marked_constant"] = True
 
 
 @contextmanager
 def config(implementation: str | None = None, engines: Iterable[str] | None = None) -> Iterator[None]:
     """Settings for the calls inside, where they do not say it themselves; None leaves a setting as it is.
 
-    They are read when a function is called, or traced: what `jax.jit` or `torch.compile` compiled before does not change.
+    They are read when a function is called, or traced: what was compiled before does not change.
 
     Args:
         implementation: "exact", "tiled" or "fused", as if passed by name.
