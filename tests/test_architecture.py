@@ -16,7 +16,7 @@ LAYERS = {  # module: what it may import of the package
     "blocks": set(),
     "dispatch": {"backend"},
     "dtypes": set(),
-    "engine": {"backend", "request", "settings"},
+    "engine": {"backend", "masks", "request", "settings"},
     "errors": set(),
     "layout": {"backend", "blocks", "dtypes", "masks", "random", "request", "tiled"},
     "masks": {"backend", "dispatch", "dtypes", "errors"},
@@ -43,7 +43,10 @@ PARTS = {  # modules that are part of a backend
     ("jax_tokamax", "anyattention_backends.jax_kernel", "dense"),
     ("mlx", "anyattention_backends.mlx_sdpa", "MLXFast"),
     ("torch", "anyattention_backends.torch_flex", "Flex"),
+    ("mlx", "anyattention_backends.mlx_sdpa", "MLXFast"),
+    ("torch", "anyattention_backends.torch_flex", "Flex"),
     ("torch", "anyattention_backends.torch_sdpa", "SDPA"),
+    ("torch_flex", "anyattention_backends.torch_sdpa", "Kernel"),
     ("torch_flex", "anyattention_backends.torch_sdpa", "Kernel"),
 }
 FRAMEWORKS = {"jax", "flax", "torch", "dask", "mlx", "ndonnx", "numpy", "ml_dtypes", "array_api_strict"}

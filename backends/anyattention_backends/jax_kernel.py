@@ -11,10 +11,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from anyattention import dtypes, masks
-from anyattention.engine import Engine
+from anyattention.engine import SWITCH, Engine, fits, pairs
 from anyattention.request import Request
 from anyattention.structure import Structure, structure
 from anyattention_backends.jax_once import once
@@ -57,7 +56,7 @@ class Kernel(Engine):
             "it has no dropout of Flax's bits": request.dropout is not None,
             "its precision is its own": request.precision is not None,
             "something is empty": 0 in (*query.shape, *key.shape, *value.shape),
-            "bias or mask has axes that query and key lack": not _fits(request),
+            "bias or mask has axes that query and key lack": not fits(request),
             "the mask is no band, lengths, segments and array, joined by &": mask is None,
         }
         if hasattr(bias, "shape"):
@@ -86,7 +85,7 @@ class Kernel(Engine):
         except NotImplementedError:
             raise
         except Exception as error:
-            error.add_note(f"This is the engine {self.name!r}. {_SWITCH.format(self.name)}")
+            error.add_note(f"This is the engine {self.name!r}. {SWITCH.format(self.name)}")
             raise
 
     def _sound(self, request: Request, bias: Array | None) -> Array | None:
@@ -117,7 +116,7 @@ class Kernel(Engine):
             _filled(jnp.reshape(x, (-1, *x.shape[-3:])), width)
             for x, width in zip((query, key, value), (widths[0], widths[0], widths[1]), strict=True)
         )
-        four = None if bias is None else _pairs(bias, batch)
+        four = None if bias is None else pairs(jnp, bias, batch)
         with jax.named_scope(f"anyattention engine {self.name}"):  # shows in errors of the compiler
             output = self.call(q, k, v, four, found, depth**-0.5)[..., : value.shape[-1]]
         output = jnp.reshape(output, (*query.shape[:-1], value.shape[-1]))
@@ -129,12 +128,6 @@ class Kernel(Engine):
             infinite = jnp.max(bias, axis=-1) == -jnp.inf
             output = output * jnp.where(_rows(infinite), jnp.nan, 1.0).astype(output.dtype)
         return output
-
-
-_SWITCH = (
-    "Switch it off with anyattention.config(engines=('-{0}',)) or ANYATTENTION_ENGINES=-{0}, or pass "
-    "implementation='tiled'."
-)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -187,16 +180,9 @@ def _one_batch(found: Structure, batch: list[int]) -> Structure:
 
     lengths = {name: flat(getattr(found, name), 0) for name in ("kv_lengths", "query_lengths")}
     ids = {name: flat(getattr(found, name), 1) for name in ("query_ids", "kv_ids")}
-    return found._replace(**lengths, **ids, array=None if found.array is None else _pairs(found.array, batch))
-
-
-def _pairs(x: Array, batch: list[int]) -> Array:
-    """A bias or mask of four axes, the first the batch or 1."""
-    x = jnp.reshape(x, (1,) * (len(batch) + 3 - x.ndim) + x.shape)
-    if all(size == 1 for size in x.shape[: len(batch)]):
-        return jnp.reshape(x, (1, *x.shape[-3:]))
-    x = jnp.broadcast_to(x, (*batch, *x.shape[-3:]))
-    return jnp.reshape(x, (-1, *x.shape[-3:]))
+    return found._replace(
+        **lengths, **ids, array=None if found.array is None else pairs(jnp, jnp.asarray(found.array), batch)
+    )
 
 
 def _rows(x: Array) -> Array:
@@ -215,15 +201,3 @@ def _filled(x: Array, depth: int) -> Array:
 def dense(request: Request) -> bool:
     """Whether there is a bias, or an array as mask."""
     return request.bias is not None or any(not isinstance(x, masks.Mask) for x in masks.conjunction(request.mask))
-
-
-def _fits(request: Request) -> bool:
-    """Whether bias and mask have no axes, and no sizes, but those of query and key."""
-    query, key = request.query, request.key
-    shape = (*query.shape[:-3], query.shape[-2], query.shape[-3], key.shape[-3])
-    for part in (request.bias, *masks.conjunction(request.mask)):
-        if hasattr(part, "shape") and not isinstance(part, masks.Mask):
-            sizes = zip(reversed(np.shape(part)), reversed(shape), strict=False)
-            if len(part.shape) > len(shape) or any(size not in (1, whole) for size, whole in sizes):
-                return False
-    return True

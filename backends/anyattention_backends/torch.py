@@ -13,6 +13,7 @@ import torch
 from anyattention import dtypes
 from anyattention.backend import Backend
 from anyattention.blocks import Block, Group, Pairs, leaves, tree_map
+from anyattention_backends.torch_flex import Flex
 from anyattention_backends.torch_sdpa import SDPA
 
 Array = Any
@@ -368,4 +369,4 @@ def _max(x: Array) -> Array:
 
 
 backend = TorchBackend(xp)
-backend.engines = (SDPA(backend),)
+backend.engines = (SDPA(backend), Flex(backend))

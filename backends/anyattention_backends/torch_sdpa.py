@@ -1,6 +1,6 @@
-"""PyTorch's `scaled_dot_product_attention` on CPU, where its flash kernel has Flax's meaning.
+"""PyTorch's `scaled_dot_product_attention`, where its fused kernels on CPU and CUDA have Flax's meaning.
 
-The kernel gives zero to a query that sees no key; Flax gives it the mean of all values. Such queries are shown every
+The kernels give zero to a query that sees no key; Flax gives it the mean of all values. Such queries are shown every
 key, and their output is replaced, so that their gradients are Flax's too.
 """
 
@@ -9,104 +9,169 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from anyattention import dtypes, masks
 from anyattention.backend import Backend
-from anyattention.engine import Engine
+from anyattention.engine import SWITCH, Engine, fits, pairs
 from anyattention.request import Request
 
 Array = Any
+_FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
+_MULTIPLE = 8  # on CUDA, of the depth
+_MOST_DEPTH = 256  # on CUDA
 
 
-class SDPA(Engine):
-    """The flash kernel for CPU."""
+class Kernel(Engine):
+    """What PyTorch's kernels have in common: what none of them serves, and where other derivatives are from."""
 
-    name = "sdpa"
+    once = False  # its gradient can be taken once
 
-    def refusals(self, request: Request) -> list[str]:
-        dtype, query, key, value, bias, mask = request[:6]
-        ruled = isinstance(mask, masks.Mask)
-        checks = {
-            f"it is not checked on {query.device.type}": query.device.type != "cpu",
-            f"there is no kernel for {dtype}": dtype not in ("float32", "float64", "bfloat16", "float16"),
+    def call(self, request: Request, query: Array, key: Array, value: Array) -> Array:
+        """The output with Flax's meaning; query, key and value are not in the request."""
+        raise NotImplementedError
+
+    def missing(self, request: Request) -> dict[str, bool]:
+        """Reasons against any of the kernels, and whether they hold."""
+        dtype, query, key, value = request[:4]
+        return {
             "a softmax in float32 of 16-bit arrays returns float32": request.force_fp32 and "16" in dtype,
             "dropout bits are its own": request.dropout is not None,
             "something is empty": 0 in (*query.shape, *key.shape, *value.shape),
-            "beside a bias, finfo.min is no mask": bias is not None and mask is not None,
-            "bias or mask has axes that query and key lack": not _fits(request),
-            f"{type(mask).__name__} would be expanded": ruled and not _known(mask),
             "torch.func and forward mode need derivatives that it lacks": _transformed(query, key, value),
         }
-        if hasattr(bias, "shape"):
-            wide = dtypes.promote(dtype, self.backend.dtype_name(bias))
-            checks["the bias needs a gradient"] = bias.requires_grad
-            checks[f"the bias makes logits {wide}"] = wide not in (dtype, "float32")
-        return [reason for reason, holds in checks.items() if holds]
 
     def attention(self, request: Request, fallback: Callable[[Array, Array, Array], Array]) -> Array:
         query, key, value = request.query, request.key, request.value
         if request.precision is not None:
             self.backend.check_precision(request.precision, None, query)
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return _attention(self.backend, request, query, key, value)
+            return self.call(request, query, key, value)
         if not (query.requires_grad or key.requires_grad or value.requires_grad):
-            return _attention(self.backend, request, query, key, value)
-        return _Fused.apply(
-            self.backend, request._replace(query=None, key=None, value=None), fallback, query, key, value
-        )
+            return self.call(request, query, key, value)
+        return _Fused.apply(self, request._replace(query=None, key=None, value=None), fallback, query, key, value)
+
+
+class SDPA(Kernel):
+    """Flash on CPU; flash, memory-efficient or cuDNN's on CUDA, but never the one that has all logits.
+
+    Of float32 on CUDA there is the memory-efficient kernel, which makes three products in TF32 of each, and so keeps
+    the precision of float32, whatever `torch.backends.cuda.matmul.allow_tf32` says.
+    """
+
+    name = "sdpa"
+
+    def refusals(self, request: Request) -> list[str]:
+        dtype, query, _, value, bias, mask = request[:6]
+        platform = self.backend.platform(query)
+        if platform not in ("cpu", "cuda"):
+            return [f"it runs on cpu and cuda, not on {platform}"]
+        cuda = platform == "cuda"
+        served = ("float32", "bfloat16", "float16") if cuda else ("float32", "float64", "bfloat16", "float16")
+        checks = self.missing(request) | {
+            f"there is no kernel for {dtype}": dtype not in served,
+            f"there is no kernel for depths beyond {_MOST_DEPTH}": cuda
+            and max(query.shape[-1], value.shape[-1]) > _MOST_DEPTH,
+            "beside a bias, finfo.min is no mask": bias is not None and mask is not None,
+            "bias or mask has axes that query and key lack": not fits(request),
+            f"{type(mask).__name__} would be expanded": isinstance(mask, masks.Mask) and not _known(request),
+        }
+        if hasattr(bias, "shape"):
+            wide = dtypes.promote(dtype, self.backend.dtype_name(bias))
+            checks["the bias needs a gradient"] = bias.requires_grad
+            checks[f"the bias makes logits {wide}"] = wide not in (dtype, dtype if cuda else "float32")
+        return [reason for reason, holds in checks.items() if holds]
+
+    def call(self, request: Request, query: Array, key: Array, value: Array) -> Array:
+        try:
+            if self.backend.platform(query) != "cuda":
+                return _attention(self.backend, request, query, key, value)
+            with sdpa_kernel(_FUSED):
+                return _attention(self.backend, request, query, key, value)
+        except RuntimeError as error:
+            if "No available kernel" not in str(error):
+                raise
+            raise RuntimeError(f"the engine {self.name!r} failed: {error}. {SWITCH.format(self.name)}") from error
 
 
 class _Fused(torch.autograd.Function):  # type: ignore[misc]
-    """The kernel with its own gradient, unless a second derivative may follow: then the fallback's."""
+    """The kernel with its own gradient, or the fallback's where a second derivative, or the same again, may follow."""
 
     @staticmethod
-    def forward(ctx: Any, backend: Backend, request: Request, fallback: Any, *arrays: Array) -> Array:
+    def forward(ctx: Any, kernel: Kernel, request: Request, fallback: Any, *arrays: Array) -> Array:
         inputs = [x.detach().requires_grad_(x.requires_grad) for x in arrays]
         with torch.enable_grad():
-            output = _attention(backend, request, *inputs)
-        ctx.fallback, ctx.graph = fallback, (output, inputs)
+            output = kernel.call(request, *inputs)
+        ctx.once, ctx.fallback, ctx.graph = kernel.once, fallback, (output, inputs)
         ctx.save_for_backward(*arrays)
         return output.detach()
 
     @staticmethod
     def backward(ctx: Any, doutput: Array) -> tuple[Any, ...]:
-        again = torch.is_grad_enabled()
+        second, again = torch.is_grad_enabled(), torch._C._autograd._get_current_graph_task_keep_graph()
         output, inputs = ctx.graph
-        if again:
+        if second or (again and ctx.once):
             inputs = ctx.saved_tensors
-            output = ctx.fallback(*inputs)
+            with torch.enable_grad():
+                output = ctx.fallback(*inputs)
         wanted = [x for x, needed in zip(inputs, ctx.needs_input_grad[3:], strict=True) if needed]
-        gradients = iter(torch.autograd.grad(output, wanted, doutput, create_graph=again, retain_graph=True))
+        gradients = iter(torch.autograd.grad(output, wanted, doutput, retain_graph=again, create_graph=second))
         return (None, None, None, *(next(gradients) if needed else None for needed in ctx.needs_input_grad[3:]))
 
 
 def _attention(backend: Backend, request: Request, query: Array, key: Array, value: Array) -> Array:
     *batch, _, heads, depth = query.shape
+    cuda = backend.platform(query) == "cuda"
     four = [x.reshape(-1, *x.shape[-3:]).transpose(1, 2) for x in (query, key, value)]
-    options: dict[str, Any] = {"enable_gqa": True} if heads != key.shape[-2] else {}
-    if value.shape[-1] != depth:  # the kernel knows one depth
-        wide = max(depth, value.shape[-1])
+    multiple = _MULTIPLE if cuda else 1
+    wide = -(-max(depth, value.shape[-1]) // multiple) * multiple
+    if not depth == value.shape[-1] == wide:  # the kernels know one depth
         four = [torch.nn.functional.pad(x, (0, wide - x.shape[-1])) for x in four]
-        options["scale"] = depth**-0.5
     causal = isinstance(request.mask, masks.CausalMask)
-    seen = infinite = None
-    if request.bias is not None:
-        bias = _pairs(_bias(backend, request, query), batch)
-        infinite = torch.amax(bias, dim=-1, keepdim=True) == -torch.inf
-        options["attn_mask"] = bias
-    elif request.mask is not None and not causal:
-        visible = _pairs(_visible(backend, request.mask, query, key), batch)
-        seen = visible.any(dim=-1, keepdim=True)
-        if backend.surely(seen, True):
-            seen = None
-        options["attn_mask"] = visible if seen is None else visible | ~seen
-    output = torch.nn.functional.scaled_dot_product_attention(*four, is_causal=causal, **options)
+    shown, seen, infinite = _shown(backend, request, query, key, batch)
+    if cuda:
+        four, shown = _for_cuda(four, shown, causal)
+    output = torch.nn.functional.scaled_dot_product_attention(
+        *four,
+        attn_mask=shown,
+        is_causal=causal,
+        scale=None if depth == wide else depth**-0.5,
+        enable_gqa=heads != four[1].shape[1],
+    )
     if seen is not None:
-        mean = four[2].mean(dim=-2, keepdim=True).repeat_interleave(heads // key.shape[-2], dim=1)
+        mean = four[2].mean(dim=-2, keepdim=True).repeat_interleave(heads // four[2].shape[1], dim=1)
         output = torch.where(seen, output, mean)
     if infinite is not None and not backend.surely(infinite, False):
         output = output * torch.where(infinite, torch.nan, 1.0).to(output.dtype)  # as a softmax, gradient and all
     return output.transpose(1, 2)[..., : value.shape[-1]].reshape(*query.shape[:-1], value.shape[-1])
+
+
+def _shown(
+    backend: Backend, request: Request, query: Array, key: Array, batch: list[int]
+) -> tuple[Array | None, Array | None, Array | None]:
+    """What the kernel gets as mask; which queries see a key, None for all; which have a bias of minus infinity."""
+    if request.bias is not None:
+        bias = pairs(torch, _bias(backend, request, query), batch)
+        return bias, None, torch.amax(bias, dim=-1, keepdim=True) == -torch.inf
+    if request.mask is None or isinstance(request.mask, masks.CausalMask):
+        return None, None, None
+    visible = pairs(torch, _visible(backend, request.mask, query, key), batch)
+    seen = visible.any(dim=-1, keepdim=True)
+    if backend.surely(seen, True):
+        return visible, None, None
+    return visible | ~seen, seen, None
+
+
+def _for_cuda(four: list[Array], shown: Array | None, causal: bool) -> tuple[list[Array], Array | None]:
+    """What the kernels on CUDA ask for besides: strides of one, and, but for flash, a key head for each query head."""
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in four)
+    if shown is not None:
+        shown = shown.expand(*shown.shape[:-1], key.shape[-2])
+        shown = shown if shown.stride(-1) == 1 else shown.contiguous()
+    flash = query.dtype != torch.float32 and shown is None and not (causal and query.shape[-2] != key.shape[-2])
+    if not flash:
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    return [query, key, value], shown
 
 
 def _bias(backend: Backend, request: Request, query: Array) -> Array:
@@ -123,28 +188,9 @@ def _visible(backend: Backend, mask: Any, query: Array, key: Array) -> Array:
     return masks.visible(backend, mask.lower(to), tuple(to.arrays))
 
 
-def _pairs(x: Array, batch: list[int]) -> Array:
-    """A bias or mask with one batch axis."""
-    x = x.reshape((1,) * (len(batch) + 3 - x.ndim) + tuple(x.shape))
-    if len(batch) != 1:
-        same = all(size == 1 for size in x.shape[: len(batch)])
-        x = x.reshape(1, *x.shape[-3:]) if same else x.expand(*batch, *x.shape[-3:]).reshape(-1, *x.shape[-3:])
-    return x
-
-
-def _fits(request: Request) -> bool:
-    query, key = request.query, request.key
-    shape = (*query.shape[:-3], query.shape[-2], query.shape[-3], key.shape[-3])
-    for x in (request.bias, request.mask):
-        if hasattr(x, "shape") and not isinstance(x, masks.Mask):
-            sizes = zip(reversed(x.shape), reversed(shape), strict=False)
-            if x.ndim > len(shape) or any(size not in (1, whole) for size, whole in sizes):
-                return False
-    return True
-
-
-def _known(mask: Any) -> bool:
+def _known(request: Request) -> bool:
     """Masks that the kernel has, or that are small."""
+    mask = request.mask
     if isinstance(mask, masks.CausalMask):
         return mask.offset == 0
     return isinstance(mask, masks.LengthMask) and mask.query_lengths is None

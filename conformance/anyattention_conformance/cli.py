@@ -109,7 +109,7 @@ def cases(options: argparse.Namespace) -> int:
 
 
 def info(options: argparse.Namespace) -> int:
-    """Say what is installed, and what `implementation=None` would run."""
+    """Say what is installed, what `implementation=None` would run, and why engines would not."""
     for package in PACKAGES:
         try:
             _say(f"{package:18} {version(package)}")
@@ -123,6 +123,11 @@ def info(options: argparse.Namespace) -> int:
         for length in (64, 4096):
             x = library.put(np.zeros((1, length, 8, 64), np.float32))
             _say(f"\n{name}, {length} queries and keys of 8 heads:\n{anyattention.explain(x, x, x)}")
+        x = library.put(np.zeros((1, 4096, 8, 64), np.float16))
+        try:
+            _say(f"\n{name}, fused, in float16:\n{anyattention.explain(x, x, x, implementation='fused')}")
+        except NotImplementedError as error:
+            _say(f"\n{name}: {error}")
     return CONFORMS
 
 

@@ -34,6 +34,12 @@ def _torch() -> Backend:
     return backend
 
 
+def _mlx() -> Backend:
+    from anyattention_backends.mlx import backend
+
+    return backend
+
+
 def _ndonnx() -> Backend:
     from anyattention_backends.ndonnx import backend
 
@@ -41,7 +47,7 @@ def _ndonnx() -> Backend:
 
 
 # Root module of an array type -> how to get its backend. Import statements, since torch.compile traces those.
-_LOADERS = {"numpy": _numpy, "jax": _jax, "jaxlib": _jax, "torch": _torch, "ndonnx": _ndonnx}
+_LOADERS = {"numpy": _numpy, "jax": _jax, "jaxlib": _jax, "torch": _torch, "mlx": _mlx, "ndonnx": _ndonnx}
 _BY_TYPE: dict[type, Backend | None] = dict.fromkeys((type(None), bool, int, float, complex, list, tuple))
 
 

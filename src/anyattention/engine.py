@@ -3,11 +3,15 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from anyattention import settings
+from anyattention import masks, settings
 from anyattention.backend import Backend
 from anyattention.request import Request
 
 Array = Any
+SWITCH = (
+    "Switch it off with anyattention.config(engines=('-{0}',)) or ANYATTENTION_ENGINES=-{0}, or pass "
+    "implementation='tiled'."
+)
 
 
 class Engine:
@@ -49,3 +53,25 @@ def find(engines: Sequence[Engine], request: Request) -> tuple[Engine | None, li
         reasons.append(f"{engine.name}: {', '.join(refusals)}")
     reasons += [f"{engine.name}: it is switched off" for engine in engines if engine not in order]
     return None, reasons
+
+
+def fits(request: Request) -> bool:
+    """Whether bias and mask have no axes, and no sizes, but those of query and key."""
+    query, key = request.query, request.key
+    shape = (*query.shape[:-3], query.shape[-2], query.shape[-3], key.shape[-3])
+    for part in (request.bias, *masks.conjunction(request.mask)):
+        if hasattr(part, "shape") and not isinstance(part, masks.Mask):
+            sizes = zip(reversed(part.shape), reversed(shape), strict=False)
+            if len(part.shape) > len(shape) or any(size not in (1, whole) for size, whole in sizes):
+                return False
+    return True
+
+
+def pairs(xp: Any, x: Array, batch: Sequence[int]) -> Array:
+    """A bias or mask of four axes, as kernels take them: the first is the whole batch, or 1."""
+    x = xp.reshape(x, (1,) * (len(batch) + 3 - x.ndim) + tuple(x.shape))
+    if len(batch) == 1:
+        return x
+    if all(size == 1 for size in x.shape[: len(batch)]):
+        return xp.reshape(x, (1, *x.shape[-3:]))
+    return xp.reshape(xp.broadcast_to(x, (*batch, *x.shape[-3:])), (-1, *x.shape[-3:]))

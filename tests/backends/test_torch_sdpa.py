@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import anyattention as aa
-from anyattention import masks
+from anyattention import masks, plan
+from anyattention_backends.torch import TorchBackend
 from anyattention_conformance import FORMS, Answer, flax_answer, flax_attention, truth, within_c3
 
 NAMES = ("query", "key", "value", "bias")
@@ -17,9 +18,9 @@ REFUSED = {  # cases of the conformance suite that the kernel cannot serve, and 
     "depth-0": "empty",
     "bias-higher-rank": "axes that query and key lack",
     "mask-higher-rank": "axes that query and key lack",
+    "mask-and-bias": r"finfo\.min is no mask",
     "heads-grown-by-bias": "axes that query and key lack",
     "keys-grown-by-bias": "axes that query and key lack",
-    "mask-and-bias": r"finfo\.min is no mask",
     "dropout": "dropout bits",
     "dropout-everywhere": "dropout bits",
 }
@@ -86,7 +87,7 @@ def test_equals_exact_with_its_gradients(options, batch, kv_heads, v_depth):
     if not batch:
         options = {name: x[0] if name == "mask" and isinstance(x, torch.Tensor) else x for name, x in options.items()}
         if isinstance(options.get("mask"), masks.Mask):
-            options = {"mask": masks.LengthMask(torch.tensor(0))}
+            options = options | {"mask": masks.LengthMask(torch.tensor(0))}
     arrays = [normal(*batch, *s, dtype=torch.float64) for s in ((5, 4, 8), (7, kv_heads, 8), (7, kv_heads, v_depth))]
     arrays = [x.requires_grad_() for x in arrays]
     answers = []
@@ -99,7 +100,7 @@ def test_equals_exact_with_its_gradients(options, batch, kv_heads, v_depth):
 
 
 def test_queries_that_see_nothing_on_a_kernel_that_answers_nan(monkeypatch):
-    def kernel(query, key, value, attn_mask, is_causal):
+    def kernel(query, key, value, attn_mask, is_causal, scale, enable_gqa):
         logits = query @ key.mT / query.shape[-1] ** 0.5
         return torch.softmax(torch.where(attn_mask, logits, -torch.inf), dim=-1) @ value
 
@@ -122,6 +123,121 @@ def test_gradient_twice_from_one_graph_and_of_some_arguments():
     assert torch.equal(first, second)
     exact = aa.dot_product_attention(query, key, value, implementation="exact")
     torch.testing.assert_close(first, torch.autograd.grad(exact.sum(), query)[0], rtol=1e-5, atol=1e-6)
+
+
+# --- CUDA, as far as it goes without: the kernel for CPU takes the calls ---
+
+
+class Recorder:
+    """The kernel, and what it was given."""
+
+    def __init__(self):
+        self.kernel = torch.nn.functional.scaled_dot_product_attention
+
+    def __call__(self, *arrays, **options):
+        assert not torch.backends.cuda.math_sdp_enabled()
+        self.arrays, self.mask = arrays, options["attn_mask"]
+        return self.kernel(*arrays, **options)
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    recorder = Recorder()
+    monkeypatch.setattr(TorchBackend, "platform", lambda self, x: "cuda")
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", recorder)
+    return recorder
+
+
+@pytest.mark.parametrize(("kv_heads", "depth", "v_depth"), [(4, 8, 8), (2, 12, 8), (2, 3, 17)])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_on_cuda_it_equals_exact_with_its_gradients(cuda, options, kv_heads, depth, v_depth):
+    options = {name: x.float() if name == "bias" and isinstance(x, torch.Tensor) else x for name, x in options.items()}
+    arrays = [normal(2, *s).requires_grad_() for s in ((5, 4, depth), (7, kv_heads, depth), (7, kv_heads, v_depth))]
+    answers = []
+    for implementation in ("exact", "fused"):
+        output = aa.dot_product_attention(*arrays, **options, implementation=implementation)
+        answers.append((output.detach(), *torch.autograd.grad(output, arrays, normal(*output.shape))))
+    torch.testing.assert_close(*answers, rtol=1e-4, atol=1e-5)
+    assert {x.shape[1] for x in cuda.arrays} == {4}  # the memory-efficient kernel has no grouped heads
+    (width,) = {x.shape[-1] for x in cuda.arrays}
+    assert width % 8 == 0
+
+
+def test_flash_on_cuda_gets_the_very_arrays(cuda):
+    query, key, value = (normal(2, 5, heads, 8, dtype=torch.bfloat16) for heads in (4, 2, 2))
+    for mask in (None, masks.CausalMask()):
+        fused(query, key, value, mask=mask)
+        for given, x in zip(cuda.arrays, (query, key, value), strict=True):
+            assert given.data_ptr() == x.data_ptr()
+            assert given.transpose(1, 2).shape == x.shape
+    fused(query, torch.cat([key, key], 1), torch.cat([value, value], 1), mask=masks.CausalMask())
+    assert [x.shape[1] for x in cuda.arrays] == [4, 4, 4]  # another kernel, since the lengths differ
+
+
+def test_strides_on_cuda_are_one(cuda):
+    x = normal(2, 8, 4, 5, dtype=torch.float16).transpose(1, 3)
+    mask = HIDDEN[..., :5]
+    for given in (mask, mask.mT, mask[..., :1]):
+        fused(x, x, x, mask=given)
+        assert {y.stride(-1) for y in (*cuda.arrays, cuda.mask)} == {1}
+        assert cuda.mask.shape[-1] == 5
+
+
+def test_compiles_on_cuda_in_one_graph(monkeypatch):
+    monkeypatch.setattr(TorchBackend, "platform", lambda self, x: "cuda")
+    x = normal(2, 5, 4, 8)
+    compiled = torch.compile(lambda x, m: fused(x, x, x, mask=m), fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x, HIDDEN[..., :5]), fused(x, x, x, mask=HIDDEN[..., :5]))
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_an_error_names_the_engine(cuda, gradient):
+    def none(*arrays, **options):
+        raise RuntimeError("No available kernel. Aborting execution.")
+
+    cuda.kernel = none
+    with pytest.raises(RuntimeError, match=r"No available kernel.*ANYATTENTION_ENGINES=-sdpa"):
+        fused(*[normal(2, 5, 4, 8).requires_grad_(gradient)] * 3)
+
+
+ON_CUDA = {
+    "float64": ({"dtype": torch.float64}, "no kernel for float64"),
+    "a wide bias": ({"bias": torch.zeros(5, 5), "dtype": torch.bfloat16}, "makes logits float32"),
+    "a depth": ({}, "no kernel for depths beyond 256"),
+    "a bias and a mask": ({"mask": torch.ones(5, 5), "bias": torch.zeros(5, 5)}, r"finfo\.min is no mask"),
+}
+
+
+@pytest.mark.parametrize("name", ON_CUDA)
+def test_refuses_on_cuda(cuda, name):
+    options, reason = ON_CUDA[name]
+    x = normal(2, 5, 4, 257) if name == "a depth" else X
+    with pytest.raises(NotImplementedError, match=reason):
+        fused(x, x, x, **options)
+
+
+def test_refuses_other_platforms():
+    with pytest.raises(NotImplementedError, match="sdpa: it runs on cpu and cuda, not on meta"):
+        fused(*[X.to("meta")] * 3)
+
+
+def test_the_rules_for_cuda_row_by_row(cuda):
+    """The least call of each rule, and one that is smaller, on tensors without storage."""
+
+    def chosen(length, **options):
+        x = torch.empty(1, length, 1, 16, device="meta", dtype=torch.bfloat16)
+        return aa.explain(x, x, x, **options)
+
+    by_fused, by_tiled = plan.RULES["torch", "cuda"]
+    assert by_fused == plan.Rule("fused", logits=2**16)
+    assert by_tiled == plan.Rule("tiled", logits=2**30)
+    assert chosen(2**8 - 1).implementation == "exact"
+    assert (chosen(2**8).implementation, chosen(2**8).engine.name) == ("fused", "sdpa")
+    unserved = {"bias": torch.zeros(1, 1, device="meta").requires_grad_()}
+    assert chosen(2**15 - 1, **unserved).implementation == "exact"
+    assert chosen(2**15, **unserved).implementation == "tiled"
+    with aa.config(engines=()):
+        assert chosen(2**15).implementation == "tiled"
 
 
 def test_compiles_in_one_graph():
@@ -168,7 +284,7 @@ def test_transformations_are_refused_and_served_otherwise():
 @pytest.mark.parametrize("library", [np, pytest.importorskip("jax.numpy")], ids=["numpy", "jax"])
 def test_other_libraries_have_no_engine(library):
     x = library.ones((2, 1, 4))
-    with pytest.raises(NotImplementedError, match="no engine for numpy|cudnn: it runs on gpu, not on cpu"):
+    with pytest.raises(NotImplementedError, match=r"no engine for numpy|cudnn: it runs on gpu, not on cpu"):
         fused(x, x, x)
     with pytest.raises(NotImplementedError, match="all the weights"):
         aa.dot_product_attention_weights(x, x, implementation="fused")
