@@ -10,7 +10,6 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
 from anyattention import masks
 from anyattention.backend import Backend
@@ -61,6 +60,7 @@ class Flex(Kernel):
 
 def _program(query: Array, key: Array, value: Array, whole: bool, first: Array, last: Array, *ids: Array) -> Array:
     """The output, mended unless the `whole` mask shows each query a key; bounds and ids are ``[batch, length]``."""
+    from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention  # slow, and rarely used
 
     def visible(b: Array, h: Array, i: Array, j: Array) -> Array:
         within = (first[b, i] <= j) & (j < last[b, i])
@@ -105,9 +105,12 @@ def _bounds(backend: Backend, mask: Any, found: Structure, query: Array, lengths
     return flat(first).int(), flat(last).int(), *ids
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _full_precision() -> bool:
     return torch.get_float32_matmul_precision() == "highest"
+
+
+# As `torch.compiler.assume_constant_result` marks it, which is slow to import.
+vars(_full_precision)["_dynamo_marked_constant"] = True
 
 
 def _small(offset: int) -> int:

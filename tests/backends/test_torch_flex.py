@@ -5,6 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from torch.nn.attention import flex_attention as flex
 from torch.nn.attention.flex_attention import AuxOutput
 
 import anyattention as aa
@@ -120,8 +121,8 @@ def dense(visible, batch, heads, q_length, kv_length, device):
 @pytest.fixture
 def compiled(on_cpu, monkeypatch):
     """The engine with the kernel written out, compiled."""
-    monkeypatch.setattr(torch_flex, "flex_attention", kernel)
-    monkeypatch.setattr(torch_flex, "create_block_mask", dense)
+    monkeypatch.setattr(flex, "flex_attention", kernel)
+    monkeypatch.setattr(flex, "create_block_mask", dense)
     on_cpu.compiled = True
     torch_flex._compiled.cache_clear()
     torch._dynamo.reset()
@@ -183,7 +184,7 @@ def test_an_error_names_the_engine(on_cpu, monkeypatch):
     def broken(*args, **options):
         raise RuntimeError("no such kernel image")
 
-    monkeypatch.setattr(torch_flex, "flex_attention", broken)
+    monkeypatch.setattr(flex, "flex_attention", broken)
     with pytest.raises(RuntimeError, match="kernel image") as error:
         fused(*arrays())
     assert any("ANYATTENTION_ENGINES=-flex" in note for note in error.value.__notes__)
