@@ -233,7 +233,7 @@ FORMS = (  # every form that the arguments take
     Case("mask-higher-rank", smoke="output", mask=(3, 1, 1, 3, 5), **GROWTH),
     Case("heads-grown-by-bias", smoke="output", query=(2, 3, 1, 4), key=(2, 5, 1, 4), bias=(3, 3, 5), **GROWTH),
     Case("keys-grown-by-bias", smoke="gradients", key=(2, 1, 2, 4), bias=(3, 5), **GROWTH),
-    Case("dropout", "dropout", smoke="gradients", dropout=0.3),
+    Case("dropout", "dropout", smoke="output", dropout=0.3),
     Case("dropout-everywhere", "dropout", smoke="gradients", dropout=0.5, broadcast_dropout=False, **MASK),
     Case("force-fp32", "dtypes", options=(("force_fp32_for_softmax", True),), **MASK),
 )
@@ -352,8 +352,8 @@ CORNERS = (  # where ports of Flax's attention go wrong
         v_depth=5,
         edits=ONE_HOT,
     ),
-    Case("dropout-no-batch", "dropout", smoke="output", query=(3, 2, 4), key=(5, 2, 4), dropout=0.1),
-    Case("dropout-and-bias", "dropout", smoke="output", dropout=0.1, **MASK, **BIAS),
+    Case("dropout-no-batch", "dropout", smoke="", query=(3, 2, 4), key=(5, 2, 4), dropout=0.1),
+    Case("dropout-and-bias", "dropout", smoke="", dropout=0.1, **MASK, **BIAS),
     Case("dropout-hidden-row", "dropout", smoke="output", dropout=0.5, **MASK, edits=HIDE_ROW_0),
     Case(
         "dropout-rate-1",
@@ -379,7 +379,14 @@ CORNERS = (  # where ports of Flax's attention go wrong
     Case("float64-depth-24", "dtypes", smoke="output", query=(2, 3, 2, 24), key=(2, 5, 2, 24), dtypes=("float64",)),
     Case("integers", "dtypes", dtypes=("int32",), compute="float32", gradients=False),
     Case("booleans", "dtypes", dtypes=("bool",), compute="float32", gradients=False),
-    Case("float16-and-bfloat16", "dtypes", dtypes=("float16",), also=(("key", "bfloat16"),), compute="float32"),
+    Case(
+        "float16-and-bfloat16",
+        "dtypes",
+        smoke="output",
+        dtypes=("float16",),
+        also=(("key", "bfloat16"),),
+        compute="float32",
+    ),
     Case("bfloat16-and-float32", "dtypes", dtypes=("bfloat16",), also=(("value", "float32"),), compute="float32"),
     Case("float16-and-integers", "dtypes", dtypes=("float16",), also=(("value", "int32"),), gradients=False),
     Case(
@@ -404,7 +411,9 @@ CORNERS = (  # where ports of Flax's attention go wrong
         dtypes=("bfloat16", "float16"),
         exact=True,
     ),
-    Case("weights-dropped", "rounding", v_depth=5, edits=(*ONE_PRODUCT, *ONE_HOT), dropout=0.1, **NARROW),
+    Case(
+        "weights-dropped", "rounding", smoke="output", v_depth=5, edits=(*ONE_PRODUCT, *ONE_HOT), dropout=0.1, **NARROW
+    ),
     Case("sums-of-weights", "rounding", edits=(*ONE_PRODUCT, ("value", ..., 1.0)), **NARROW),
     # 70000 equal keys: in float16 the sum of exponentials overflows.
     Case(
