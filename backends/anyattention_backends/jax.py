@@ -170,7 +170,7 @@ class JAXBackend(Backend):
 
     def map_rows(
         self,
-        function: Callable[[Group, Block], tuple[Any, Any]],
+        function: Callable[[tuple[Block, ...]], tuple[Any, Any]],
         block: Block,
         groups: Sequence[Group],
         tiles: tuple[int, int],
@@ -179,22 +179,22 @@ class JAXBackend(Backend):
         """Reason: speed. Loops of XLA's, compiled once; derivatives recompute each tile."""
         if block.lead and _one_cpu() and not _few(block.rows[0], block.columns[0]):
             return _map_lead(lambda slab: self.map_rows(function, slab, groups, tiles, like), block)
-        sums = jax.tree.map(
-            jnp.zeros_like, jax.eval_shape(partial(function, groups[0]), cut_group(block, groups[0]))[1]
-        )
+        each = jax.checkpoint(function, prevent_cse=False)
+
+        def step(carry: Any, tile: tuple[Block, ...]) -> tuple[Any, Any]:
+            rows, sums = each(tile)
+            return jax.tree.map(jnp.add, carry, sums), rows
+
+        sums = jax.tree.map(jnp.zeros_like, jax.eval_shape(function, cut_group(block, groups[0]))[1])
         results = []
         for group in groups:
-            each = jax.checkpoint(partial(function, group), prevent_cse=False)
-
-            def step(carry: Any, tile: Block, each: Callable[[Block], Any] = each) -> tuple[Any, Any]:
-                rows, sums = each(tile)
-                return jax.tree.map(jnp.add, carry, sums), rows
-
-            start, stop = group.rows
-            full = stop - (stop - start) % tiles[0]
-            for i, j in ((start, full), (full, stop)):
-                if i < j:
-                    sums, rows = _scan(step, sums, cut_group(block, group._replace(rows=(i, j))), tiles[0], -2)
+            parts = cut_group(block, group)  # outside the loop, for XLA would copy them every time
+            length = parts[0].lengths[0]
+            full = length - length % tiles[0]
+            for start, stop in ((0, full), (full, length)):
+                if start < stop:
+                    cut = tuple(cut_rows(part, start, stop) for part in parts)
+                    sums, rows = _scan(step, sums, cut, tiles[0], -2)
                     results.append(rows)
         return self.join_rows(results), sums
 
@@ -301,6 +301,10 @@ def _one_cpu() -> bool:
     return jax.device_count() == 1 and jax.default_backend() == "cpu"
 
 
+def _blocks(tree: Any) -> list[Block]:
+    return jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Block))
+
+
 def _map_lead(function: Callable[[Block], Any], block: Block) -> Any:
     """Call the function for each index of the first axis; arrays of size 1 there serve them all."""
     size = block.lead[0]
@@ -317,14 +321,17 @@ def _map_lead(function: Callable[[Block], Any], block: Block) -> Any:
 
 
 def _scan(
-    step: Callable[[Any, Block], tuple[Any, Any]], carry: Any, block: Block, size: int, axis: int
+    step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, blocks: Any, size: int, axis: int
 ) -> tuple[Any, Any]:
-    """Carry something through tiles of one size along rows (-2) or columns (-1); join the other results along rows."""
-    cut, length = (cut_rows, block.lengths[0]) if axis == -2 else (cut_columns, block.lengths[1])
+    """Carry something through tiles of one size along rows (-2) or columns (-1); join the other results along rows.
+
+    `blocks` is one block, or several of the same rows.
+    """
+    cut, length = cut_rows if axis == -2 else cut_columns, _blocks(blocks)[0].lengths[axis]
     if length <= size:
-        return step(carry, block)
-    leaves, structure = jax.tree.flatten(block)
-    tile = jax.tree.leaves(cut(block, 0, size))
+        return step(carry, blocks)
+    leaves, structure = jax.tree.flatten(blocks)
+    tile = [x for block in _blocks(blocks) for x in jax.tree.leaves(cut(block, 0, size))]
     along = [next((a for a in (-2, -1) if x.shape[a] != y.shape[a]), 0) for x, y in zip(leaves, tile, strict=True)]
 
     def split(x: Array, axis: int) -> Array:

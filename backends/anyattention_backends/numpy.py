@@ -174,7 +174,7 @@ class NumPyBackend(Backend):
 
     def map_rows(
         self,
-        function: Callable[[Group, Block], tuple[Any, Any]],
+        function: Callable[[tuple[Block, ...]], tuple[Any, Any]],
         block: Block,
         groups: Sequence[Group],
         tiles: tuple[int, int],
@@ -188,7 +188,7 @@ class NumPyBackend(Backend):
         def work(item: tuple[Group, tuple[slice, ...]]) -> None:
             part, lead = item
             with np.errstate(all="ignore"):
-                results.put(lead, part.rows, *function(part, cut_group(cut_lead(block, lead), part)))
+                results.put(lead, part.rows, *function(cut_group(cut_lead(block, lead), part)))
 
         threads.for_each(work, list(itertools.product(parts, _ranges(block.lead, _LOGITS // size))))
         return results.rows, results.sums

@@ -294,19 +294,21 @@ class Backend:
 
     def map_rows(
         self,
-        function: Callable[[Group, Block], tuple[Any, Any]],
+        function: Callable[[tuple[Block, ...]], tuple[Any, Any]],
         block: Block,
         groups: Sequence[Group],
         tiles: tuple[int, int],
         like: tuple[Any, Any],
     ) -> tuple[Any, Any]:
-        """Call the function with tiles of rows of each group; join its first results along rows, add up the second.
+        """Call the function with tiles of rows of each group, each with the columns that it sees, in parts.
+
+        Join its first results along rows, add up the second.
 
         `like` are arrays with the lead axes that the results have.
         """
         rows, total = [], None
         for part in (part for group in groups for part in group.split(tiles[0])):
-            row, sums = function(part, cut_group(block, part))
+            row, sums = function(cut_group(block, part))
             rows.append(row)
             total = sums if total is None else tree_map(operator.add, total, sums)
         return self.join_rows(rows), total

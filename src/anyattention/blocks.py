@@ -107,22 +107,20 @@ def cut_columns(block: Block, start: int, stop: int) -> Block:
     return block._replace(columns=(key, value), pairs=tree_map(pair, block.pairs))
 
 
-def cut_group(block: Block, group: Group) -> Block:
-    """The block of these rows and the columns that they may see, with the values of the others as hidden."""
+def cut_group(block: Block, group: Group) -> tuple[Block, ...]:
+    """Some rows and the columns that they may see, in one to three blocks.
+
+    That of the columns seen for certain has no mask; the first has the values of all columns that are not seen.
+    """
     value, length = block.columns[1], block.lengths[1]
     first, last = group.seen
+    block = cut_rows(block, *group.rows)
     hidden = tuple(value[..., i:j, :] for i, j in ((0, first), (last, length)) if i < j)
-    return cut_columns(cut_rows(block, *group.rows), first, last)._replace(hidden=hidden)
-
-
-def cut_sure(block: Block, group: Group) -> list[Block]:
-    """The block of a group in at most three, that of the columns seen for certain without a mask."""
-    first, last = group.seen
     start, stop = group.sure if group.sure[0] < group.sure[1] else (last, last)
-    parts = [(first, start), (start, stop), (stop, last)]
-    blocks = [cut_columns(block, i - first, j - first) for i, j in parts]
-    blocks[1] = blocks[1]._replace(pairs=blocks[1].pairs._replace(mask=None))
-    return [part for part in blocks if part.lengths[1]]
+    parts = [cut_columns(block, *ends) for ends in ((first, start), (start, stop), (stop, last))]
+    parts[1] = parts[1]._replace(pairs=parts[1].pairs._replace(mask=None))
+    parts = [part for part in parts if part.lengths[1]] or parts[:1]
+    return parts[0]._replace(hidden=hidden), *parts[1:]
 
 
 def cut_lead(block: Block, ranges: tuple[slice, ...]) -> Block:

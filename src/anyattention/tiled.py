@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from anyattention import masks, random
 from anyattention.backend import Backend
-from anyattention.blocks import Block, Group, cut_columns, cut_sure, everything, tree_map
+from anyattention.blocks import Block, Group, cut_columns, everything, tree_map
 from anyattention.partials import Partial, finish, finite, merge, of_hidden, of_weights
 
 Array = Any
@@ -60,19 +60,22 @@ def forward(call: Call, block: Block) -> tuple[Array, Array, Array]:
     return call.backend.map_rows(partial(attend, call), block, call.groups, call.tiles, like)[0]
 
 
-def attend(call: Call, group: Group, block: Block) -> tuple[tuple[Array, ...], tuple[()]]:
-    """Output, base and total of some queries, over all their keys."""
+def attend(call: Call, parts: tuple[Block, ...]) -> tuple[tuple[Array, ...], tuple[()]]:
+    """Output, base and total of some queries, over all their keys, which are in several blocks."""
     backend = call.backend
     unit = backend.power_unit if call.bounded else 1.0
-    scaled = block._replace(rows=(block.rows[0] / (call.root / unit),))
+    query, hidden = parts[0].rows[0], parts[0].hidden
+    scaled = query / (call.root / unit)
     state: Any = None
-    for part in cut_sure(scaled, group):
-        state, _ = backend.scan_columns(partial(absorb, call), state, part, call.tiles)
+    for part in parts:
+        if part.lengths[1]:
+            part = part._replace(rows=(scaled,))
+            state, _ = backend.scan_columns(partial(absorb, call), state, part, call.tiles)
     if call.skip or call.bounded:
         if state is None or not _sound(call, state):
-            return attend(call._replace(skip=False, bounded=False), group, block)
-    elif block.hidden:
-        hidden = of_hidden(backend, block.rows[0], call.fill, block.hidden)
+            return attend(call._replace(skip=False, bounded=False), parts)
+    elif hidden:
+        hidden = of_hidden(backend, query, call.fill, hidden)
         state = hidden if state is None else merge(backend, state, hidden)
     base = backend.xp.zeros_like(state.total) if state.base is None else state.base
     return (finish(state, call.keep_prob), base, state.total), ()
@@ -177,9 +180,10 @@ def backward(call: Call, block: Block, output: Array, base: Array, total: Array,
 
 
 def pull_back(
-    call: Call, _: Group, block: Block
+    call: Call, parts: tuple[Block, ...]
 ) -> tuple[tuple[Array, Array | None], tuple[Array, Array, Array | None]]:
     """For some queries: the gradients that have rows, and what they add to those that have none."""
+    (block,) = parts
     backend, bias = call.backend, block.pairs.bias
     query, doutput, output = block.rows
     base, total = block.pairs.statistics
