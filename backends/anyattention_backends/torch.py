@@ -9,6 +9,7 @@ from typing import Any
 import array_api_compat.torch as xp
 import numpy as np
 import torch
+from torch.autograd import forward_ad
 
 from anyattention import dtypes
 from anyattention.backend import Backend
@@ -193,6 +194,8 @@ class TorchBackend(Backend):
         if torch.compiler.is_compiling():
             text = _write((forward.__module__, *_told(call, block)))
             return _tiled(arrays, float(call.fill), float(call.keep_prob), text)[0]
+        if any(forward_ad.unpack_dual(x).tangent is not None for x in arrays):  # forward mode, which does not nest
+            return forward(call, block)[0]
         return _Tiled.apply(forward, backward, call, structure, *arrays)[0]
 
 
@@ -216,6 +219,7 @@ class _Tiled(torch.autograd.Function):  # type: ignore[misc]
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Array, ...]) -> None:
         *ctx.how, ctx.structure = inputs[:4]
         ctx.save_for_backward(*output, *inputs[4:])
+        ctx.save_for_forward(*output, *inputs[4:])
         ctx.mark_non_differentiable(*output[1:])
 
     @staticmethod
@@ -232,7 +236,17 @@ class _Tiled(torch.autograd.Function):  # type: ignore[misc]
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise NotImplementedError("implementation='tiled' has no forward mode on PyTorch: pass 'exact'")
+        """PyTorch's own forward mode, which keeps nothing, through the tiles."""
+        forward, _, call = ctx.how
+        arrays = list(ctx.saved_tensors[3:])
+        moved = {i: tangent for i, tangent in enumerate(tangents[4:]) if tangent is not None}
+
+        def output(*primals: Array) -> Array:
+            given = dict(zip(moved, primals, strict=True))
+            return forward(call, _pick(ctx.structure, [given.get(i, x) for i, x in enumerate(arrays)]))[0]
+
+        primals = tuple(arrays[i] for i in moved)
+        return torch.func.jvp(output, primals, tuple(moved.values()))[1], None, None
 
     @staticmethod
     def vmap(

@@ -272,6 +272,7 @@ def test_a_compiled_program_does_not_grow_with_the_number_of_tiles():
     assert sizes[0] == sizes[1]
 
 
+@from_torch_itself
 @pytest.mark.parametrize(
     "options", [{}, {"mask": MASK[..., :6, :7]}, {"is_causal": True}], ids=["plain", "mask", "rule"]
 )
@@ -279,8 +280,14 @@ def test_tiled_second_order(options, monkeypatch):
     monkeypatch.setattr(type(backend_of(Q)), "tiles", lambda self, block, ruled: (2, 3))
     query, key, value = (x.detach()[..., :2, :3] for x in grouped(torch.float64))
     arrays = [x.requires_grad_() for x in (query[:, :6], key[:, :7], value[:, :7])]
-    assert torch.autograd.gradcheck(lambda *x: tiled(*x, **options), arrays)
-    assert torch.autograd.gradgradcheck(lambda *x: tiled(*x, **options), arrays)
+
+    def call(*arrays):
+        return tiled(*arrays, **options)
+
+    assert torch.autograd.gradcheck(call, arrays)
+    assert torch.autograd.gradgradcheck(call, arrays)
+    assert torch.autograd.gradcheck(call, arrays, check_forward_ad=True, fast_mode=True)
+    assert torch.autograd.gradgradcheck(call, arrays, check_fwd_over_rev=True, fast_mode=True)
 
 
 @from_torch_itself
@@ -301,9 +308,24 @@ def test_tiled_under_torch_func():
 
 
 @from_torch_itself
-def test_tiled_in_forward_mode_says_what_to_do():
-    with pytest.raises(NotImplementedError, match="pass 'exact'"):
-        torch.func.jvp(lambda x: tiled(x, x, x), (Q,), (Q,))
+def test_tiled_in_forward_mode(monkeypatch):
+    """Of queries, of a bias, of all together; and with the reverse mode inside, as a Hessian has it."""
+    monkeypatch.setattr(type(backend_of(Q)), "tiles", lambda self, block, ruled: (20, 40))
+    query, key, value = (x.detach()[:1] for x in grouped(torch.float64))
+    bias = torch.linspace(-1, 1, MASK[:1].numel(), dtype=torch.float64).reshape(MASK[:1].shape)
+    drop = {"dropout_rng": aa.random.key(0), "dropout_rate": 0.3}
+
+    def results(implementation):
+        call = partial(F, implementation=implementation)
+        yield torch.func.jvp(lambda q: call(q, key, value, mask=MASK[:1], **drop), (query,), (query + 1,))
+        yield torch.func.jvp(lambda b: call(query, key, value, b), (bias,), (bias - 1,))
+        arrays = query, key, value, bias
+        yield torch.func.jvp(lambda *x: call(*x, mask=MASK[:1]), arrays, tuple(x**2 for x in arrays))
+        yield torch.func.jacfwd(lambda q: call(q, key, value, is_causal=True))(query[:, :2])
+        yield torch.func.hessian(lambda k: (call(query[:, :3], k, value[:, :2]) ** 2).sum())(key[:, :2])
+
+    for actual, expected in zip(results("tiled"), results("exact"), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
 
 
 def test_use_does_not_load_the_compiler():
