@@ -204,6 +204,11 @@ def _is_plain(*arrays: Array) -> bool:
     return not any(x.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(x) for x in arrays)
 
 
+def _leading(arrays: Sequence[Array], dims: Sequence[int | None]) -> list[Array]:
+    """Tensors with the mapped axis first, of size 1 for those that are not mapped."""
+    return [x[None] if dim is None else x.movedim(dim, 0) for x, dim in zip(arrays, dims, strict=True)]
+
+
 def _pick(structure: Any, arrays: Sequence[Array]) -> Any:
     return tree_map(lambda index: arrays[index], structure)
 
@@ -253,9 +258,7 @@ class _Tiled(torch.autograd.Function):  # type: ignore[misc]
         info: Any, in_dims: Any, forward: Any, backward: Any, call: Any, structure: Any, *arrays: Array
     ) -> tuple[Any, Any]:
         """The mapped axis becomes one more lead axis."""
-        dims = in_dims[4:]
-        moved = [x[None] if d is None else x.movedim(d, 0) for x, d in zip(arrays, dims, strict=True)]
-        return _Tiled.apply(forward, backward, call, structure, *moved), (0, 0, 0)
+        return _Tiled.apply(forward, backward, call, structure, *_leading(arrays, in_dims[4:])), (0, 0, 0)
 
 
 @torch.library.custom_op("anyattention::keep", mutates_args=())  # type: ignore[untyped-decorator]
@@ -355,6 +358,11 @@ def _(
     text: str,
 ) -> list[torch.Tensor]:
     return [x.new_empty(x.shape, dtype=doutput.dtype) for x in arrays[: _differentiated(text)]]
+
+
+@_tiled.register_vmap  # type: ignore[untyped-decorator]
+def _(info: Any, in_dims: Any, arrays: Sequence[Array], fill: float, keep_prob: float, text: str) -> Any:
+    return _tiled(_leading(arrays, in_dims[0]), fill, keep_prob, text), [0, 0, 0]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Array]) -> None:

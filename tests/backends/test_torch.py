@@ -308,6 +308,21 @@ def test_tiled_under_torch_func():
 
 
 @from_torch_itself
+def test_tiled_mapped_compiles_in_one_graph():
+    """Also with the gradient of what all examples share; dropout is the same in each."""
+    query, key, value = (x.detach() for x in grouped())
+    arrays = [x.requires_grad_() for x in (query[:, None], key[:1], value[:1])]
+    drop = {"dropout_rng": torch.tensor(aa.random.key(0)), "dropout_rate": 0.3}
+    mapped = torch.func.vmap(lambda q, k, v: tiled(q, k, v, mask=MASK[:1], **drop), (0, None, None))
+    exact = torch.func.vmap(lambda q, k, v: F(q, k, v, mask=MASK[:1], **drop), (0, None, None))
+    outputs = []
+    for function in (torch.compile(mapped, backend="aot_eager", fullgraph=True), exact):
+        output = function(*arrays)
+        outputs.append((output, *torch.autograd.grad((output**2).sum(), arrays)))
+    torch.testing.assert_close(*outputs)
+
+
+@from_torch_itself
 def test_tiled_in_forward_mode(monkeypatch):
     """Of queries, of a bias, of all together; and with the reverse mode inside, as a Hessian has it."""
     monkeypatch.setattr(type(backend_of(Q)), "tiles", lambda self, block, ruled: (20, 40))
