@@ -1,10 +1,13 @@
 """PyTorch's `scaled_dot_product_attention`, where its fused kernels on CPU and CUDA have Flax's meaning.
 
 The kernels give zero to a query that sees no key; Flax gives it the mean of all values. Such queries are shown every
-key, and their output is replaced, so that their gradients are Flax's too.
+key, and their output is replaced, so that their gradients are Flax's too. A query all of whose biases are far below
+zero, as where they stand for a mask, has wrong gradients from the kernels: such calls go to the fallback, which is
+decided when the values are seen.
 """
 
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import torch
@@ -13,13 +16,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from anyattention import dtypes, masks
 from anyattention.backend import Backend
-from anyattention.engine import SWITCH, Engine, fits, pairs
+from anyattention.engine import SWITCH, Engine, fits, least_bias, pairs
 from anyattention.request import Request
 
 Array = Any
 _FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
 _MULTIPLE = 8  # on CUDA, of the depth
 _MOST_DEPTH = 256  # on CUDA
+_MOST_EXPANDED = 2**30  # pairs of a query and a key, on CUDA
+_SAMPLE = 32  # keys
 
 
 class Kernel(Engine):
@@ -61,26 +66,37 @@ class SDPA(Kernel):
 
     name = "sdpa"
 
+    def rank(self, request: Request) -> int:
+        return int(_expands(request))  # after the kernels that know the mask
+
     def refusals(self, request: Request) -> list[str]:
-        dtype, query, _, value, bias, mask = request[:6]
+        dtype, query, key, value, bias, mask = request[:6]
         platform = self.backend.platform(query)
         if platform not in ("cpu", "cuda"):
             return [f"it runs on cpu and cuda, not on {platform}"]
         cuda = platform == "cuda"
         served = ("float32", "bfloat16", "float16") if cuda else ("float32", "float64", "bfloat16", "float16")
+        pairs_of_all = prod(query.shape[:-3]) * query.shape[-3] * key.shape[-3]
         checks = self.missing(request) | {
             f"there is no kernel for {dtype}": dtype not in served,
             f"there is no kernel for depths beyond {_MOST_DEPTH}": cuda
             and max(query.shape[-1], value.shape[-1]) > _MOST_DEPTH,
-            "beside a bias, finfo.min is no mask": bias is not None and mask is not None,
             "bias or mask has axes that query and key lack": not fits(request),
-            f"{type(mask).__name__} would be expanded": isinstance(mask, masks.Mask) and not _known(request),
+            f"{type(mask).__name__} would be expanded": _expands(request)
+            and not (cuda and pairs_of_all <= _MOST_EXPANDED),
         }
         if hasattr(bias, "shape"):
             wide = dtypes.promote(dtype, self.backend.dtype_name(bias))
             checks["the bias needs a gradient"] = bias.requires_grad
             checks[f"the bias makes logits {wide}"] = wide not in (dtype, dtype if cuda else "float32")
+        if bias is not None:
+            checks["how low the bias goes cannot be seen here"] = not _at_hand(bias, mask)
         return [reason for reason, holds in checks.items() if holds]
+
+    def attention(self, request: Request, fallback: Callable[[Array, Array, Array], Array]) -> Array:
+        if request.bias is not None and not _reached(self.backend, request):
+            return fallback(request.query, request.key, request.value)
+        return super().attention(request, fallback)
 
     def call(self, request: Request, query: Array, key: Array, value: Array) -> Array:
         try:
@@ -127,8 +143,8 @@ def _attention(backend: Backend, request: Request, query: Array, key: Array, val
     wide = -(-max(depth, value.shape[-1]) // multiple) * multiple
     if not depth == value.shape[-1] == wide:  # the kernels know one depth
         four = [torch.nn.functional.pad(x, (0, wide - x.shape[-1])) for x in four]
-    causal = isinstance(request.mask, masks.CausalMask)
-    shown, seen, infinite = _shown(backend, request, query, key, batch)
+    causal = request.bias is None and isinstance(request.mask, masks.CausalMask) and request.mask.offset == 0
+    shown, seen = (None, None) if causal else _shown(backend, request, query, key, batch)
     if cuda:
         four, shown = _for_cuda(four, shown, causal)
     output = torch.nn.functional.scaled_dot_product_attention(
@@ -141,25 +157,55 @@ def _attention(backend: Backend, request: Request, query: Array, key: Array, val
     if seen is not None:
         mean = four[2].mean(dim=-2, keepdim=True).repeat_interleave(heads // four[2].shape[1], dim=1)
         output = torch.where(seen, output, mean)
-    if infinite is not None and not backend.surely(infinite, False):
-        output = output * torch.where(infinite, torch.nan, 1.0).to(output.dtype)  # as a softmax, gradient and all
     return output.transpose(1, 2)[..., : value.shape[-1]].reshape(*query.shape[:-1], value.shape[-1])
 
 
 def _shown(
     backend: Backend, request: Request, query: Array, key: Array, batch: list[int]
-) -> tuple[Array | None, Array | None, Array | None]:
-    """What the kernel gets as mask; which queries see a key, None for all; which have a bias of minus infinity."""
-    if request.bias is not None:
-        bias = pairs(torch, _bias(backend, request, query), batch)
-        return bias, None, torch.amax(bias, dim=-1, keepdim=True) == -torch.inf
-    if request.mask is None or isinstance(request.mask, masks.CausalMask):
-        return None, None, None
-    visible = pairs(torch, _visible(backend, request.mask, query, key), batch)
-    seen = visible.any(dim=-1, keepdim=True)
-    if backend.surely(seen, True):
-        return visible, None, None
-    return visible | ~seen, seen, None
+) -> tuple[Array | None, Array | None]:
+    """What the kernel gets as mask or bias, and which queries see a key; None where they all do."""
+    visible = seen = None
+    if request.mask is not None:
+        visible = pairs(torch, _visible(backend, request.mask, query, key), batch)
+        seen = visible.any(dim=-1, keepdim=True)
+        if backend.surely(seen, True):
+            seen = None
+        else:
+            visible = visible | ~seen
+    if request.bias is None:
+        return visible, seen
+    bias = pairs(torch, _bias(backend, request, query), batch)
+    return (bias if visible is None else torch.where(visible, bias, -torch.inf)), seen
+
+
+def _reached(backend: Backend, request: Request) -> bool:
+    """Whether every query is shown a key whose bias is not too low; first by a few keys, which mostly tell."""
+    query, key = request.query, request.key
+    batch = list(query.shape[:-3])
+    bias = pairs(torch, _bias(backend, request, query).detach(), batch)
+    visible = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=query.device)
+    if request.mask is not None:
+        visible = pairs(torch, _visible(backend, request.mask, query, key), batch)
+
+    def reached(bias: Array, visible: Array) -> bool:
+        largest = torch.where(visible, bias, -torch.inf).amax(dim=-1)
+        return bool((largest >= least_bias(request.dtype)).all())
+
+    step = max(key.shape[-3] // _SAMPLE, 1)
+    return reached(*(x[..., ::step] for x in (bias, visible))) or reached(
+        bias, visible | ~visible.any(dim=-1, keepdim=True)
+    )
+
+
+def _at_hand(bias: Any, mask: Any) -> bool:
+    """Whether the values can be looked at: not in a compiler's trace, nor while a CUDA graph is recorded."""
+    if torch.compiler.is_compiling():
+        return False
+    arrays = [bias, *(mask.arrays() if isinstance(mask, masks.Mask) else [mask])]
+    tensors = [x.detach() for x in arrays if isinstance(x, torch.Tensor)]
+    if any(type(x) is not torch.Tensor or x.device.type == "meta" for x in tensors):
+        return False
+    return not (any(x.is_cuda for x in tensors) and torch.cuda.is_current_stream_capturing())
 
 
 def _for_cuda(four: list[Array], shown: Array | None, causal: bool) -> tuple[list[Array], Array | None]:
@@ -176,7 +222,7 @@ def _for_cuda(four: list[Array], shown: Array | None, causal: bool) -> tuple[lis
 
 def _bias(backend: Backend, request: Request, query: Array) -> Array:
     if not hasattr(request.bias, "shape"):
-        return torch.full((1, 1), float(request.bias), dtype=query.dtype)
+        return query.new_full((1, 1), float(request.bias))
     return backend.cast(request.bias, dtypes.promote(request.dtype, backend.dtype_name(request.bias)))
 
 
@@ -188,12 +234,14 @@ def _visible(backend: Backend, mask: Any, query: Array, key: Array) -> Array:
     return masks.visible(backend, mask.lower(to), tuple(to.arrays))
 
 
-def _known(request: Request) -> bool:
-    """Masks that the kernel has, or that are small."""
-    mask = request.mask
-    if isinstance(mask, masks.CausalMask):
-        return mask.offset == 0
-    return isinstance(mask, masks.LengthMask) and mask.query_lengths is None
+def _expands(request: Request) -> bool:
+    """Whether the mask is one by rule that the kernels do not have, and that is as large as all pairs."""
+    mask, parts = request.mask, masks.conjunction(request.mask)
+    if request.bias is None and isinstance(mask, masks.CausalMask):
+        return mask.offset != 0
+    return any(
+        isinstance(x, masks.Mask) and not (isinstance(x, masks.LengthMask) and x.query_lengths is None) for x in parts
+    )
 
 
 def _transformed(*arrays: Array) -> bool:

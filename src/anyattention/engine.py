@@ -55,6 +55,15 @@ def find(engines: Sequence[Engine], request: Request) -> tuple[Engine | None, li
     return None, reasons
 
 
+def least_bias(dtype: str) -> float:
+    """The least that the largest bias of a query may be, for its gradient to be right.
+
+    Kernels keep the logarithm of a sum, the largest logit included, and find the weights again from it: beyond this it
+    is rounded by more than the dtype of the call is worth, and at the dtype's minimum the sum is lost.
+    """
+    return -(2.0**10) if "16" in dtype else -(2.0**7)
+
+
 def fits(request: Request) -> bool:
     """Whether bias and mask have no axes, and no sizes, but those of query and key."""
     query, key = request.query, request.key

@@ -18,7 +18,6 @@ REFUSED = {  # cases of the conformance suite that the kernel cannot serve, and 
     "depth-0": "empty",
     "bias-higher-rank": "axes that query and key lack",
     "mask-higher-rank": "axes that query and key lack",
-    "mask-and-bias": r"finfo\.min is no mask",
     "heads-grown-by-bias": "axes that query and key lack",
     "keys-grown-by-bias": "axes that query and key lack",
     "dropout": "dropout bits",
@@ -70,14 +69,33 @@ def test_within_c3_or_refused(case, dtype):
 
 HIDDEN = torch.rand(2, 1, 5, 7, generator=torch.Generator().manual_seed(0)) > 0.5
 HIDDEN[1, :, 2] = False
-OPTIONS = {
+LOWEST = torch.finfo(torch.float32).min
+
+
+def low_row(low, others=0.0):
+    """A bias that stands for a mask: one row is low throughout, as of padding; all others in every second key."""
+    bias = torch.where(torch.arange(7) % 2 == 0, others, low).expand(5, 7).clone()
+    bias[2] = low
+    return bias.double()
+
+
+LOW = {
+    "low-scalar": {"bias": LOWEST},
+    "low": {"bias": low_row(LOWEST)},
+    "low-and-hidden": {"bias": low_row(LOWEST), "mask": HIDDEN},
+    "low-where-nothing-is-seen": {"bias": low_row(LOWEST), "mask": HIDDEN & (torch.arange(5) != 2)[:, None]},
+}
+KERNELS = {  # what the kernel computes
     "causal": {"is_causal": True},
     "lengths": {"mask": masks.LengthMask(torch.tensor([3, 0]))},
     "hidden-row": {"mask": HIDDEN},
     "hidden-row-one-head": {"mask": HIDDEN & torch.tensor([True, True, False, True])[:, None, None]},
     "bias-scalar": {"bias": 0.5},
+    "bias-and-hidden-row": {"mask": HIDDEN, "bias": normal(4, 5, 7)},
+    "bias-and-lengths": {"mask": masks.LengthMask(torch.tensor([3, 0])), "bias": normal(4, 1, 1)},
     "precision": {"precision": "highest"},
 }
+OPTIONS = KERNELS | LOW
 
 
 @pytest.mark.parametrize(("kv_heads", "v_depth"), [(4, 8), (2, 8), (2, 3), (4, 9)])
@@ -99,13 +117,52 @@ def test_equals_exact_with_its_gradients(options, batch, kv_heads, v_depth):
     torch.testing.assert_close(answers[0], answers[1], rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("low", [-100.0, -1e4, -1e9, -1e38], ids=str)
+def test_the_gradient_of_a_low_row_within_c3(low, dtype):
+    """A row whose biases are all low: the logarithm of its sum, from which kernels have the gradient, is rounded."""
+    low = max(low, torch.finfo(dtype).min)
+    name = str(dtype).removeprefix("torch.")
+    random = np.random.default_rng(5)
+    arguments = {x: random.standard_normal((2, n, 2, 16)) for x, n in (("query", 5), ("key", 7), ("value", 7))}
+    placed = {x: torch.tensor(y).to(dtype).requires_grad_() for x, y in arguments.items()}
+    bias = low_row(low).to(dtype)
+    given = {x: y.detach().float().numpy().astype(name) for x, y in (*placed.items(), ("bias", bias))}
+    cotangent = random.standard_normal((2, 5, 2, 16)).astype(name)
+    flax, (exact, size) = flax_answer(given, cotangent), truth(given, name, cotangent)
+    gradients = torch.autograd.grad(fused(**placed, bias=bias), list(placed.values()), to_torch(cotangent))
+    for x, gradient in zip(NAMES, gradients, strict=False):
+        gradient = to_numpy(gradient, flax.gradients[x])
+        problem = within_c3(gradient, flax.gradients[x], exact.gradients[x], size.gradients[x], name)
+        assert not problem, f"gradient of {x}: {problem}"
+
+
+@pytest.mark.parametrize("keys", [7, 200])
+def test_one_look_at_a_few_keys_mostly_tells(monkeypatch, keys):
+    """A bias that hides the last keys goes to the kernel, and so does one that leaves only keys beside those."""
+    calls = []
+    kernel = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional, "scaled_dot_product_attention", lambda *x, **y: (calls.append(1), kernel(*x, **y))[1]
+    )
+    query, key, value = (normal(2, n, 2, 8) for n in (5, keys, keys))
+    for shown in ([0], [1], [keys - 1]):
+        bias = torch.full((keys,), -1e30)
+        bias[shown] = 0.0
+        exact = aa.dot_product_attention(query, key, value, bias=bias, implementation="exact")
+        torch.testing.assert_close(fused(query, key, value, bias=bias), exact)
+    assert len(calls) == 3
+    fused(query, key, value, bias=torch.full((keys,), -1e30))
+    assert len(calls) == 3
+
+
 def test_queries_that_see_nothing_on_a_kernel_that_answers_nan(monkeypatch):
     def kernel(query, key, value, attn_mask, is_causal, scale, enable_gqa):
         logits = query @ key.mT / query.shape[-1] ** 0.5
         return torch.softmax(torch.where(attn_mask, logits, -torch.inf), dim=-1) @ value
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", kernel)
-    test_equals_exact_with_its_gradients(OPTIONS["hidden-row"], (2,), 4, 8)
+    test_equals_exact_with_its_gradients(KERNELS["hidden-row"], (2,), 4, 8)
 
 
 def test_second_order():
@@ -149,7 +206,7 @@ def cuda(monkeypatch):
 
 
 @pytest.mark.parametrize(("kv_heads", "depth", "v_depth"), [(4, 8, 8), (2, 12, 8), (2, 3, 17)])
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("options", KERNELS.values(), ids=KERNELS)
 def test_on_cuda_it_equals_exact_with_its_gradients(cuda, options, kv_heads, depth, v_depth):
     options = {name: x.float() if name == "bias" and isinstance(x, torch.Tensor) else x for name, x in options.items()}
     arrays = [normal(2, *s).requires_grad_() for s in ((5, 4, depth), (7, kv_heads, depth), (7, kv_heads, v_depth))]
@@ -204,7 +261,6 @@ ON_CUDA = {
     "float64": ({"dtype": torch.float64}, "no kernel for float64"),
     "a wide bias": ({"bias": torch.zeros(5, 5), "dtype": torch.bfloat16}, "makes logits float32"),
     "a depth": ({}, "no kernel for depths beyond 256"),
-    "a bias and a mask": ({"mask": torch.ones(5, 5), "bias": torch.zeros(5, 5)}, r"finfo\.min is no mask"),
 }
 
 
@@ -240,6 +296,35 @@ def test_the_rules_for_cuda_row_by_row(cuda):
         assert chosen(2**15).implementation == "tiled"
 
 
+def test_under_a_compiler_the_bias_is_not_looked_at():
+    """The engine is refused, with the reason, and None takes another implementation, in one graph."""
+    x, bias = normal(1, 256, 1, 8), low_row(LOWEST)[2, 0].float().expand(256)
+    seen = []
+
+    def attend(x, bias):
+        seen.append(aa.explain(x, x, x, bias=bias))
+        return aa.dot_product_attention(x, x, x, bias=bias)
+
+    output = torch.compile(attend, backend="eager")(x, bias)
+    torch.testing.assert_close(output, x.mean(1, keepdim=True).expand_as(x))
+    assert "how low the bias goes cannot be seen here" in str(seen[0])
+    assert aa.explain(x, x, x, bias=bias).engine.name == "sdpa"
+
+
+def test_masks_by_rule_beside_a_bias_on_cuda(cuda):
+    """They are expanded there, where tiled is slow, unless that takes too much memory."""
+    x, bias = normal(2, 5, 4, 8), normal(4, 1, 5)
+    for mask in (masks.CausalMask(), masks.LocalMask(1, 1) & HIDDEN[..., :5], ~masks.CausalMask(1)):
+        answers = [
+            aa.dot_product_attention(x, x, x, bias=bias, mask=mask, implementation=implementation)
+            for implementation in ("exact", "fused")
+        ]
+        torch.testing.assert_close(*answers, rtol=1e-4, atol=1e-5)
+    long = torch.empty(1, 2**15 + 8, 1, 8, device="meta")
+    with pytest.raises(NotImplementedError, match="Not would be expanded"):
+        fused(long, long, long, mask=~masks.CausalMask())
+
+
 def test_compiles_in_one_graph():
     x = normal(2, 5, 4, 8)
     compiled = torch.compile(lambda x, m: fused(x, x, x, mask=m), fullgraph=True, backend="eager")
@@ -254,6 +339,10 @@ def test_memory_layout_is_kept():
 X = normal(2, 5, 4, 8)
 REASONS = {
     "a mask by rule": ({"mask": masks.CausalMask(1)}, "CausalMask would be expanded"),
+    "a bias beside a mask by rule": (
+        {"mask": masks.CausalMask(), "bias": X[0, :, 0, :5]},
+        "CausalMask would be expanded",
+    ),
     "joined masks": ({"mask": masks.CausalMask() & torch.ones(5, 5)}, "Join would be expanded"),
     "a bias with a gradient": ({"bias": torch.zeros(5, 5).requires_grad_()}, "needs a gradient"),
     "a wide bias": ({"bias": torch.zeros(5, 5, dtype=torch.float64)}, "makes logits float64"),
