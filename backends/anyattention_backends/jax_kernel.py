@@ -10,16 +10,18 @@ from functools import cached_property, partial
 from typing import Any
 
 import jax
+import jax.custom_batching
 import jax.numpy as jnp
 
 from anyattention import dtypes, masks
-from anyattention.engine import SWITCH, Engine, fits, pairs
+from anyattention.engine import SWITCH, Engine, fits, least_bias, pairs
 from anyattention.request import Request
 from anyattention.structure import Structure, structure
 from anyattention_backends.jax_once import once
 
 Array = Any
 Arrays = tuple[Array, Array, Array, Array | None]  # query, key, value, bias
+_SAMPLE = 64  # keys
 
 
 class Kernel(Engine):
@@ -71,34 +73,23 @@ class Kernel(Engine):
             checks |= self.limits(request, mask)
         return [reason for reason, holds in checks.items() if holds and reason]
 
-    def attention(self, request: Request, fallback: Callable[[Array, Array, Array], Array]) -> Array:
-        query, key, value, bias = request[1:5]
+    def attention(self, request: Request, fallback: Callable[[Request], Array]) -> Array:
+        query, key, value, bias, mask = request[1:6]
         bias = None if bias is None else jnp.atleast_1d(jnp.asarray(bias, query.dtype))
-        arrays = query, key, value, bias
-        function = partial(once, partial(_mended, self), self.name, request.mask)
+        sound = None if bias is None else _reached(self.backend, request, jax.lax.stop_gradient(bias))
+        if sound is not None and not isinstance(sound, jax.core.Tracer):
+            if not sound:
+                return fallback(request)
+            sound = None
+        static = request._replace(query=None, key=None, value=None, bias=None, mask=None)
+        functions = partial(_mended, self), partial(_without, fallback, static)
         try:
-            if (sound := self._sound(request, bias)) is None:
-                return function(arrays)
-            if not isinstance(sound, jax.core.Tracer):
-                return function(arrays) if sound else fallback(query, key, value)
-            return jax.lax.cond(sound, lambda *x: function((*x, bias)), fallback, *arrays[:3])
+            return once(*functions, self.name, mask, (query, key, value, bias), sound)
         except NotImplementedError:
             raise
         except Exception as error:
             error.add_note(f"This is the engine {self.name!r}. {SWITCH.format(self.name)}")
             raise
-
-    def _sound(self, request: Request, bias: Array | None) -> Array | None:
-        """Whether every query that sees a key sees one whose bias is far above the fill; None where that is known.
-
-        Else Flax gives weight to hidden keys, which are as far down.
-        """
-        if bias is None or request.mask is None:
-            return None
-        visible = _visible(self.backend, request.mask, request.query, request.key)
-        largest = jnp.max(jnp.where(visible, bias, -jnp.inf), axis=-1)
-        fill = float(self.backend.lowest(request.dtype))
-        return jnp.all((largest > fill / 2) | ~jnp.any(visible, axis=-1))
 
     def depth(self, *arrays: Array) -> int:
         """The depth that the kernel is given for the depths of these arrays."""
@@ -124,15 +115,50 @@ class Kernel(Engine):
             mean = jnp.mean(value.astype(jnp.promote_types(value.dtype, jnp.float32)), axis=-3, keepdims=True)
             mean = jnp.repeat(mean.astype(value.dtype), heads // key.shape[-2], axis=-2)
             output = jnp.where(_rows(seen), output, mean)
-        if bias is not None:
-            infinite = jnp.max(bias, axis=-1) == -jnp.inf
-            output = output * jnp.where(_rows(infinite), jnp.nan, 1.0).astype(output.dtype)
         return output
 
 
 @partial(jax.jit, static_argnums=0)
 def _mended(kernel: Kernel, mask: Any, arrays: Arrays) -> Array:
     return kernel.mended(mask, arrays)
+
+
+def _without(fallback: Callable[[Request], Array], request: Request, mask: Any, arrays: Arrays) -> Array:
+    query, key, value, bias = arrays
+    return fallback(request._replace(query=query, key=key, value=value, bias=bias, mask=mask))
+
+
+def _reached(backend: Any, request: Request, bias: Array) -> Array:
+    """Whether every query is shown a key whose bias is not too low; first by a few keys, which mostly tell."""
+    mask, query, key = request.mask, request.query, request.key
+
+    def visible() -> Array:
+        return jnp.ones(1, bool) if mask is None else _visible(backend, mask, query, key)
+
+    def reached(bias: Array, visible: Array) -> Array:
+        largest = jnp.max(jnp.where(visible, bias, -jnp.inf), axis=-1)
+        return _all(largest >= least_bias(request.dtype))
+
+    def by_all() -> Array:
+        dense = visible()
+        unseen = ~jnp.any(dense, axis=-1, keepdims=True)
+        return reached(bias, dense | (unseen & (jnp.arange(key.shape[-3]) == 0)))  # the one key that all are shown
+
+    if (step := key.shape[-3] // _SAMPLE) < 2:
+        return by_all()
+    by_some = reached(*(x[..., ::step] for x in (bias, visible())))
+    if not isinstance(by_some, jax.core.Tracer):
+        return by_some if by_some else by_all()
+    return jax.lax.cond(by_some, lambda: jnp.array(True), by_all)
+
+
+def _all_mapped(size: int, mapped: list[bool], x: Array) -> tuple[Array, bool]:
+    return _all(x), False
+
+
+#: Whether all are true, of an axis of `jax.vmap` too, so that a branch stays one.
+_all = jax.custom_batching.custom_vmap(lambda x: jnp.all(x))
+_all.def_vmap(_all_mapped)
 
 
 def _shown(backend: Any, found: Structure, mask: Any, query: Array, key: Array) -> tuple[Array | None, Structure]:

@@ -15,14 +15,17 @@ Function = Callable[[Any, Any], Array]
 INSTEAD = "pass implementation='tiled', or implementation='exact'"
 
 
-def once(function: Function, name: str, mask: Any, arrays: Any) -> Array:
-    """``function(mask, arrays)``, with one derivative by the arrays.
+def once(function: Function, other: Function, name: str, mask: Any, arrays: Any, sound: Array | None = None) -> Array:
+    """``function(mask, arrays)``, with one derivative by the arrays; where it is not `sound`, that of the `other`.
+
+    The function is called in any case, so that what it keeps for its derivative is no result of a branch, which XLA
+    would copy.
 
     Raises:
         NotImplementedError: it is differentiated in forward mode or twice; the message has the engine's name.
     """
     try:
-        return _once(function, name, mask, jax.tree.map(partial(_no_forward, name), arrays))
+        return _once(function, other, name, mask, sound, jax.tree.map(partial(_no_forward, name), arrays))
     except TypeError as error:
         if "forward-mode" not in str(error):
             raise
@@ -36,37 +39,46 @@ def alike(*arrays: Array | None) -> list[Array | None]:
     """
     firsts = [x[(0,) * x.ndim] for x in arrays if x is not None and x.size]
     true = jnp.stack([first == first for first in firsts]).all()
-    return [None if x is None else _either(true, x) for x in arrays]
+    return [None if x is None else _tied(true, x) for x in arrays]
 
 
 @partial(jax.custom_jvp)
-def _either(true: Array, x: Array) -> Array:
+def _tied(true: Array, x: Array) -> Array:
     return jax.lax.select(jnp.broadcast_to(true, x.shape), x, x)
 
 
-def _either_jvp(primals: Any, tangents: Any) -> Any:
-    return _either(*primals), tangents[1]
+def _tied_jvp(primals: Any, tangents: Any) -> Any:
+    return _tied(*primals), tangents[1]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _once(function: Function, name: str, mask: Any, arrays: Any) -> Array:
-    return function(mask, arrays)
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _once(function: Function, other: Function, name: str, mask: Any, sound: Array | None, arrays: Any) -> Array:
+    return _either(sound, function(mask, arrays), partial(other, mask, arrays))
 
 
-def _forward(function: Function, name: str, mask: Any, arrays: Any) -> tuple[Array, Any]:
-    return jax.vjp(partial(function, mask), arrays)
+def _forward(function: Function, other: Function, name: str, mask: Any, sound: Array | None, arrays: Any) -> Any:
+    output, pullback = jax.vjp(partial(function, mask), arrays)
+    return _either(sound, output, partial(other, mask, arrays)), (pullback, mask, sound, arrays)
 
 
-def _backward(function: Function, name: str, pullback: Any, doutput: Array) -> tuple[None, Any]:
-    return None, _last(name, pullback, doutput)
+def _backward(function: Function, other: Function, name: str, kept: Any, doutput: Array) -> tuple[None, None, Any]:
+    return None, None, _last(name, other, kept, doutput)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _last(name: str, pullback: Any, doutput: Array) -> Any:
-    return pullback(alike(*jax.tree.leaves(pullback), doutput)[-1])[0]
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _last(name: str, other: Function, kept: Any, doutput: Array) -> Any:
+    pullback, mask, sound, arrays = kept
+    gradients = partial(pullback, alike(*jax.tree.leaves(pullback), doutput)[-1])
+    if sound is None:
+        return gradients()[0]
+    return jax.lax.cond(sound, gradients, lambda: jax.vjp(partial(other, mask), arrays)[1](doutput))[0]
 
 
-def _no_second(name: str, primals: Any, tangents: Any) -> Any:
+def _either(sound: Array | None, output: Array, other: Callable[[], Array]) -> Array:
+    return output if sound is None else jax.lax.cond(sound, lambda: output, other)
+
+
+def _no_second(name: str, other: Function, primals: Any, tangents: Any) -> Any:
     raise NotImplementedError(f"the engine {name!r} has no second derivative: {INSTEAD}")
 
 
@@ -84,7 +96,7 @@ def _no_tangent(*args: Any, engine: str) -> Any:
     raise NotImplementedError(f"the engine {engine!r} has no forward-mode derivative: {INSTEAD}")
 
 
-_either.defjvp(_either_jvp)
+_tied.defjvp(_tied_jvp)
 _once.defvjp(_forward, _backward)
 _last.defjvp(_no_second)
 _no_forward.defjvp(_to_transpose)

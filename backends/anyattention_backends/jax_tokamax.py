@@ -6,6 +6,7 @@ from importlib import metadata, util
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from anyattention.request import Request
 from anyattention.structure import Structure
@@ -53,6 +54,9 @@ class Tokamax(Kernel):
         if mask.banded and not mask.causal:
             length = key.shape[-3]
             window = tuple(length if side is None else side for side in (mask.left, mask.right))
+        lengths = mask.kv_lengths
+        if lengths is None and bias is not None:  # else a tile whose biases are all minus infinity makes NaN of its row
+            lengths = jnp.full(query.shape[:1], key.shape[-3], jnp.int32)
         return tokamax.dot_product_attention(
             query,
             key,
@@ -61,7 +65,7 @@ class Tokamax(Kernel):
             mask=mask.array,
             scale=scale,
             is_causal=mask.causal,
-            key_value_seq_lengths=mask.kv_lengths,
+            key_value_seq_lengths=lengths,
             local_window_size=window,
             implementation=self.implementation,
         )

@@ -38,7 +38,7 @@ class MLXFast(Engine):
             checks[f"the bias makes logits {wide}"] = wide != dtype
         return [reason for reason, holds in checks.items() if holds]
 
-    def attention(self, request: Request, fallback: Callable[[Array, Array, Array], Array]) -> Array:
+    def attention(self, request: Request, fallback: Callable[[Request], Array]) -> Array:
         dtype, query, key, value, bias, mask = request[:6]
         *batch, _, heads, depth = query.shape
         four = [mx.swapaxes(mx.reshape(x, (-1, *x.shape[-3:])), 1, 2) for x in (query, key, value)]

@@ -7,6 +7,7 @@ decided when the values are seen.
 """
 
 from collections.abc import Callable
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -24,7 +25,7 @@ _FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend
 _MULTIPLE = 8  # on CUDA, of the depth
 _MOST_DEPTH = 256  # on CUDA
 _MOST_EXPANDED = 2**30  # pairs of a query and a key, on CUDA
-_SAMPLE = 32  # keys
+_SAMPLE = 64  # keys
 
 
 class Kernel(Engine):
@@ -46,7 +47,7 @@ class Kernel(Engine):
             "torch.func and forward mode need derivatives that it lacks": _transformed(query, key, value),
         }
 
-    def attention(self, request: Request, fallback: Callable[[Array, Array, Array], Array]) -> Array:
+    def attention(self, request: Request, fallback: Callable[[Request], Array]) -> Array:
         query, key, value = request.query, request.key, request.value
         if request.precision is not None:
             self.backend.check_precision(request.precision, None, query)
@@ -93,9 +94,9 @@ class SDPA(Kernel):
             checks["how low the bias goes cannot be seen here"] = not _at_hand(bias, mask)
         return [reason for reason, holds in checks.items() if holds]
 
-    def attention(self, request: Request, fallback: Callable[[Array, Array, Array], Array]) -> Array:
+    def attention(self, request: Request, fallback: Callable[[Request], Array]) -> Array:
         if request.bias is not None and not _reached(self.backend, request):
-            return fallback(request.query, request.key, request.value)
+            return fallback(request)
         return super().attention(request, fallback)
 
     def call(self, request: Request, query: Array, key: Array, value: Array) -> Array:
@@ -118,7 +119,7 @@ class _Fused(torch.autograd.Function):  # type: ignore[misc]
         inputs = [x.detach().requires_grad_(x.requires_grad) for x in arrays]
         with torch.enable_grad():
             output = kernel.call(request, *inputs)
-        ctx.once, ctx.fallback, ctx.graph = kernel.once, fallback, (output, inputs)
+        ctx.once, ctx.fallback, ctx.graph = kernel.once, partial(_without, fallback, request), (output, inputs)
         ctx.save_for_backward(*arrays)
         return output.detach()
 
@@ -133,6 +134,10 @@ class _Fused(torch.autograd.Function):  # type: ignore[misc]
         wanted = [x for x, needed in zip(inputs, ctx.needs_input_grad[3:], strict=True) if needed]
         gradients = iter(torch.autograd.grad(output, wanted, doutput, retain_graph=again, create_graph=second))
         return (None, None, None, *(next(gradients) if needed else None for needed in ctx.needs_input_grad[3:]))
+
+
+def _without(fallback: Callable[[Request], Array], request: Request, query: Array, key: Array, value: Array) -> Array:
+    return fallback(request._replace(query=query, key=key, value=value))
 
 
 def _attention(backend: Backend, request: Request, query: Array, key: Array, value: Array) -> Array:

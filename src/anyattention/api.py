@@ -91,7 +91,7 @@ def dot_product_attention(
     if plan.implementation == "tiled":
         return backend.run(request.query, layout.attention, backend, request)
     if plan.implementation == "fused":
-        return backend.run(request.query, plan.engine.attention, request, partial(_again, backend, request))
+        return backend.run(request.query, plan.engine.attention, request, partial(layout.attention, backend))
     einsum = _einsum(backend, precision, einsum_dot_general)
     return backend.run(
         request.query,
@@ -318,11 +318,6 @@ def _not_tiled(backend: Backend, request: Request) -> list[str]:
     if dropout and (reason := backend.no_keep_tiles(dropout.key, dropout.keep_prob)):
         reasons.append(reason)
     return reasons
-
-
-def _again(backend: Backend, request: Request, query: Array, key: Array, value: Array) -> Array:
-    """The same without an engine."""
-    return layout.attention(backend, request._replace(query=query, key=key, value=value))
 
 
 def _check_einsum(precision: Any, einsum_dot_general: Any, einsum: Any) -> None:

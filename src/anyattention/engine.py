@@ -30,10 +30,10 @@ class Engine:
         """Its place among the engines that can serve the request: the least is asked first."""
         return 0
 
-    def attention(self, request: Request, fallback: Callable[[Array, Array, Array], Array]) -> Array:
+    def attention(self, request: Request, fallback: Callable[[Request], Array]) -> Array:
         """The output, ``[batch..., q_length, num_heads, v_depth]``.
 
-        `fallback` computes the same from query, key and value in any mode of differentiation.
+        `fallback` serves the same request, whatever its values, in any mode of differentiation.
         """
         raise NotImplementedError
 

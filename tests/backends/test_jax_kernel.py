@@ -15,6 +15,30 @@ from anyattention_backends.jax_kernel import Kernel
 from anyattention_conformance import Golden, suite, targets
 
 
+@jax.custom_vjp
+def attend(logits, value, empty):
+    """What a kernel makes of logits ``[batch, heads, q_length, kv_length]``, with the gradient as it has it."""
+    weights = jax.nn.softmax(logits, axis=-1)
+    weights = jnp.where(jnp.max(logits, axis=-1, keepdims=True) == -jnp.inf, empty, weights)
+    return jnp.einsum("bnts,bsnh->btnh", weights, value)
+
+
+def attend_forward(logits, value, empty):
+    output = attend(logits, value, empty)
+    return output, (logits, value, output, jax.nn.logsumexp(logits, axis=-1, keepdims=True))
+
+
+def attend_backward(kept, doutput):
+    logits, value, output, total = kept
+    weights = jnp.exp(logits - total)
+    dweights = jnp.einsum("btnh,bsnh->bnts", doutput, value)
+    delta = jnp.einsum("btnh,btnh->bnt", doutput, output)[..., None]
+    return weights * (dweights - delta), jnp.einsum("bnts,btnh->bsnh", weights, doutput), None
+
+
+attend.defvjp(attend_forward, attend_backward)
+
+
 class StandIn(Kernel):
     """Attention as kernels compute it: hidden logits are minus infinity; `empty` where there are no others."""
 
@@ -49,10 +73,7 @@ class StandIn(Kernel):
             visible &= mask.query_ids[:, None, :, None] == mask.kv_ids[:, None, None, :]
         if mask.array is not None:
             visible &= mask.array
-        seen = visible.any(-1, keepdims=True)
-        weights = jax.nn.softmax(jnp.where(visible, logits, -jnp.inf), axis=-1)
-        weights = jnp.where(seen, weights, self.empty)
-        return jnp.einsum("bnts,bsnh->btnh", weights, v).astype(query.dtype)
+        return attend(jnp.where(visible, logits, -jnp.inf), v, self.empty).astype(query.dtype)
 
 
 @pytest.fixture(params=[0.0, jnp.nan], ids=["zero", "nan"])
@@ -156,6 +177,63 @@ def test_bias(kernel):
         for f in (fused, linen.dot_product_attention)
     )
     np.testing.assert_allclose(gradient, expected, rtol=2e-5, atol=2e-5)
+
+
+def low_rows(kv_length=7, low=-3.4e38):
+    """A bias that stands for a mask: two rows are low throughout, as of padding."""
+    bias = np.where(np.random.default_rng(6).random((3, 1, 9, kv_length)) < 0.5, low, 0.0).astype(np.float32)
+    bias[..., 0] = 0.0
+    bias[0, 0, 3] = bias[2, 0, 5] = low
+    return bias
+
+
+@pytest.mark.parametrize("name", [None, "lengths", "causal", "array", "segments"])
+def test_low_biases(kernel, name):
+    """Their gradients are lost to kernels, which keep the logarithm of a sum: tiled takes such calls, jitted too."""
+    args = arrays(q_length=9, kv_length=7)
+    mask = MASKS.get(name)
+    for low in (-1e4, -1e9, -3.4e38):
+        same_as_flax(args, mask, bias=low_rows(low=low), rtol=2e-3 if low == -1e4 else 2e-5)
+    sound = np.where(low_rows() < 0, -1e30, 0.0)
+    sound[0, 0, 3] = sound[2, 0, 5] = 1.0
+    same_as_flax(args, mask, bias=sound.astype(np.float32))
+
+
+def test_low_biases_in_programs(kernel):
+    """In one program, and mapped, some calls are the kernel's and some are not; what decides stays a branch."""
+    args = arrays()
+    biases = jnp.stack([low_rows(), np.zeros_like(low_rows()), low_rows(low=-1e30)])
+
+    def gradients(function, bias):
+        return jax.grad(lambda x: jnp.sum(function(*x[:3], bias=x[3]) ** 2))((*args, bias))
+
+    for transform in (lambda f: lambda x: jnp.stack([*map(f, x)]), lambda f: jax.vmap(f)):
+        actual, expected = (
+            transform(jax.jit(lambda bias, f=f: gradients(f, bias)[1]))(biases)
+            for f in (fused, linen.dot_product_attention)
+        )
+        np.testing.assert_allclose(actual, expected, rtol=2e-5, atol=1e-4)
+    text = str(jax.make_jaxpr(jax.vmap(partial(gradients, fused)))(biases))
+    assert text.count(" cond[") == 2
+
+
+@pytest.mark.parametrize("keys", [7, 200])
+def test_a_few_keys_mostly_tell(kernel, monkeypatch, keys):
+    """Whether a bias is low: a call goes to the kernel too if only keys beside those few are shown."""
+    calls = []
+    monkeypatch.setattr(kernel, "call", lambda *x, **y: (calls.append(1), StandIn.call(kernel, *x, **y))[1])
+    args = arrays(kv_length=keys)
+    for count, shown in enumerate(([0], [1], [keys - 1]), 1):
+        bias = np.full(keys, -1e30, np.float32)
+        bias[shown] = 0.0
+        expected = linen.dot_product_attention(*args, bias)
+        for function in (fused, jax.jit(fused)):
+            jax.clear_caches()
+            np.testing.assert_allclose(function(*args, bias=bias), expected, rtol=2e-5, atol=2e-5)
+        assert len(calls) == 2 * count
+    jax.clear_caches()
+    fused(*args, bias=np.full(keys, -1e30, np.float32))
+    assert len(calls) == 2 * count
 
 
 def test_transforms(kernel):
