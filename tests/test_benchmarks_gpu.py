@@ -14,7 +14,7 @@ import torch
 from anyattention import dot_product_attention
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("src", "backends", "conformance", ".")
+FOLDERS = ("src", "backends", "conformance")
 LAZY = "--xla_backend_optimization_level=0"  # as XLA is to compile, where speed is not the matter
 SHAPE = "2x128x2x128"  # every kind of call, forward and with the gradient, of one shape
 
@@ -125,6 +125,27 @@ def test_no_gpu():
     assert done.stderr.splitlines() == [
         "benchmarks.gpu: there is no NVIDIA GPU to measure on, since torch finds no NVIDIA GPU; try --pretend"
     ]
+
+
+def test_nothing_needs_installing():
+    """Where array-api-compat is missing, the copy in SciPy, which JAX needs, does."""
+    script = """
+from importlib import util
+find = util.find_spec
+util.find_spec = lambda name, *rest: None if name == "array_api_compat" else find(name, *rest)
+import benchmarks.gpu, array_api_compat
+assert "scipy" in array_api_compat.__file__
+import jax.numpy, numpy, torch
+from anyattention import dot_product_attention
+for library in (jax.numpy, numpy, torch):
+    x = library.ones((2, 3, 1, 4))
+    print(type(dot_product_attention(x, x, x)).__name__, end=" ")
+"""
+    path = os.pathsep.join(str(ROOT / folder) for folder in FOLDERS)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}
+    )
+    assert done.stdout.split() == ["ArrayImpl", "ndarray", "Tensor"], done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("gradient", [False, True])

@@ -1,1 +1,22 @@
 """Right first, then fast, on an NVIDIA GPU: ``python -m benchmarks.gpu``."""
+
+import sys
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
+
+COPIES = ("_external", "_lib")  # in SciPy, by version
+
+
+def find_standard() -> None:
+    """Where array-api-compat is not installed, take the copy in SciPy, which JAX brings: nothing is installed here."""
+    if find_spec("array_api_compat") or not (scipy := find_spec("scipy")):
+        return
+    for folder in (Path(scipy.origin).parent / copy / "array_api_compat" for copy in COPIES):
+        if (folder / "__init__.py").exists():
+            spec = spec_from_file_location("array_api_compat", folder / "__init__.py")
+            sys.modules["array_api_compat"] = module_from_spec(spec)
+            spec.loader.exec_module(sys.modules["array_api_compat"])
+            return
+
+
+find_standard()
