@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
-from anyattention.masks import CausalMask, LengthMask, LocalMask, SegmentMask
+from anyattention.dispatch import backend_for
+from anyattention.masks import CausalMask, LengthMask, LocalMask, SegmentMask, as_mask
 from anyattention.structure import Structure, structure
 
-IDS, LENGTHS, ARRAY = np.zeros((2, 5), int), np.array([3, 4]), np.ones((5, 5), bool)
+IDS, LENGTHS, ARRAY = np.array([[0, 0, 1, 1, 2], [3, 4, 4, 5, 5]]), np.array([3, 4]), np.eye(5) + np.eye(5)[::-1] > 0
 SEGMENTS = SegmentMask(IDS, IDS)
 
 
@@ -14,37 +15,51 @@ SEGMENTS = SegmentMask(IDS, IDS)
     ("mask", "expected"),
     [
         (None, {}),
-        (ARRAY, {"array": ARRAY}),
+        (ARRAY, {"rest": (ARRAY,)}),
         (CausalMask(2), {"right": 2}),
         (LocalMask(1, 3), {"left": 1, "right": 3}),
         (CausalMask() & LocalMask(1, 3) & LocalMask(2, 2), {"left": 1, "right": 0}),
         (LengthMask(LENGTHS), {"kv_lengths": LENGTHS}),
         (LengthMask(LENGTHS, LENGTHS[::-1]), {"kv_lengths": LENGTHS, "query_lengths": LENGTHS[::-1]}),
-        (SEGMENTS & (ARRAY & CausalMask()), {"query_ids": IDS, "kv_ids": IDS, "array": ARRAY, "right": 0}),
+        (SEGMENTS & (ARRAY & CausalMask()), {"query_ids": IDS, "kv_ids": IDS, "rest": (ARRAY,), "right": 0}),
     ],
     ids=str,
 )
 def test_structure(mask, expected):
     found = structure(mask)
-    assert {name for name, x in found._asdict().items() if x is not None} == expected.keys()
+    assert {name for name, x in found._asdict().items() if x is not None and np.size(x)} == expected.keys()
     for name, x in expected.items():
         np.testing.assert_array_equal(getattr(found, name), x)
 
 
 @pytest.mark.parametrize(
-    "mask",
+    ("mask", "rest"),
     [
-        ~CausalMask(),
-        CausalMask() | LocalMask(1, 1),
-        SEGMENTS & SEGMENTS,
-        LengthMask(LENGTHS) & CausalMask() & LengthMask(LENGTHS),
-        (ARRAY & CausalMask()) & ARRAY,
-        CausalMask() & ~SEGMENTS,
+        (~CausalMask(), 1),
+        (CausalMask() | LocalMask(1, 1), 1),
+        (SEGMENTS & SEGMENTS, 1),
+        (LengthMask(LENGTHS) & CausalMask() & LengthMask(LENGTHS), 1),
+        ((ARRAY & CausalMask()) & ARRAY, 2),
+        (CausalMask() & ~SEGMENTS & ARRAY, 2),
+        (CausalMask() & LocalMask(2, 1) & LengthMask(LENGTHS, LENGTHS) & SEGMENTS, 0),
     ],
     ids=str,
 )
-def test_other_combinations_are_none(mask):
-    assert structure(mask) is None
+def test_the_rest(mask, rest):
+    """Whatever is moved there, all of it together shows the same."""
+    backend = backend_for(query=ARRAY)
+    found = structure(mask)
+    assert len(found.rest) == rest
+    alone = found.without(
+        *["band"] * found.banded,
+        *["lengths"] * (found.kv_lengths is not None),
+        *["segments"] * (found.kv_ids is not None),
+    )
+    assert alone == Structure(rest=alone.rest)
+    same = as_mask(alone.joined).on(backend, (2,), (5, 5), ARRAY)
+    np.testing.assert_array_equal(
+        np.broadcast_to(same, (2, 1, 5, 5)), np.broadcast_to(mask.on(backend, (2,), (5, 5), ARRAY), (2, 1, 5, 5))
+    )
 
 
 def test_where_a_band_shows_every_query_a_key():

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from anyattention.request import Request
 from anyattention.structure import Structure
-from anyattention_backends.jax_kernel import Kernel, dense
+from anyattention_backends.jax_kernel import Kernel, plain
 from anyattention_backends.jax_once import alike
 
 Array = Any
@@ -38,26 +38,36 @@ class CuDNN(Kernel):
         return 256 if float(jax.devices()[0].compute_capability) >= 9.0 else 128
 
     def rank(self, request: Request) -> int:
-        return 1 if dense(request) else 0
+        return 0 if plain(request) else 1
 
     def limits(self, request: Request, mask: Structure) -> dict[str, bool]:
         query, key, value = request[1:4]
         depth = self.depth(query, value)
+        dense = request.bias is not None or bool(mask.rest)
         return {
             f"depth {depth} is more than {self.most_depth}": depth > self.most_depth,
-            "of bands it has CausalMask() and LocalMask(left, 0) alone": mask.banded and mask.right != 0,
-            "it has no segments": mask.kv_ids is not None,
-            "with a bias or an array as mask lengths must be even": dense(request)
+            "with a bias or an array as mask lengths must be even": dense
             and (query.shape[-3] | key.shape[-3]) % 2 == 1,
-            "its fill for hidden keys in float16 is within reach of logits": mask.array is not None
+            "its fill for hidden keys in float16 is within reach of logits": bool(mask.rest)
             and request.dtype == "float16",
-            "a bias or an array beside lengths or a window is not tried": dense(request)
-            and (mask.kv_lengths is not None or mask.left is not None),
         }
+
+    def lacks(self, mask: Structure, lengths: tuple[int, int], biased: bool) -> dict[str, str]:
+        found = {}
+        if mask.kv_ids is not None:
+            found["segments"] = "it has no segments"
+        if mask.banded and mask.right != 0:
+            found["band"] = "of bands it has CausalMask() and LocalMask(left, 0) alone"
+        if biased or mask.rest or found:
+            if mask.kv_lengths is not None:
+                found["lengths"] = "it has no lengths beside a bias or an array"
+            if mask.left is not None:
+                found.setdefault("band", "it has no window beside a bias or an array")
+        return found
 
     def call(self, query: Array, key: Array, value: Array, bias: Array | None, mask: Structure, scale: float) -> Array:
         whole = query.shape[-3], key.shape[-3]
-        bias, array = (None if x is None else jnp.broadcast_to(x, (*x.shape[:2], *whole)) for x in (bias, mask.array))
+        bias, array = (None if x is None else jnp.broadcast_to(x, (*x.shape[:2], *whole)) for x in (bias, mask.joined))
         query, key, value, lengths, bias, array = alike(query, key, value, mask.kv_lengths, bias, array)
         return jax.nn.dot_product_attention(
             query,

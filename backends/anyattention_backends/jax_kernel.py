@@ -7,6 +7,7 @@ too. An output of a bias that is minus infinity throughout is NaN, as a softmax 
 
 from collections.abc import Callable
 from functools import cached_property, partial
+from math import prod
 from typing import Any
 
 import jax
@@ -14,13 +15,14 @@ import jax.custom_batching
 import jax.numpy as jnp
 
 from anyattention import dtypes, masks
-from anyattention.engine import SWITCH, Engine, fits, least_bias, pairs
+from anyattention.engine import LOW, SWITCH, Engine, fits, least_bias, pairs
 from anyattention.request import Request
 from anyattention.structure import Structure, structure
 from anyattention_backends.jax_once import once
 
 Array = Any
 Arrays = tuple[Array, Array, Array, Array | None]  # query, key, value, bias
+MOST = 2**30  # elements of an array that stands for a mask by rule
 _SAMPLE = 64  # keys
 
 
@@ -31,6 +33,7 @@ class Kernel(Engine):
     dtypes: tuple[str, ...]
     multiple = 1  # of the depths, which are filled up with zeros
     one_depth = False  # of queries, keys and values
+    arrays = True  # as masks
 
     @cached_property
     def absent(self) -> str:
@@ -39,6 +42,10 @@ class Kernel(Engine):
 
     def limits(self, request: Request, mask: Structure) -> dict[str, bool]:
         """More reasons against the kernel, and whether they hold."""
+        return {}
+
+    def lacks(self, mask: Structure, lengths: tuple[int, int], biased: bool) -> dict[str, str]:
+        """Which of "band", "lengths" and "segments" it does not have, and why; `lengths` of queries and keys."""
         return {}
 
     def call(self, query: Array, key: Array, value: Array, bias: Array | None, mask: Structure, scale: float) -> Array:
@@ -51,7 +58,6 @@ class Kernel(Engine):
             return [f"it runs on {self.platform}, not on {platform}"]
         if self.absent:
             return [self.absent]
-        mask = structure(request.mask)
         checks = {
             f"it has no {dtype}": dtype not in self.dtypes,
             "a softmax in float32 of 16-bit arrays returns float32": request.force_fp32 and "16" in dtype,
@@ -59,19 +65,43 @@ class Kernel(Engine):
             "its precision is its own": request.precision is not None,
             "something is empty": 0 in (*query.shape, *key.shape, *value.shape),
             "bias or mask has axes that query and key lack": not fits(request),
-            "the mask is no band, lengths, segments and array, joined by &": mask is None,
         }
         if hasattr(bias, "shape"):
             wide = dtypes.promote(dtype, self.backend.dtype_name(bias))
             checks[f"the bias makes logits {wide}"] = wide != dtype
-        if mask is not None:
-            lengths = query.shape[-3], key.shape[-3]
-            checks["some queries see nothing, where their window begins or ends"] = not mask.band_shows(*lengths)
-            checks["a window beside lengths or segments may leave queries without a key"] = mask.left is not None and (
-                mask.kv_lengths is not None or mask.kv_ids is not None
-            )
-            checks |= self.limits(request, mask)
-        return [reason for reason, holds in checks.items() if holds and reason]
+        mask, expanded = self.fitted(query, key, bias, request.mask)
+        if self.arrays:
+            size = _pairs(request)
+            checks |= {f"{reason}, and an array has {size} elements": size > MOST for reason in expanded.values()}
+        else:
+            checks |= dict.fromkeys(expanded.values(), True)
+            checks["it has no arrays as masks"] = any(not isinstance(x, masks.Mask) for x in mask.rest)
+        checks |= self.limits(request, mask)
+        return [reason for reason, holds in checks.items() if holds]
+
+    def remarks(self, request: Request) -> list[str]:
+        _, expanded = self.fitted(request.query, request.key, request.bias, request.mask)
+        found = [f"the mask is an array of {_pairs(request)} elements: {reason}" for reason in expanded.values()]
+        return found if request.bias is None else [*found, LOW]
+
+    def fitted(self, query: Array, key: Array, bias: Any, mask: Any) -> tuple[Structure, dict[str, str]]:
+        """The structure, with all that the kernel lacks among the rest; and what that is and why."""
+        found = structure(mask)
+        reasons = {}
+        lengths = query.shape[-3], key.shape[-3]
+        if any(isinstance(x, masks.Mask) for x in found.rest):
+            reasons["rest"] = "it is no band, lengths, segments and array, joined by &"
+        if not found.band_shows(*lengths):
+            reasons["band"] = "some queries see nothing, where their window begins or ends"
+        elif found.left is not None and (found.kv_lengths is not None or found.kv_ids is not None):
+            reasons["band"] = "a window beside lengths or segments may leave queries without a key"
+        found = found.without(*reasons)
+        reasons |= (more := self.lacks(found, lengths, bias is not None))
+        found = found.without(*more)
+        if found.left is not None and found.rest and bias is not None:
+            reasons["band"] = "a window beside a bias and an array may leave queries without a key"
+            found = found.without("band")
+        return found, reasons
 
     def attention(self, request: Request, fallback: Callable[[Request], Array]) -> Array:
         query, key, value, bias, mask = request[1:6]
@@ -99,7 +129,7 @@ class Kernel(Engine):
         """The kernel's answer with Flax's meaning, ``[batch..., q_length, heads, v_depth]``."""
         query, key, value, bias = arrays
         *batch, _, heads, depth = query.shape
-        found = structure(mask) or Structure()
+        found, _ = self.fitted(query, key, bias, mask)
         seen, found = _shown(self.backend, found, mask, query, key)
         found = _one_batch(found, batch)
         widths = (self.depth(query, value),) * 2 if self.one_depth else (self.depth(query), self.depth(value))
@@ -164,7 +194,7 @@ _all.def_vmap(_all_mapped)
 def _shown(backend: Any, found: Structure, mask: Any, query: Array, key: Array) -> tuple[Array | None, Structure]:
     """Which queries see a key, ``[batch..., heads or 1, q_length or 1]``, None for all; a mask that shows each one."""
     batch = query.shape[:-3]
-    if found.array is None and found.kv_ids is None:
+    if not found.rest and found.kv_ids is None:
         if found.kv_lengths is None:
             return None, found
         kv_lengths = jnp.clip(jnp.asarray(found.kv_lengths, jnp.int32), 0, key.shape[-3])
@@ -177,8 +207,8 @@ def _shown(backend: Any, found: Structure, mask: Any, query: Array, key: Array) 
     if found.kv_lengths is not None:
         kv_lengths = jnp.clip(jnp.asarray(found.kv_lengths, jnp.int32), 1, key.shape[-3])
         found = found._replace(kv_lengths=kv_lengths, query_lengths=None)
-    if found.array is not None:
-        found = found._replace(array=backend.truth(jnp.asarray(found.array)) | ~seen[..., None])
+    if found.rest:
+        found = found._replace(rest=(_visible(backend, found.joined, query, key) | ~seen[..., None],))
     if found.kv_ids is not None:  # every key 0 is in the band and within the lengths
         ids = jnp.broadcast_to(jnp.asarray(found.query_ids), (*batch, query.shape[-3]))
         alone = ~jnp.broadcast_to(jnp.any(seen, axis=-2), ids.shape)
@@ -206,9 +236,7 @@ def _one_batch(found: Structure, batch: list[int]) -> Structure:
 
     lengths = {name: flat(getattr(found, name), 0) for name in ("kv_lengths", "query_lengths")}
     ids = {name: flat(getattr(found, name), 1) for name in ("query_ids", "kv_ids")}
-    return found._replace(
-        **lengths, **ids, array=None if found.array is None else pairs(jnp, jnp.asarray(found.array), batch)
-    )
+    return found._replace(**lengths, **ids, rest=tuple(pairs(jnp, x, batch) for x in found.rest))
 
 
 def _rows(x: Array) -> Array:
@@ -224,6 +252,11 @@ def _filled(x: Array, depth: int) -> Array:
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, more)]) if more else x
 
 
-def dense(request: Request) -> bool:
-    """Whether there is a bias, or an array as mask."""
-    return request.bias is not None or any(not isinstance(x, masks.Mask) for x in masks.conjunction(request.mask))
+def plain(request: Request) -> bool:
+    """Whether there is no bias and no mask but a causal one, a window to the left, and lengths."""
+    found = structure(request.mask)
+    return request.bias is None and not found.rest and found.kv_ids is None and found.right in (None, 0)
+
+
+def _pairs(request: Request) -> int:
+    return prod(request.query.shape[:-2]) * request.key.shape[-3]

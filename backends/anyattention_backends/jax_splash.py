@@ -22,6 +22,7 @@ class Splash(Kernel):
     platform = "tpu"
     dtypes = ("bfloat16", "float32")
     multiple = LANES
+    arrays = False
     interpret = False  # for tests, on a CPU
 
     @cached_property
@@ -33,10 +34,12 @@ class Splash(Kernel):
         lengths = request.query.shape[-3], request.key.shape[-3]
         return {
             "it has no bias": request.bias is not None,
-            "it has no arrays as masks": mask.array is not None,
             f"lengths must be multiples of {LANES}": any(length % LANES for length in lengths),
-            "it has lengths or segments, not both": mask.kv_lengths is not None and mask.kv_ids is not None,
         }
+
+    def lacks(self, mask: Structure, lengths: tuple[int, int], biased: bool) -> dict[str, str]:
+        both = mask.kv_lengths is not None and mask.kv_ids is not None
+        return {"lengths": "it has lengths or segments, not both"} if both else {}
 
     def call(self, query: Array, key: Array, value: Array, bias: Array | None, mask: Structure, scale: float) -> Array:
         from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash

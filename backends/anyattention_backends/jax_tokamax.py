@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from anyattention.request import Request
 from anyattention.structure import Structure
-from anyattention_backends.jax_kernel import Kernel, dense
+from anyattention_backends.jax_kernel import Kernel, plain
 
 Array = Any
 
@@ -37,15 +37,15 @@ class Tokamax(Kernel):
         return ""
 
     def rank(self, request: Request) -> int:
-        return 0 if dense(request) else 1
+        return 1 if plain(request) else 0
 
-    def limits(self, request: Request, mask: Structure) -> dict[str, bool]:
-        query, key = request.query, request.key
-        apart = mask.banded and not mask.causal and query.shape[-3] != key.shape[-3]
-        return {
-            "it has no segments": mask.kv_ids is not None,
-            "its windows need queries and keys of one length": apart,
-        }
+    def lacks(self, mask: Structure, lengths: tuple[int, int], biased: bool) -> dict[str, str]:
+        found = {}
+        if mask.kv_ids is not None:
+            found["segments"] = "it has no segments"
+        if mask.banded and not mask.causal and lengths[0] != lengths[1]:
+            found["band"] = "its windows need queries and keys of one length"
+        return found
 
     def call(self, query: Array, key: Array, value: Array, bias: Array | None, mask: Structure, scale: float) -> Array:
         import tokamax
@@ -62,7 +62,7 @@ class Tokamax(Kernel):
             key,
             value,
             bias=bias,
-            mask=mask.array,
+            mask=mask.joined,
             scale=scale,
             is_causal=mask.causal,
             key_value_seq_lengths=lengths,

@@ -41,13 +41,13 @@ class Flex(Kernel):
             and not _full_precision(),
             "depths are not from 16 to 256": not 16 <= min(depths) <= max(depths) <= 256,
             "it is for calls without a bias": bias is not None,
-            "the mask is no band, lengths and segments, joined by &": found is None or found.array is not None,
+            "the mask is no band, lengths and segments, joined by &": bool(found.rest),
         }
         return [reason for reason, holds in checks.items() if holds]
 
     def call(self, request: Request, query: Array, key: Array, value: Array) -> Array:
         lengths = query.shape[-3], key.shape[-3]
-        found = structure(request.mask) or Structure()
+        found = structure(request.mask)
         whole = found.kv_lengths is None and found.kv_ids is None and found.band_shows(*lengths)
         bounds = _bounds(self.backend, request.mask, found, query, lengths)
         program = _compiled() if self.compiled and not torch.compiler.is_compiling() else _program

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from anyattention import dtypes, masks
 from anyattention.backend import Backend
-from anyattention.engine import SWITCH, Engine, fits, least_bias, pairs
+from anyattention.engine import LOW, SWITCH, Engine, fits, least_bias, pairs
 from anyattention.request import Request
 
 Array = Any
@@ -71,20 +71,19 @@ class SDPA(Kernel):
         return int(_expands(request))  # after the kernels that know the mask
 
     def refusals(self, request: Request) -> list[str]:
-        dtype, query, key, value, bias, mask = request[:6]
+        dtype, query, _, value, bias, mask = request[:6]
         platform = self.backend.platform(query)
         if platform not in ("cpu", "cuda"):
             return [f"it runs on cpu and cuda, not on {platform}"]
         cuda = platform == "cuda"
         served = ("float32", "bfloat16", "float16") if cuda else ("float32", "float64", "bfloat16", "float16")
-        pairs_of_all = prod(query.shape[:-3]) * query.shape[-3] * key.shape[-3]
         checks = self.missing(request) | {
             f"there is no kernel for {dtype}": dtype not in served,
             f"there is no kernel for depths beyond {_MOST_DEPTH}": cuda
             and max(query.shape[-1], value.shape[-1]) > _MOST_DEPTH,
             "bias or mask has axes that query and key lack": not fits(request),
             f"{type(mask).__name__} would be expanded": _expands(request)
-            and not (cuda and pairs_of_all <= _MOST_EXPANDED),
+            and not (cuda and _pairs(request) <= _MOST_EXPANDED),
         }
         if hasattr(bias, "shape"):
             wide = dtypes.promote(dtype, self.backend.dtype_name(bias))
@@ -93,6 +92,12 @@ class SDPA(Kernel):
         if bias is not None:
             checks["how low the bias goes cannot be seen here"] = not _at_hand(bias, mask)
         return [reason for reason, holds in checks.items() if holds]
+
+    def remarks(self, request: Request) -> list[str]:
+        found = [LOW] if request.bias is not None else []
+        if _expands(request):
+            found.append(f"{type(request.mask).__name__} is an array of {_pairs(request)} elements")
+        return found
 
     def attention(self, request: Request, fallback: Callable[[Request], Array]) -> Array:
         if request.bias is not None and not _reached(self.backend, request):
@@ -247,6 +252,10 @@ def _expands(request: Request) -> bool:
     return any(
         isinstance(x, masks.Mask) and not (isinstance(x, masks.LengthMask) and x.query_lengths is None) for x in parts
     )
+
+
+def _pairs(request: Request) -> int:
+    return prod(request.query.shape[:-2]) * request.key.shape[-3]
 
 
 def _transformed(*arrays: Array) -> bool:

@@ -292,8 +292,8 @@ def _causal(backend: Backend, query: Array, key: Array, mask: Any) -> Any:
 
 def _serves(
     implementation: str, backend: Backend, request: Request, module: Any, einsum: Any
-) -> tuple[Engine | None, list[str]]:
-    """The engine, if any, with which an implementation serves the request, and the reasons why it cannot."""
+) -> tuple[Engine | None, list[str], list[str]]:
+    """The engine, if any, with which an implementation serves the request, the reasons why it cannot, and remarks."""
     reasons = []
     if module:
         reasons.append(f"module is given the weights, which {implementation} never has all at once")
@@ -302,11 +302,13 @@ def _serves(
     if any(_unknown(size) for x in (request.query, request.key, request.value) for size in x.shape):
         reasons.append("lengths are unknown")
     if implementation == "tiled":
-        return None, reasons + _not_tiled(backend, request)
+        return None, reasons + _not_tiled(backend, request), []
     if reasons:
-        return None, reasons
+        return None, reasons, []
     engine, reasons = find(backend.engines, request)
-    return engine, reasons if engine or reasons else [f"there is no engine for {backend.name}"]
+    if engine:
+        return engine, [], engine.remarks(request)
+    return None, reasons or [f"there is no engine for {backend.name}"], []
 
 
 def _not_tiled(backend: Backend, request: Request) -> list[str]:

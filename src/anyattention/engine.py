@@ -14,6 +14,9 @@ SWITCH = (
 )
 
 
+LOW = "where a query's biases are all far below zero, which is seen when the call runs, tiled computes it"
+
+
 class Engine:
     """One kernel. Subclasses live in modules of their own in ``anyattention_backends``."""
 
@@ -25,6 +28,10 @@ class Engine:
     def refusals(self, request: Request) -> list[str]:
         """Why the kernel cannot serve the request, a line each; nothing where it can."""
         raise NotImplementedError
+
+    def remarks(self, request: Request) -> list[str]:
+        """What else `explain` says of a request that the kernel serves, a line each."""
+        return []
 
     def rank(self, request: Request) -> int:
         """Its place among the engines that can serve the request: the least is asked first."""

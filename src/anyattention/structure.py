@@ -1,8 +1,10 @@
-"""A mask as kernels know it: a band, lengths, segments and an array, all of which let a query see a key."""
+"""A mask as kernels know it: a band, lengths and segments, and the rest, all of which let a query see a key."""
 
+from functools import reduce
+from operator import and_
 from typing import Any, NamedTuple
 
-from anyattention.masks import CausalMask, LengthMask, LocalMask, Mask, SegmentMask, conjunction
+from anyattention.masks import CausalMask, LengthMask, LocalMask, SegmentMask, as_mask, conjunction
 
 Array = Any
 
@@ -16,7 +18,7 @@ class Structure(NamedTuple):
     query_lengths: Array | None = None  # i < query_length, [batch...]
     query_ids: Array | None = None  # equal to kv_ids, [batch..., q_length]
     kv_ids: Array | None = None  # [batch..., kv_length]
-    array: Array | None = None  # truthy, broadcastable to [batch..., heads, q_length, kv_length]
+    rest: tuple[Any, ...] = ()  # arrays, truthy, broadcastable to [batch..., heads, q_length, kv_length]; other masks
 
     @property
     def causal(self) -> bool:
@@ -35,24 +37,41 @@ class Structure(NamedTuple):
         wide = self.left is None or self.right is None or self.left + self.right >= 0
         return first and last and wide
 
+    def without(self, *names: str) -> "Structure":
+        """The same with the "band", "lengths" or "segments" among the rest."""
+        found, rest = self, list(self.rest)
+        if "band" in names and self.right is not None:
+            rest.append(CausalMask(self.right) if self.left is None else LocalMask(self.left, self.right))
+            found = found._replace(left=None, right=None)
+        if "lengths" in names:
+            rest.append(LengthMask(self.kv_lengths, self.query_lengths))
+            found = found._replace(kv_lengths=None, query_lengths=None)
+        if "segments" in names:
+            rest.append(SegmentMask(self.query_ids, self.kv_ids))
+            found = found._replace(query_ids=None, kv_ids=None)
+        return found._replace(rest=tuple(rest))
 
-def structure(mask: Any) -> Structure | None:
-    """The structure of a mask, which is an array, a mask by rule or None; None where it is another combination."""
+    @property
+    def joined(self) -> Any:
+        """The rest as one mask: an array or a mask by rule; None of nothing."""
+        if len(self.rest) < 2:
+            return self.rest[0] if self.rest else None
+        return reduce(and_, map(as_mask, self.rest))
+
+
+def structure(mask: Any) -> Structure:
+    """The structure of a mask, which is an array, a mask by rule or None."""
     found = Structure()
     for part in conjunction(mask):
-        more: dict[str, Any] = {}
+        more: dict[str, Any] = {"rest": (*found.rest, part)}
         if isinstance(part, CausalMask):
-            more["right"] = part.offset if found.right is None else min(found.right, part.offset)
+            more = {"right": part.offset if found.right is None else min(found.right, part.offset)}
         elif isinstance(part, LocalMask):
-            more["left"] = part.left if found.left is None else min(found.left, part.left)
+            more = {"left": part.left if found.left is None else min(found.left, part.left)}
             more["right"] = part.right if found.right is None else min(found.right, part.right)
         elif isinstance(part, LengthMask) and found.kv_lengths is None:
             more = {"kv_lengths": part.kv_lengths, "query_lengths": part.query_lengths}
         elif isinstance(part, SegmentMask) and found.kv_ids is None:
             more = {"query_ids": part.query_ids, "kv_ids": part.kv_ids}
-        elif not isinstance(part, Mask) and found.array is None:
-            more["array"] = part
-        else:
-            return None
         found = found._replace(**more)
     return found

@@ -85,6 +85,37 @@ def test_arrays_are_a_bias(gpu):
 
 
 @pytest.mark.parametrize(
+    ("mask", "biased", "kind", "reason"),
+    [
+        (CausalMask(1), False, "NO_MASK", "of bands it has"),
+        (LocalMask(200, 1), False, "NO_MASK", "of bands it has"),
+        (LocalMask(130, 0), True, "NO_MASK", "no window beside"),
+        (CausalMask(), True, "CAUSAL", ""),
+        (SegmentMask(np.zeros(256, int), np.zeros(128, int)), False, "NO_MASK", "no segments"),
+        (SegmentMask(np.zeros(256, int), np.zeros(128, int)) & CausalMask(), False, "CAUSAL", "no segments"),
+        (LengthMask(LENGTHS), True, "NO_MASK", "no lengths beside"),
+        (LengthMask(LENGTHS) & LocalMask(200, 0) & np.ones((256, 128)), False, "NO_MASK", "window beside lengths"),
+        (~CausalMask() & CausalMask(3), False, "NO_MASK", "joined by &"),
+    ],
+    ids=str,
+)
+def test_masks_that_it_lacks_are_a_bias(gpu, mask, biased, kind, reason):
+    """What is a flag stays one; `explain` says what is not."""
+    arrays = shapes(2)
+    call = {"mask": mask, "bias": jnp.zeros((256, 128), jnp.bfloat16) if biased else None}
+    for function, names in (
+        (attend, ["fmhaScaleBiasSoftmax"]),
+        (gradients, ["fmhaScaleBiasSoftmax", "fmhaScaleBiasSoftmaxBackward"]),
+    ):
+        assert lowered(partial(function, **call), *arrays) == (names, {kind, "0"})
+    plans = []
+    jax.eval_shape(lambda *x: plans.append(aa.explain(*x, **call, implementation="fused")), *arrays)
+    arrays_of_pairs = [x for x in plans[0].reasons if "an array of 65536 elements" in x]
+    assert bool(arrays_of_pairs) == bool(reason)
+    assert not reason or any(reason in x for x in arrays_of_pairs)
+
+
+@pytest.mark.parametrize(
     "options",
     [{"kv_heads": 2}, {"depth": 20, "v_depth": 20}, {"depth": 32, "v_depth": 80}, {"dtype": "float16"}],
     ids=["grouped", "depth", "v-depth", "float16"],
@@ -140,12 +171,8 @@ def test_what_is_chosen(gpu):
     [
         ({"dtype": "float32"}, "no float32"),
         ({"depth": 264}, "depth 264 is more than 256"),
-        ({"mask": CausalMask(1)}, "of bands it has"),
-        ({"mask": LocalMask(200, 1)}, "of bands it has"),
-        ({"mask": SegmentMask(np.zeros(256, int), np.zeros(128, int))}, "no segments"),
         ({"mask": np.ones((256, 128), bool), "dtype": "float16"}, "float16"),
         ({"bias": np.zeros((255, 128), jnp.bfloat16), "q_length": 255}, "even"),
-        ({"bias": np.zeros((256, 128), jnp.bfloat16), "mask": LengthMask(LENGTHS)}, "not tried"),
     ],
     ids=lambda x: None if isinstance(x, dict) else x,
 )

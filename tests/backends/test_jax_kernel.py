@@ -71,8 +71,9 @@ class StandIn(Kernel):
             visible &= j < mask.kv_lengths[:, None, None, None]
         if mask.kv_ids is not None:
             visible &= mask.query_ids[:, None, :, None] == mask.kv_ids[:, None, None, :]
-        if mask.array is not None:
-            visible &= mask.array
+        if mask.rest:
+            assert mask.joined.ndim == 4
+            visible &= mask.joined
         return attend(jnp.where(visible, logits, -jnp.inf), v, self.empty).astype(query.dtype)
 
 
@@ -138,6 +139,11 @@ MASKS = {
     "causal lengths": LengthMask(LENGTHS, np.array([2, 9, 0])) & CausalMask(),
     "segments": SegmentMask(np.pad(IDS, ((0, 0), (0, 2)), constant_values=9), IDS),
     "causal segments": SegmentMask(np.pad(IDS, ((0, 0), (2, 0)), constant_values=9), IDS) & CausalMask(),
+    "before": CausalMask(-2),
+    "narrow window": LocalMask(1, 1),
+    "window and lengths": LocalMask(4, 1) & LengthMask(LENGTHS),
+    "two segments": SegmentMask(np.zeros(9, int), IDS[0]) & SegmentMask(np.zeros((3, 9), int), IDS),
+    "but": ~CausalMask() & LocalMask(5, 5),
     "array": CausalMask() & (np.random.default_rng(3).random((3, 4, 9, 7)) < 0.2),
     "array of keys": CausalMask() & (np.random.default_rng(3).random((3, 1, 1, 7)) < 0.3),
     "array and lengths": LengthMask(LENGTHS, np.array([2, 9, 0])) & (np.random.default_rng(3).random((4, 9, 7)) < 0.2),
@@ -276,10 +282,6 @@ def test_what_it_refuses(kernel, monkeypatch):
         return str(error.value)
 
     assert "dropout" in reason(dropout_rng=jax.random.key(0), dropout_rate=0.5)
-    assert "band, lengths" in reason(mask=~CausalMask())
-    assert "see nothing" in reason(mask=CausalMask(-1))
-    assert "see nothing" in reason(mask=LocalMask(1, 1))  # 9 queries, 7 keys
-    assert "without a key" in reason(mask=LocalMask(4, 1) & LengthMask(LENGTHS))
     assert "precision" in reason(precision="highest")
     assert "module" in reason(module=linen.Dense(1))
     assert "logits float32" in reason(bias=np.float32([1.0]), dtype="bfloat16")
@@ -288,6 +290,22 @@ def test_what_it_refuses(kernel, monkeypatch):
     assert "switched off" in reason_of(aa.config(engines=["-cudnn"]), reason)
     monkeypatch.setattr(kernel, "platform", "gpu")
     assert "cudnn: it runs on gpu, not on cpu" in reason()
+
+
+def test_masks_that_it_lacks_are_arrays_until_they_are_large(kernel, monkeypatch):
+    args = arrays()
+    plan = str(aa.explain(*args, mask=~CausalMask(), bias=1.0, implementation="fused"))
+    assert "the mask is an array of 189 elements: it is no band" in plan
+    assert "biases are all far below zero" in plan
+    assert len(aa.explain(*args, mask=CausalMask(1), implementation="fused").reasons) == 1
+    monkeypatch.setattr("anyattention_backends.jax_kernel.MOST", 188)
+    for mask, reason in ((~CausalMask(), "joined by &"), (CausalMask(-1), "see nothing")):
+        with pytest.raises(NotImplementedError, match=f"{reason}.*, and an array has 189 elements"):
+            fused(*args, mask=mask)
+    monkeypatch.setattr(StandIn, "arrays", False)
+    monkeypatch.setattr("anyattention_backends.jax_kernel.MOST", 189)
+    with pytest.raises(NotImplementedError, match=r"cudnn: it is no band.*, it has no arrays"):
+        fused(*args, mask=~CausalMask() & np.ones((9, 7)))
 
 
 def reason_of(context, reason):

@@ -34,6 +34,7 @@ def arrays(q_length=9, kv_heads=4, dtype=jnp.bfloat16):
     return [jnp.asarray(random.standard_normal(shape), dtype) for shape in shapes]
 
 
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize(
     "mask",
     [
@@ -43,22 +44,27 @@ def arrays(q_length=9, kv_heads=4, dtype=jnp.bfloat16):
         LocalMask(2, 3),
         LengthMask(LENGTHS),
         LengthMask(LENGTHS) & CausalMask(),
+        SegmentMask(np.arange(18).reshape(2, 9) // 4, np.arange(18).reshape(2, 9) // 3) & CausalMask(),
+        ~CausalMask(),
         ARRAY,
     ],
-    ids=["none", "causal", "later", "window", "lengths", "causal-lengths", "array"],
+    ids=["none", "causal", "later", "window", "lengths", "causal-lengths", "causal-segments", "not-causal", "array"],
 )
-def test_its_call(engine, monkeypatch, mask):
+def test_its_call(engine, monkeypatch, mask, biased):
     pytest.importorskip("tokamax", reason="an extra that wants Python 3.12")
     monkeypatch.setattr(engine, "implementation", "xla")
     monkeypatch.setattr("sys.argv", ["tests"])  # which 0.0.12 reads
     args = arrays(kv_heads=2)
     dense = mask if mask is None or mask is ARRAY else mask.on(backend, (2,), (9, 9), args[0])
     wide = [x.astype(jnp.float32) for x in args]
+    bias = jnp.where(ARRAY, -jnp.inf, jnp.asarray(np.random.default_rng(5).random((4, 9, 9)))) if biased else None
+    bias = None if bias is None else bias.at[..., 0].set(0.5)  # so that no query is without a key
 
     def flax(query, key, value):
-        return linen.dot_product_attention(query, jnp.repeat(key, 2, -2), jnp.repeat(value, 2, -2), mask=dense)
+        return linen.dot_product_attention(query, jnp.repeat(key, 2, -2), jnp.repeat(value, 2, -2), bias, dense)
 
-    output, pullback = jax.vjp(partial(fused, mask=mask), *args)
+    low = None if bias is None else bias.astype(jnp.bfloat16)
+    output, pullback = jax.vjp(partial(fused, bias=low, mask=mask), *args)
     expected, expected_pullback = jax.vjp(flax, *wide)
     np.testing.assert_allclose(output.astype(jnp.float32), expected, atol=2e-2)
     cotangent = jnp.asarray(np.random.default_rng(4).standard_normal(output.shape), jnp.bfloat16)
@@ -73,10 +79,17 @@ def test_limits(engine):
             fused(*args, **kwargs)
         return str(error.value)
 
-    ids = np.zeros((2, 9), int)
-    assert "no segments" in reason(*arrays(), mask=SegmentMask(ids, ids))
-    assert "one length" in reason(*arrays(q_length=7), mask=LocalMask(2, 3))
     assert "no float32" in reason(*arrays(dtype=jnp.float32))
+
+
+def test_masks_that_it_lacks_are_arrays(engine):
+    def remark(*args, mask):
+        return str(aa.explain(*args, mask=mask, implementation="fused"))
+
+    ids = np.zeros((2, 9), int)
+    assert "an array of 162 elements: it has no segments" in remark(*arrays(), mask=SegmentMask(ids, ids))
+    assert "windows need queries and keys of one length" in remark(*arrays(q_length=7), mask=LocalMask(2, 3))
+    assert "elements" not in remark(*arrays(), mask=LocalMask(2, 3) & ARRAY)
 
 
 @pytest.mark.parametrize(
