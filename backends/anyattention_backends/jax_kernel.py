@@ -70,10 +70,10 @@ class Kernel(Engine):
             wide = dtypes.promote(dtype, self.backend.dtype_name(bias))
             checks[f"the bias makes logits {wide}"] = wide != dtype
         mask, expanded = self.fitted(query, key, bias, request.mask)
-        if self.arrays:
+        if self.arrays and expanded:
             size = _pairs(request)
             checks |= {f"{reason}, and an array has {size} elements": size > MOST for reason in expanded.values()}
-        else:
+        elif not self.arrays:
             checks |= dict.fromkeys(expanded.values(), True)
             checks["it has no arrays as masks"] = any(not isinstance(x, masks.Mask) for x in mask.rest)
         checks |= self.limits(request, mask)
@@ -87,7 +87,9 @@ class Kernel(Engine):
     def fitted(self, query: Array, key: Array, bias: Any, mask: Any) -> tuple[Structure, dict[str, str]]:
         """The structure, with all that the kernel lacks among the rest; and what that is and why."""
         found = structure(mask)
-        reasons = {}
+        reasons: dict[str, str] = {}
+        if mask is None:
+            return found, reasons
         lengths = query.shape[-3], key.shape[-3]
         if any(isinstance(x, masks.Mask) for x in found.rest):
             reasons["rest"] = "it is no band, lengths, segments and array, joined by &"
@@ -95,9 +97,10 @@ class Kernel(Engine):
             reasons["band"] = "some queries see nothing, where their window begins or ends"
         elif found.left is not None and (found.kv_lengths is not None or found.kv_ids is not None):
             reasons["band"] = "a window beside lengths or segments may leave queries without a key"
-        found = found.without(*reasons)
-        reasons |= (more := self.lacks(found, lengths, bias is not None))
-        found = found.without(*more)
+        found = found.without(*reasons) if reasons else found
+        if more := self.lacks(found, lengths, bias is not None):
+            reasons |= more
+            found = found.without(*more)
         if found.left is not None and found.rest and bias is not None:
             reasons["band"] = "a window beside a bias and an array may leave queries without a key"
             found = found.without("band")

@@ -223,12 +223,14 @@ def explain(
     >>> explain(x, x, x).implementation
     'exact'
     """
-    return _resolve(
+    _, request, plan = _resolve(
         *(query, key, value, bias, mask, is_causal, dtype, implementation, module),
         *(broadcast_dropout, dropout_rng, dropout_rate, deterministic),
         *(precision, force_fp32_for_softmax),
         einsum=einsum_dot_general or qk_attn_weights_einsum,
-    )[2]
+    )
+    remarks = plan.engine.remarks(request) if plan.engine else ()
+    return plan._replace(reasons=(*plan.reasons, *remarks))
 
 
 def _resolve(
@@ -292,8 +294,8 @@ def _causal(backend: Backend, query: Array, key: Array, mask: Any) -> Any:
 
 def _serves(
     implementation: str, backend: Backend, request: Request, module: Any, einsum: Any
-) -> tuple[Engine | None, list[str], list[str]]:
-    """The engine, if any, with which an implementation serves the request, the reasons why it cannot, and remarks."""
+) -> tuple[Engine | None, list[str]]:
+    """The engine, if any, with which an implementation serves the request, and the reasons why it cannot."""
     reasons = []
     if module:
         reasons.append(f"module is given the weights, which {implementation} never has all at once")
@@ -302,13 +304,11 @@ def _serves(
     if any(_unknown(size) for x in (request.query, request.key, request.value) for size in x.shape):
         reasons.append("lengths are unknown")
     if implementation == "tiled":
-        return None, reasons + _not_tiled(backend, request), []
+        return None, reasons + _not_tiled(backend, request)
     if reasons:
-        return None, reasons, []
+        return None, reasons
     engine, reasons = find(backend.engines, request)
-    if engine:
-        return engine, [], engine.remarks(request)
-    return None, reasons or [f"there is no engine for {backend.name}"], []
+    return engine, reasons if engine or reasons else [f"there is no engine for {backend.name}"]
 
 
 def _not_tiled(backend: Backend, request: Request) -> list[str]:

@@ -34,7 +34,7 @@ class Engine:
         return []
 
     def rank(self, request: Request) -> int:
-        """Its place among the engines that can serve the request: the least is asked first."""
+        """Its place among the engines that can serve the request: the least does."""
         return 0
 
     def attention(self, request: Request, fallback: Callable[[Request], Array]) -> Array:
@@ -48,18 +48,15 @@ class Engine:
 def find(engines: Sequence[Engine], request: Request) -> tuple[Engine | None, list[str]]:
     """The engine that serves a request, in the order of the settings; or why each of them cannot, a line each."""
     chosen = settings.current().engines
-    if chosen is None:
-        order = sorted(engines, key=lambda engine: engine.rank(request)) if len(engines) > 1 else engines
-    else:
-        order = [engine for name in chosen for engine in engines if engine.name == name]
-    reasons = []
-    for engine in order:
-        refusals = engine.refusals(request)
-        if not refusals:
-            return engine, []
-        reasons.append(f"{engine.name}: {', '.join(refusals)}")
-    reasons += [f"{engine.name}: it is switched off" for engine in engines if engine not in order]
-    return None, reasons
+    order = engines if chosen is None else [x for name in chosen for x in engines if x.name == name]
+    refusals = {engine: engine.refusals(request) for engine in order}
+    able = [engine for engine in order if not refusals[engine]]
+    if len(able) > 1 and chosen is None:
+        return min(able, key=lambda engine: engine.rank(request)), []
+    if able:
+        return able[0], []
+    reasons = [f"{engine.name}: {', '.join(found)}" for engine, found in refusals.items()]
+    return None, reasons + [f"{engine.name}: it is switched off" for engine in engines if engine not in refusals]
 
 
 def least_bias(dtype: str) -> float:

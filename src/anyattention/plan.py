@@ -63,7 +63,7 @@ def choose(
     backend: Any,
     query: Any,
     key: Any,
-    serves: Callable[..., tuple[Any, list[str], list[str]]],
+    serves: Callable[..., tuple[Any, list[str]]],
     *call: Any,
 ) -> Plan:
     """The plan for a call.
@@ -74,7 +74,7 @@ def choose(
         query: ``[batch..., q_length, num_heads, depth]``.
         key: ``[batch..., kv_length, num_heads, depth]``.
         serves: called with an implementation, the backend and `call` where tiled or fused comes into question; returns
-            the engine, if any, the reasons against it, and remarks.
+            the engine, if any, and the reasons against it.
         *call: more arguments of `serves`.
 
     Raises:
@@ -86,20 +86,17 @@ def choose(
         return _by_rule(backend, query, key, serves, *call)
     check_implementation(implementation)
     engine = None
-    remarks: list[str] = []
     if implementation != "exact":
-        engine, reasons, remarks = serves(implementation, backend, *call)
+        engine, reasons = serves(implementation, backend, *call)
         if reasons:
             raise NotImplementedError(
                 f"implementation={implementation!r} cannot serve this call: {'; '.join(reasons)}. Pass None for one "
                 "that can, or its name"
             )
-    return Plan(implementation, library, ("asked for by name", *remarks), engine)
+    return Plan(implementation, library, ("asked for by name",), engine)
 
 
-def _by_rule(
-    backend: Any, query: Any, key: Any, serves: Callable[..., tuple[Any, list[str], list[str]]], *call: Any
-) -> Plan:
+def _by_rule(backend: Any, query: Any, key: Any, serves: Callable[..., tuple[Any, list[str]]], *call: Any) -> Plan:
     library = backend.name
     if library not in _RULED:
         return Plan("exact", library, _BY_DEFAULT)
@@ -116,9 +113,9 @@ def _by_rule(
         small = logits < rule.logits or of_a_head < rule.of_a_head
         if small or not rule.least_queries <= queries <= rule.most_queries:
             continue
-        engine, reasons, remarks = serves(rule.implementation, backend, *call)
+        engine, reasons = serves(rule.implementation, backend, *call)
         if not reasons:
             size = f"{logits} logits, {of_a_head} of a head, {queries} queries: see anyattention.plan.RULES"
-            return Plan(rule.implementation, library, (*against, size, *remarks), engine)
+            return Plan(rule.implementation, library, (*against, size), engine)
         against += [f"not {rule.implementation}: {reason}" for reason in reasons]
     return Plan("exact", library, tuple(against) or _SMALL)

@@ -61,17 +61,18 @@ class Structure(NamedTuple):
 
 def structure(mask: Any) -> Structure:
     """The structure of a mask, which is an array, a mask by rule or None."""
-    found = Structure()
+    found: dict[str, Any] = {}
+    rest = []
     for part in conjunction(mask):
-        more: dict[str, Any] = {"rest": (*found.rest, part)}
         if isinstance(part, CausalMask):
-            more = {"right": part.offset if found.right is None else min(found.right, part.offset)}
+            found["right"] = min(found.get("right", part.offset), part.offset)
         elif isinstance(part, LocalMask):
-            more = {"left": part.left if found.left is None else min(found.left, part.left)}
-            more["right"] = part.right if found.right is None else min(found.right, part.right)
-        elif isinstance(part, LengthMask) and found.kv_lengths is None:
-            more = {"kv_lengths": part.kv_lengths, "query_lengths": part.query_lengths}
-        elif isinstance(part, SegmentMask) and found.kv_ids is None:
-            more = {"query_ids": part.query_ids, "kv_ids": part.kv_ids}
-        found = found._replace(**more)
-    return found
+            found["left"] = min(found.get("left", part.left), part.left)
+            found["right"] = min(found.get("right", part.right), part.right)
+        elif isinstance(part, LengthMask) and "kv_lengths" not in found:
+            found |= {"kv_lengths": part.kv_lengths, "query_lengths": part.query_lengths}
+        elif isinstance(part, SegmentMask) and "kv_ids" not in found:
+            found |= {"query_ids": part.query_ids, "kv_ids": part.kv_ids}
+        else:
+            rest.append(part)
+    return Structure(**found, rest=tuple(rest))

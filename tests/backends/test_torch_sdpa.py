@@ -320,6 +320,9 @@ def test_masks_by_rule_beside_a_bias_on_cuda(cuda):
             for implementation in ("exact", "fused")
         ]
         torch.testing.assert_close(*answers, rtol=1e-4, atol=1e-5)
+    plan = str(aa.explain(x, x, x, bias=bias, mask=~masks.CausalMask(1), implementation="fused"))
+    assert "Not is an array of 50 elements" in plan
+    assert "biases are all far below zero" in plan
     long = torch.empty(1, 2**15 + 8, 1, 8, device="meta")
     with pytest.raises(NotImplementedError, match="Not would be expanded"):
         fused(long, long, long, mask=~masks.CausalMask())
