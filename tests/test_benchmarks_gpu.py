@@ -216,16 +216,53 @@ def test_gradient_that_is_refused(gpu, monkeypatch):
     monkeypatch.setattr(correctness, "attention", lambda name: attention)
     task = next(x for x in correctness.tasks("sdpa", quick=True) if x.case.id == "plain" and x.dtype == "bfloat16")
     assert task.gradients
-    judge = correctness.Judge(correctness.Golden(), correctness.claims_of("torch", "sdpa"))
+    judge = correctness.Judge(correctness.rules.Answers(), correctness.claims_of("torch", "sdpa"))
     found = correctness.verdict(judge, task, correctness.make("torch", pretend=True).run(*task))
     assert found == {"verdict": "conforms", "why": "without its gradient: no gradient"}
+
+
+@pytest.mark.parametrize("name", ["sdpa", "tiled"])
+def test_cases_by_rule(gpu, name):
+    """They conform, or are refused; and those with low biases catch a kernel's own gradient."""
+    correctness = gpu.correctness
+    judge = correctness.Judge(correctness.rules.Answers(), correctness.claims_of("torch", name))
+    tasks = [x for x in correctness.tasks(name, quick=False) if isinstance(x.case, correctness.rules.Ruled)]
+    device = correctness.make("torch", pretend=True)
+    found = {f"{x.case.id} {x.dtype}": correctness.verdict(judge, x, device.run(*x)) for x in tasks}
+    assert len(found) == len(correctness.rules.CASES) + (12 if name == "sdpa" else 0)
+    assert {run: x for run, x in found.items() if x["verdict"] not in ("conforms", "refused")} == {}
+    conforming = {run.split()[0] for run, x in found.items() if x["verdict"] == "conforms"}
+    if name == "tiled":
+        assert len(conforming) == len(found)
+    else:
+        assert conforming >= {"rule-causal", "rule-lengths", "rule-lengths-bias", "low-bias", "low-bias-lengths"}
+        assert found["low-bias-rows bfloat16"]["why"] == ""  # with its gradient
+
+
+def test_cases_by_rule_have_teeth(gpu, monkeypatch):
+    """A mask that is off by one, and the gradient of a kernel with no regard to low biases."""
+    correctness = gpu.correctness
+    judge = correctness.Judge(correctness.rules.Answers(), correctness.claims_of("torch", "tiled"))
+    tasks = {x.case.id: x for x in correctness.tasks("tiled", quick=False)}
+    device = correctness.make("torch", pretend=True)
+    task = tasks["low-bias-everywhere"]
+    outcome = device.run(*task)
+    for name, scale in (("query", 1.1), ("value", 384.0)):  # as where the sum of the weights is lost
+        wrong = replace(outcome, gradients=outcome.gradients | {name: outcome.gradients[name] * scale})
+        assert correctness.verdict(judge, task, wrong)["verdict"] == "wrong"
+    for name, case in (("causal", "rule-causal"), ("lengths", "rule-causal-lengths"), ("window", "rule-segments")):
+        other = tasks[case]
+        outcome = device.run(replace(other.case, rule=name), *other[1:])
+        assert correctness.verdict(judge, other, outcome)["verdict"] == (
+            "conforms" if case == "rule-causal" else "wrong"
+        )
 
 
 def test_wrong_is_wrong(gpu, monkeypatch):
     correctness = gpu.correctness
     monkeypatch.setattr(correctness, "attention", lambda name: lambda query, key, value: value * 1.0)
     task = correctness.tasks("exact", quick=True)[0]
-    judge = correctness.Judge(correctness.Golden(), correctness.claims_of("torch", "exact"))
+    judge = correctness.Judge(correctness.rules.Answers(), correctness.claims_of("torch", "exact"))
     found = correctness.verdict(judge, task, correctness.make("torch", pretend=True).run(*task))
     assert found["verdict"] == "wrong"
     assert found["why"].startswith("output: ")

@@ -1,4 +1,4 @@
-"""The conformance kit on the device: every engine, and our own implementations, case after case.
+"""The conformance kit and the cases by rule on the device: every engine, and our own implementations.
 
 A call that an engine refuses is no error of its: it is counted, with the reasons. All others are judged by the kit,
 by contract C3, "exact" by C2, against the recording of Flax on a CPU. C3 measures by Flax's own error on the same
@@ -17,17 +17,18 @@ from anyattention_conformance import claims, frameworks, suite
 from anyattention_conformance.adapters import FOLDER, ours
 from anyattention_conformance.cases import Case
 from anyattention_conformance.claims import Claims
-from anyattention_conformance.oracles import Golden, OracleError
+from anyattention_conformance.oracles import OracleError
 from anyattention_conformance.results import BUG, CONFORMS, DECLARED, NOT_RUN, UNSUPPORTED, Result
 from anyattention_conformance.suite import Judge, Run
 from anyattention_conformance.targets import Outcome, Target
 from anyattention_conformance.workers import Recipe, Workers
+from benchmarks.gpu import rules
 from benchmarks.gpu.measure import REFUSAL, reasons
 
 OURS = ("exact", "tiled")
 REFUSED, WRONG = "refused", "wrong"
 LOST = ("illegal memory access", "illegal address", "device-side assert", "unspecified launch failure")
-QUICK = ("plain", "depth-24", "bias-heads", "mask-heads", "mask-keys", "kv-lengths-differ")
+QUICK = ("plain", "depth-24", "bias-heads", "mask-heads", "mask-keys", "kv-lengths-differ", "rule-causal-lengths")
 SECONDS = 120.0  # that a case may take, compiling included
 GIVEN_UP = "given up"
 
@@ -51,7 +52,8 @@ class OnDevice(NamedTuple):
 
         A GPU that is lost to this process takes the process with it, so that the next case has one.
         """
-        target = Target(name, attention(name), self.framework)
+        function = attention(name)
+        target = Target(name, case.given(function) if isinstance(case, rules.Ruled) else function, self.framework)
         outcome = target.run(case, dtype, gradients)
         if gradients and REFUSAL in outcome.message:
             outcome = replace(target.run(case, dtype, False), no_gradients=outcome.message)
@@ -103,12 +105,16 @@ def claims_of(framework: str, name: str) -> Claims:
 
 
 def tasks(name: str, quick: bool) -> list[Task]:
-    """The smoke tier. Since most engines have no float32, they are asked for all of it in bfloat16 too."""
+    """The smoke tier, and the cases by rule. Most engines have no float32, so that they are asked in bfloat16 too."""
     chosen = suite.runs("smoke", "C2" if name == "exact" else "C3")
     if name not in OURS:
         others = [run for run in chosen if run.dtype != "bfloat16"]
         cases = dict.fromkeys(run.case for run in chosen if "bfloat16" in run.case.dtypes)
         chosen = others + [Run(case, "bfloat16", case.gradients) for case in cases]
+    chosen += [Run(case, "bfloat16", True) for case in rules.CASES]
+    if name not in OURS:
+        others = [case for case in rules.CASES if case.id in rules.IN_ALL_DTYPES]
+        chosen += [Run(case, dtype, True) for dtype in ("float32", "float16") for case in others]
     if quick:
         chosen = [run for run in chosen if run.case.id in QUICK]
     return [Task(*run, name) for run in chosen]
@@ -117,7 +123,8 @@ def tasks(name: str, quick: bool) -> list[Task]:
 def verdicts(framework: str, todo: list[Task], pretend: bool, jobs: int) -> Iterator[tuple[Task, dict[str, str]]]:
     """Each task with its verdict, as they come."""
     names = {task.name for task in todo}
-    judges = {name: Judge(Golden(), claims_of(framework, name)) for name in names}
+    answers = rules.Answers()
+    judges = {name: Judge(answers, claims_of(framework, name)) for name in names}
     for task, outcome in Workers(Recipe(make, (framework, pretend)), SECONDS, jobs)(todo):
         if not outcome.message.startswith(GIVEN_UP):  # so that it is tried again when the program is
             yield task, verdict(judges[task.name], task, outcome)

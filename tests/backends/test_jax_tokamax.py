@@ -73,6 +73,34 @@ def test_its_call(engine, monkeypatch, mask, biased):
         np.testing.assert_allclose(actual.astype(jnp.float32), right, atol=6e-2)
 
 
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("mask", [None, CausalMask(), LocalMask(9, 3), LengthMask(LENGTHS), ~CausalMask()], ids=str)
+def test_the_kernels_take_what_they_are_given(engine, monkeypatch, mask, biased):
+    """Mosaic's kernels for Hopper, forward and backward, traced as for such a GPU; only one could run them."""
+    pytest.importorskip("tokamax", reason="an extra that wants Python 3.12")
+    from tokamax import config
+    from tokamax._src import gpu_utils, mosaic_gpu
+
+    gpu = {"platform": "gpu", "device_kind": "NVIDIA H200", "compute_capability": "9.0", "core_count": 132}
+    device = type("Device", (), gpu | {"shared_memory_per_block_optin": 232448})()
+    monkeypatch.setattr(mosaic_gpu.backend, "get_default_device", lambda: device)
+    for name in ("has_mosaic_gpu_support", "is_sm80", "is_sm90", "is_sm100"):
+        monkeypatch.setattr(gpu_utils, name, lambda *_, here=name in ("has_mosaic_gpu_support", "is_sm90"): here)
+    monkeypatch.setattr(engine, "implementation", "mosaic_gpu")
+    monkeypatch.setattr("sys.argv", ["tests"])
+    shapes = [(2, 256, 4, 64), (2, 256, 2, 64), (2, 256, 2, 32), *[(1, 4, 256, 256)] * biased]
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+
+    def loss(*x):
+        return fused(*x, mask=mask).astype(jnp.float32).sum()
+
+    with config.cross_compile(True):
+        gradients = jax.eval_shape(jax.grad(loss, tuple(range(len(arrays)))), *arrays)
+        text = str(jax.make_jaxpr(loss)(*arrays))
+    assert [x.shape for x in gradients] == shapes
+    assert "wgmma" in text
+
+
 def test_limits(engine):
     def reason(*args, **kwargs):
         with pytest.raises(NotImplementedError) as error:
