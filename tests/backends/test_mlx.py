@@ -109,6 +109,26 @@ def test_rows_without_a_key_are_not_left_to_the_kernel(empty, monkeypatch):
     same(with_gradients(fused, arrays(), mask=HIDDEN), expected)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_low_biases_do_not_overflow(dtype, monkeypatch):
+    """A kernel of powers of two multiplies logits by more than one."""
+
+    def kernel(query, key, value, scale, mask):
+        logits = (scale * query @ mx.swapaxes(key, -1, -2) + mask).astype(mx.float32) * 1.44269504
+        weights = mx.power(2.0, logits - mx.maximum(mx.max(logits, axis=-1, keepdims=True), -3.4e38))
+        return (weights / mx.sum(weights, axis=-1, keepdims=True)).astype(value.dtype) @ value
+
+    bias = np.where(np.arange(7) % 2, backend.lowest(dtype), 0.0) * np.ones((5, 1))
+    bias[2] = backend.lowest(dtype)
+    bias[3] = [-1e37, *[-2e37] * 6]
+    given = [x.astype(getattr(mx, dtype)) for x in (*arrays(), mx.array(bias.astype(np.float32)))]
+    expected = exact(*given[:3], bias=given[3])
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", kernel)
+    tolerance = 1e-5 if dtype == "float32" else 2e-2
+    output = fused(*given[:3], bias=given[3])
+    np.testing.assert_allclose(*(np.asarray(x.astype(mx.float32)) for x in (output, expected)), atol=tolerance)
+
+
 def test_transformations():
     query, key, value = arrays()
 
