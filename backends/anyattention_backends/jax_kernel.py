@@ -2,7 +2,8 @@
 
 Kernels disagree about a query that sees no key; Flax gives it the mean of all values. Such queries are shown some key,
 so that whatever the kernel computes of them is finite, and their output is replaced: then their gradients are Flax's
-too. An output of a bias that is minus infinity throughout is NaN, as a softmax makes it.
+too. A query all of whose biases are far below zero, as where they stand for a mask, is beyond kernels: such calls are
+tiled's, which a program decides when it runs.
 """
 
 from collections.abc import Callable
