@@ -223,7 +223,7 @@ def _shown(backend: Any, found: Structure, mask: Any, query: Array, key: Array) 
 def _visible(backend: Any, mask: Any, query: Array, key: Array) -> Array:
     """Where a query sees a key, broadcastable to ``[batch..., heads, q_length, kv_length]``; XLA fuses it away."""
     if not isinstance(mask, masks.Mask):
-        return backend.truth(jnp.asarray(mask))
+        return backend.truth(jnp.atleast_1d(jnp.asarray(mask)))
     to = masks.Lowering(backend, tuple(query.shape[:-3]), (query.shape[-3], key.shape[-3]), query)
     return masks.visible(backend, mask.lower(to), tuple(to.arrays))
 

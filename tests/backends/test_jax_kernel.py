@@ -157,6 +157,16 @@ def test_structure(kernel, name):
     same_as_flax(arrays(q_length=7 if name == "window" else 9), mask)
 
 
+@pytest.mark.parametrize("visible", [True, False])
+def test_a_mask_without_axes(kernel, visible):
+    args = arrays()
+    for function in (fused, jax.jit(fused)):
+        output, *gradients = value_and_gradients(function, *args, mask=jnp.array(visible))
+        expected = value_and_gradients(linen.dot_product_attention, *args, mask=jnp.full((1, 1, 9, 7), visible))
+        for found, wanted in zip((output, *gradients), expected, strict=True):
+            np.testing.assert_allclose(found, wanted, rtol=2e-5, atol=2e-5)
+
+
 def test_grouped_heads_and_other_batches(kernel):
     same_as_flax(arrays(kv_heads=2), MASKS["array"])
     same_as_flax(arrays(batch=()), CausalMask())
