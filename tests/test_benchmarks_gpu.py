@@ -119,6 +119,21 @@ def test_report(pretended):
     assert again.stdout == printed
 
 
+def test_report_of_the_committed_run(tmp_path):
+    """It is printed as it is: the file stays the same, and the text has its counts and its fastest call."""
+    committed = ROOT / "benchmarks" / "results" / "gpu-2026-11-26-h100.json"
+    path = tmp_path / committed.name
+    path.write_bytes(committed.read_bytes())
+    done = run("--part", "report", "--results", str(path))
+    assert not done.returncode, done.stderr[-2000:]
+    assert path.read_bytes() == committed.read_bytes()
+    for engine, counts in (("JAX, cudnn", 196), ("JAX, tokamax", 119), ("PyTorch, sdpa", 195)):
+        (found,) = re.findall(rf"^{engine}((?: +\d+){{5}})$", done.stdout, re.MULTILINE)
+        assert sum(map(int, found.split())) == counts
+    assert "NVIDIA H100 80GB HBM3: a matrix product in bfloat16 runs at 783.9 TFLOP/s" in done.stdout
+    assert "| bfloat16 4x4096x16x128 lengths | 645 (82 %) |" in done.stdout
+
+
 def test_no_gpu():
     done = run("--framework", "torch", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 2
