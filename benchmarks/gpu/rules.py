@@ -18,20 +18,27 @@ from anyattention_conformance.truth import Answer
 
 QUERY, KEY = (2, 256, 4, 64), (2, 384, 4, 64)
 LENGTHS, QUERY_LENGTHS = np.array([0, 300]), np.array([256, 7])
-#: Four segments of queries, the last two without keys.
-SEGMENTS = SegmentMask(np.tile(np.arange(256) // 64, (2, 1)), np.tile(np.arange(384) // 200, (2, 1)))
-MASKS: dict[str, Mask] = {
-    "causal": CausalMask(),
-    "causal-offset": CausalMask(3),
-    "window": LocalMask(130, 9),
-    "window-left": LocalMask(200, 0),
-    "lengths": LengthMask(LENGTHS),
-    "lengths-of-both": LengthMask(LENGTHS, QUERY_LENGTHS),
-    "causal-lengths": CausalMask() & LengthMask(LENGTHS),
-    "window-lengths": LocalMask(130, 9) & LengthMask(LENGTHS),
-    "segments": SEGMENTS,
-    "causal-segments": CausalMask() & SEGMENTS,
-    "not-causal": ~CausalMask(200),
+
+
+def segments() -> Mask:
+    """Four segments of queries, the last two without keys."""
+    return SegmentMask(np.tile(np.arange(256) // 64, (2, 1)), np.tile(np.arange(384) // 200, (2, 1)))
+
+
+#: Each mask is made where it is used: JAX takes only those apart that are made after it was imported, which the process
+#: of a framework does after it has imported this.
+MASKS: dict[str, Callable[[], Mask]] = {
+    "causal": CausalMask,
+    "causal-offset": lambda: CausalMask(3),
+    "window": lambda: LocalMask(130, 9),
+    "window-left": lambda: LocalMask(200, 0),
+    "lengths": lambda: LengthMask(LENGTHS),
+    "lengths-of-both": lambda: LengthMask(LENGTHS, QUERY_LENGTHS),
+    "causal-lengths": lambda: CausalMask() & LengthMask(LENGTHS),
+    "window-lengths": lambda: LocalMask(130, 9) & LengthMask(LENGTHS),
+    "segments": segments,
+    "causal-segments": lambda: CausalMask() & segments(),
+    "not-causal": lambda: ~CausalMask(200),
 }
 PADDING = ("bias", (..., slice(0, 130)), "min")  # the first tiles are hidden
 PADDED_ROWS = ("bias", (0, 0, slice(5, 9)), "min")
@@ -48,7 +55,7 @@ class Ruled(Case):
         """The arguments; the mask as an array."""
         arguments = super().inputs(dtype, bias_dtype)
         if self.rule:
-            arguments["mask"] = np.asarray(MASKS[self.rule].to_array(self.query[-3], self.key[-3]))
+            arguments["mask"] = np.asarray(MASKS[self.rule]().to_array(self.query[-3], self.key[-3]))
         return arguments
 
     def given(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -57,7 +64,7 @@ class Ruled(Case):
         @wraps(anyattention.dot_product_attention)
         def call(*args: Any, **kwargs: Any) -> Any:
             if self.rule:
-                kwargs["mask"] = MASKS[self.rule]
+                kwargs["mask"] = MASKS[self.rule]()
             if self.constant:
                 bias = kwargs["bias"]
                 kwargs["bias"] = bias.detach() if hasattr(bias, "detach") else stop_gradient(bias)
