@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from anyattention_conformance import truth
 from benchmarks.cases import CASES, CONTESTANTS, Case
 
 SECONDS = 1.0  # to measure a case for, at a time
@@ -35,22 +36,14 @@ def dense(case: Case, lengths: np.ndarray) -> np.ndarray | None:
     return None
 
 
-def truth(case: Case, arrays: list[np.ndarray], mask: np.ndarray | None, rows: np.ndarray) -> np.ndarray:
+def right(case: Case, arrays: list[np.ndarray], mask: np.ndarray | None, rows: np.ndarray) -> np.ndarray:
     """The output of some queries of the last batch entry in float64, or its sum of squares' gradient by them."""
-    query, key, value = (x[-1].astype(np.float64) for x in arrays)
-    logits = np.einsum("qhd,khd->hqk", query[rows], key) / case.depth**0.5
+    query, key, value = (x[-1] for x in arrays)
+    arguments = {"query": query[rows], "key": key, "value": value}
     if mask is not None:
-        mask = np.broadcast_to(mask, (case.batch, 1, case.q_length, case.keys))[-1, :, rows].swapaxes(0, 1)
-        logits = np.where(mask, logits, -np.inf)
-    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    weights /= weights.sum(axis=-1, keepdims=True)
-    output = np.einsum("hqk,khd->qhd", weights, value)
-    if not case.gradient:
-        return output
-    doutput = 2 * output
-    dweights = np.einsum("qhd,khd->hqk", doutput, value)
-    dlogits = weights * (dweights - (weights * dweights).sum(axis=-1, keepdims=True))
-    return np.einsum("hqk,khd->qhd", dlogits, key) / case.depth**0.5
+        arguments["mask"] = np.broadcast_to(mask, (case.batch, 1, case.q_length, case.keys))[-1, :, rows].swapaxes(0, 1)
+    output = truth(arguments, case.dtype)[0].output
+    return truth(arguments, case.dtype, 2 * output)[0].gradients["query"] if case.gradient else output
 
 
 def numpy_call(case: Case, what: str, arrays: list[Any], lengths: np.ndarray) -> Callable[[], Any] | None:
@@ -175,7 +168,7 @@ def measure(case: Case, framework: str, what: str) -> dict[str, Any]:
     figures: dict[str, Any] = {"peak_mib": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024}
     if case.kind != "dropout":
         rows = np.linspace(0, case.q_length - 1, min(case.q_length, 8)).astype(int)
-        expected = truth(case, arrays, dense(case, lengths), rows)
+        expected = right(case, arrays, dense(case, lengths), rows)
         figures["error"] = float(np.max(np.abs(result[-1, rows] - expected)))
         eps = 2.0**-7 if case.dtype == "bfloat16" else 2.0**-23
         if not figures["error"] <= 32 * eps * np.abs(expected).max():

@@ -12,7 +12,7 @@ import torch
 from flax import linen
 
 import anyattention as aa
-from anyattention_conformance import FORMS, Case, flax_attention, within_c2, within_c3
+from anyattention_conformance import FORMS, Case, flax_attention, truth, within_c2, within_c3
 
 BF16 = ml_dtypes.bfloat16
 CASES = {case.id: case for case in FORMS}
@@ -338,36 +338,27 @@ def gradients(function, arguments, cotangent):
     return {name: np.asarray(x) for name, x in pullback(free, cotangent).items()}
 
 
-def torch_gradients(function, arguments, cotangent, dtype=None):
+def torch_gradients(function, arguments, cotangent):
     """The same on PyTorch, from NumPy to NumPy, unjitted."""
 
     def tensor(x):
-        return torch.tensor(x.astype(np.float64)).to(getattr(torch, dtype or x.dtype.name))
+        return torch.tensor(x.astype(np.float64)).to(getattr(torch, x.dtype.name))
 
     free = {name: tensor(arguments[name]).requires_grad_() for name in NAMES if name in arguments}
     fixed = {name: x for name, x in arguments.items() if name not in free}
     found = torch.autograd.grad(function(**free, **fixed), list(free.values()), tensor(cotangent))
-    return {
-        name: y.double().numpy().astype(dtype or arguments[name].dtype) for name, y in zip(free, found, strict=True)
-    }
-
-
-def formula(query, key, value, bias=0.0, mask=True, force_fp32_for_softmax=False):
-    """Flax's formula, for float64 tensors."""
-    logits = torch.einsum("...qhd,...khd->...hqk", query / query.shape[-1] ** 0.5, key) + bias
-    weights = torch.softmax(torch.where(torch.tensor(mask) != 0, logits, torch.finfo(torch.float64).min), -1)
-    return torch.einsum("...hqk,...khd->...qhd", weights, value)
+    return {name: y.double().numpy().astype(arguments[name].dtype) for name, y in zip(free, found, strict=True)}
 
 
 def no_worse_than_flax(actual, arguments, cotangent):
     """NaN where Flax has NaN; elsewhere C3, in units of the largest value of each gradient."""
     expected = gradients(linen.dot_product_attention, arguments, cotangent)
-    truth = torch_gradients(formula, arguments, cotangent, "float64")
+    right = truth(arguments, arguments["query"].dtype.name, cotangent)[0].gradients
     for name, flax in expected.items():
         np.testing.assert_array_equal(np.isnan(actual[name]), np.isnan(flax))
-        counts = np.isfinite(flax) & np.isfinite(truth[name])
-        ours, flax, right = (np.where(counts, x, 0).reshape(1, -1) for x in (actual[name], flax, truth[name]))
-        assert not within_c3(ours, flax, right, np.abs(right), flax.dtype.name), name
+        counts = np.isfinite(flax) & np.isfinite(right[name])
+        ours, flax, exact = (np.where(counts, x, 0).reshape(1, -1) for x in (actual[name], flax, right[name]))
+        assert not within_c3(ours, flax, exact, np.abs(exact), flax.dtype.name), name
 
 
 @pytest.mark.parametrize("dtype", ["float32", BF16], ids=str)

@@ -4,10 +4,11 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from anyattention_conformance import truth
 from benchmarks.gpu.cases import Case
 from benchmarks.gpu.ours import explainer
 
@@ -22,6 +23,14 @@ EPS = {"bfloat16": 2.0**-7, "float16": 2.0**-10}
 TOLERANCE = 8
 QUERIES = 8  # that are checked, in the first and the last batch entry, of the first and the last head
 ROUNDS, LIMIT = 9, 4.0  # readings of each contestant; seconds of them all
+
+
+class Expected(NamedTuple):
+    """The truth about a few queries, or about gradients of their outputs alone, so that it needs but their logits."""
+
+    rows: np.ndarray
+    cotangent: Array  # with zeros in all other rows
+    answers: dict[int, list[np.ndarray]]  # by batch entry, of its first and last head
 
 
 class Side(Protocol):
@@ -58,10 +67,11 @@ def measure(side: Side, case: Case, functions: dict[str, Function], chunk: float
     A reading takes `chunk` seconds.
     """
     inputs = side.inputs(case)
+    expected = expectation(side, case, inputs)
     ready: dict[str, tuple[Callable[[], Any], Figures]] = {}
     for name, function in functions.items():
         yield {"at": name}
-        run, figures = checked(side, case, inputs, name, function)
+        run, figures = checked(side, case, inputs, expected, name, function)
         if run is None:
             yield {"row": name, "figures": figures}
         else:
@@ -78,7 +88,7 @@ def measure(side: Side, case: Case, functions: dict[str, Function], chunk: float
 
 
 def checked(
-    side: Side, case: Case, inputs: dict[str, Any], name: str, function: Function
+    side: Side, case: Case, inputs: dict[str, Any], expected: Expected, name: str, function: Function
 ) -> tuple[Callable[[], Any] | None, Figures]:
     """A contestant that is ready to be timed, and its figures so far; None in its place if it is not to be."""
     figures: Figures = {}
@@ -90,7 +100,7 @@ def checked(
             figures = {"implementation": plan.implementation}
             figures |= {"engine": plan.engine.name} if plan.engine else {}
         call, peak = side.prepare(function, case, inputs)
-        error = error_of(side, case, inputs, call)
+        error = error_of(side, case, expected, call)
     except ImportError as error_:
         return None, {"skipped": str(error_)}
     except Exception as error_:
@@ -117,28 +127,32 @@ def flax_bytes(case: Case) -> int:
     return case.logits * 2 * (4 if case.gradient else 2)
 
 
-def error_of(side: Side, case: Case, inputs: dict[str, Any], call: Callable[[Array], Any]) -> float:
-    """How far the answer is from the truth, in eps; infinite where it is not finite.
-
-    A gradient is taken of a few queries' outputs, so that the truth needs only their logits.
-    """
+def expectation(side: Side, case: Case, inputs: dict[str, Any]) -> Expected:
+    """What all contestants of a case are held to."""
     rows = np.linspace(case.q_length // 8, case.q_length - 1, QUERIES).astype(int)
     cotangent = side.at(inputs["cotangent"], rows)
-    results = call(cotangent)
-    if not all(side.finite(x) for x in results):
-        return math.inf
-    worst = 0.0
+    answers = {}
     for entry in sorted({0, case.batch - 1}):
         sliced = {name: side.get(some(inputs[name], entry)) for name in ("query", "key", "value")}
         sliced["cotangent"] = side.get(some(cotangent, entry))
         logits_of = {name: side.get(x) for name, x in inputs["extras"].items() if name != "bias"}
         if case.kind == "bias":
             logits_of["bias"] = side.get(inputs["extras"]["bias"][0, :: step(case.heads)][:, rows])
-        expected = truth(case, sliced, logits_of, entry, rows)
-        for actual, right in zip(results, expected, strict=True):
+        answers[entry] = right(case, sliced, logits_of, entry, rows)
+    return Expected(rows, cotangent, answers)
+
+
+def error_of(side: Side, case: Case, expected: Expected, call: Callable[[Array], Any]) -> float:
+    """How far the answer is from the truth, in eps; infinite where it is not finite."""
+    results = call(expected.cotangent)
+    if not all(side.finite(x) for x in results):
+        return math.inf
+    worst = 0.0
+    for entry, answers in expected.answers.items():
+        for actual, wanted in zip(results, answers, strict=True):
             found = side.get(some(actual, entry))
-            found = found if case.gradient else found[rows]
-            worst = max(worst, root_mean_square(found - right) / root_mean_square(right))
+            found = found if case.gradient else found[expected.rows]
+            worst = max(worst, root_mean_square(found - wanted) / root_mean_square(wanted))
     return worst / EPS[case.dtype]
 
 
@@ -155,25 +169,17 @@ def root_mean_square(x: np.ndarray) -> float:
     return float(np.sqrt(np.mean(x * x)))
 
 
-def truth(
+def right(
     case: Case, arrays: dict[str, np.ndarray], extras: dict[str, np.ndarray], entry: int, rows: np.ndarray
 ) -> list[np.ndarray]:
     """The output of some queries of a batch entry, or the gradients of them by query, key and value, in float64."""
-    query, key, value = (arrays[name] for name in ("query", "key", "value"))
-    logits = np.einsum("qhd,khd->hqk", query[rows], key, optimize=True) / case.depth**0.5
-    logits = logits + extras.get("bias", 0.0)
-    logits = np.where(visible(case, extras, entry, rows), logits, -np.inf)
-    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    weights /= weights.sum(axis=-1, keepdims=True)
+    arguments = arrays | extras | {"query": arrays["query"][rows], "mask": visible(case, extras, entry, rows)}
     if not case.gradient:
-        return [np.einsum("hqk,khd->qhd", weights, value, optimize=True)]
-    cotangent = arrays["cotangent"][rows]
-    dweights = np.einsum("qhd,khd->hqk", cotangent, value, optimize=True)
-    dlogits = weights * (dweights - (weights * dweights).sum(axis=-1, keepdims=True)) / case.depth**0.5
-    dquery = np.zeros_like(query)
-    dquery[rows] = np.einsum("hqk,khd->qhd", dlogits, key, optimize=True)
-    dkey = np.einsum("hqk,qhd->khd", dlogits, query[rows], optimize=True)
-    return [dquery, dkey, np.einsum("hqk,qhd->khd", weights, cotangent, optimize=True)]
+        return [truth(arguments, case.dtype)[0].output]
+    gradients = truth(arguments, case.dtype, arrays["cotangent"][rows])[0].gradients
+    dquery = np.zeros_like(arrays["query"])
+    dquery[rows] = gradients["query"]
+    return [dquery, gradients["key"], gradients["value"]]
 
 
 def visible(case: Case, extras: dict[str, np.ndarray], entry: int, rows: np.ndarray) -> np.ndarray:

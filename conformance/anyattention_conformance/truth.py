@@ -117,7 +117,9 @@ def _finite(x: Array) -> Array:
 
 def _product(x: Array, y: Array) -> Array:
     """``x @ y``, without the terms whose left factor is zero."""
-    bad = (x != 0).astype(float) @ (~np.isfinite(y)).astype(float)
+    if (finite := np.isfinite(y)).all():
+        return x @ y
+    bad = (x != 0).astype(float) @ (~finite).astype(float)
     return np.where(bad > 0, x @ y, x @ _finite(y))
 
 
