@@ -22,6 +22,7 @@ class CuDNN(Kernel):
     dtypes = ("bfloat16", "float16")
     multiple = 8
     one_depth = True
+    even = True  # JAX, 0.10 to 0.12, refuses odd lengths in training as if every call had a bias
 
     @cached_property
     def absent(self) -> str:
@@ -68,7 +69,10 @@ class CuDNN(Kernel):
     def call(self, query: Array, key: Array, value: Array, bias: Array | None, mask: Structure, scale: float) -> Array:
         whole = query.shape[-3], key.shape[-3]
         bias, array = (None if x is None else jnp.broadcast_to(x, (*x.shape[:2], *whole)) for x in (bias, mask.joined))
-        query, key, value, lengths, bias, array = alike(query, key, value, mask.kv_lengths, bias, array)
+        rows, lengths = mask.query_lengths, mask.kv_lengths
+        if rows is None and lengths is not None:
+            rows = jnp.full_like(lengths, whole[0])
+        query, key, value, rows, lengths, bias, array = alike(query, key, value, rows, lengths, bias, array)
         return jax.nn.dot_product_attention(
             query,
             key,
@@ -77,7 +81,7 @@ class CuDNN(Kernel):
             mask=array,
             scale=scale,
             is_causal=mask.right == 0,
-            query_seq_lengths=None if lengths is None else lengths * 0 + whole[0],
+            query_seq_lengths=rows,
             key_value_seq_lengths=lengths,
             local_window_size=None if mask.left is None else (mask.left, 0),
             implementation="cudnn",

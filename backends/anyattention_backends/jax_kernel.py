@@ -34,6 +34,7 @@ class Kernel(Engine):
     dtypes: tuple[str, ...]
     multiple = 1  # of the depths, which are filled up with zeros
     one_depth = False  # of queries, keys and values
+    even = False  # whether its derivative wants even lengths; it then refuses a bias or an array of odd ones
     arrays = True  # as masks
 
     @cached_property
@@ -129,21 +130,32 @@ class Kernel(Engine):
         """The depth that the kernel is given for the depths of these arrays."""
         return -(-max(x.shape[-1] for x in arrays) // self.multiple) * self.multiple
 
-    def mended(self, mask: Any, arrays: Arrays) -> Array:
-        """The kernel's answer with Flax's meaning, ``[batch..., q_length, heads, v_depth]``."""
+    def mended(self, mask: Any, arrays: Arrays, trained: bool) -> Array:
+        """The kernel's answer with Flax's meaning, ``[batch..., q_length, heads, v_depth]``.
+
+        Where it is `trained`, there is to be a derivative: a kernel that wants even lengths then gets one more row,
+        beyond the lengths that it is told. The row's output is cut off, so that its cotangent is zero.
+        """
         query, key, value, bias = arrays
         *batch, _, heads, depth = query.shape
         found, _ = self.fitted(query, key, bias, mask)
         seen, found = _shown(self.backend, found, mask, query, key)
         found = _one_batch(found, batch)
         widths = (self.depth(query, value),) * 2 if self.one_depth else (self.depth(query), self.depth(value))
+        lengths = query.shape[-3], key.shape[-3]
+        whole = (lengths[0] + lengths[0] % 2, lengths[1] + lengths[1] % 2) if self.even and trained else lengths
+        sizes = (whole[0], widths[0]), (whole[1], widths[0]), (whole[1], widths[1])
         q, k, v = (
-            _filled(jnp.reshape(x, (-1, *x.shape[-3:])), width)
-            for x, width in zip((query, key, value), (widths[0], widths[0], widths[1]), strict=True)
+            _filled(jnp.reshape(x, (-1, *x.shape[-3:])), *size)
+            for x, size in zip((query, key, value), sizes, strict=True)
         )
+        if whole != lengths:
+            rows, keys = (jnp.full(q.shape[0], length, jnp.int32) for length in lengths)
+            keys = keys if found.kv_lengths is None else found.kv_lengths
+            found = found._replace(query_lengths=rows, kv_lengths=keys)
         four = None if bias is None else pairs(jnp, bias, batch)
         with jax.named_scope(f"anyattention engine {self.name}"):  # shows in errors of the compiler
-            output = self.call(q, k, v, four, found, depth**-0.5)[..., : value.shape[-1]]
+            output = self.call(q, k, v, four, found, depth**-0.5)[:, : lengths[0], :, : value.shape[-1]]
         output = jnp.reshape(output, (*query.shape[:-1], value.shape[-1]))
         if seen is not None:
             mean = jnp.mean(value.astype(jnp.promote_types(value.dtype, jnp.float32)), axis=-3, keepdims=True)
@@ -152,9 +164,9 @@ class Kernel(Engine):
         return output
 
 
-@partial(jax.jit, static_argnums=0)
-def _mended(kernel: Kernel, mask: Any, arrays: Arrays) -> Array:
-    return kernel.mended(mask, arrays)
+@partial(jax.jit, static_argnums=(0, 3))
+def _mended(kernel: Kernel, mask: Any, arrays: Arrays, trained: bool = False) -> Array:
+    return kernel.mended(mask, arrays, trained)
 
 
 def _without(fallback: Callable[[Request], Array], request: Request, mask: Any, arrays: Arrays) -> Array:
@@ -250,10 +262,10 @@ def _rows(x: Array) -> Array:
     return jnp.swapaxes(x, -1, -2)[..., None]
 
 
-def _filled(x: Array, depth: int) -> Array:
-    """The array with zeros up to a depth."""
-    more = depth - x.shape[-1]
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, more)]) if more else x
+def _filled(x: Array, length: int, depth: int) -> Array:
+    """The array of four axes with zeros up to a length and a depth."""
+    more = length - x.shape[1], depth - x.shape[3]
+    return jnp.pad(x, [(0, 0), (0, more[0]), (0, 0), (0, more[1])]) if any(more) else x
 
 
 def plain(request: Request) -> bool:

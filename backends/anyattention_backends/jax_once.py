@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax.interpreters import ad, batching, mlir
 
 Array = Any
-# Called with what is no variable and what is, each a tree of arrays; returns an array.
-Function = Callable[[Any, Any], Array]
+# Called with what is no variable and what is, each a tree of arrays, maybe with `trained`; returns an array.
+Function = Callable[..., Array]
 INSTEAD = "pass implementation='tiled', or implementation='exact'"
 
 
@@ -19,7 +19,7 @@ def once(function: Function, other: Function, name: str, mask: Any, arrays: Any,
     """``function(mask, arrays)``, with one derivative by the arrays; where it is not `sound`, that of the `other`.
 
     The function is called in any case, so that what it keeps for its derivative is no result of a branch, which XLA
-    would copy.
+    would copy; with ``trained=True`` where there is to be a derivative.
 
     Raises:
         NotImplementedError: it is differentiated in forward mode or twice; the message has the engine's name.
@@ -57,7 +57,7 @@ def _once(function: Function, other: Function, name: str, mask: Any, sound: Arra
 
 
 def _forward(function: Function, other: Function, name: str, mask: Any, sound: Array | None, arrays: Any) -> Any:
-    output, pullback = jax.vjp(partial(function, mask), arrays)
+    output, pullback = jax.vjp(partial(function, mask, trained=True), arrays)
     return _either(sound, output, partial(other, mask, arrays)), (pullback, mask, sound, arrays)
 
 

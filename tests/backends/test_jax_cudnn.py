@@ -71,6 +71,41 @@ def test_masks_are_flags(gpu, mask, kind, window):
         assert not re.search(r"tensor<2x4x256x128x(bf16|i1)>", text)
 
 
+@pytest.mark.parametrize(
+    ("mask", "lengths", "kind", "window"),
+    [
+        (None, (301, 301), "NO_MASK", "0"),
+        (None, (301, 128), "NO_MASK", "0"),
+        (CausalMask(), (256, 129), "CAUSAL", "0"),
+        (CausalMask() & LocalMask(200, 7), (301, 301), "CAUSAL", "201"),
+        (LengthMask(LENGTHS), (256, 129), "PADDING", "0"),
+        (LengthMask(LENGTHS, LENGTHS), (301, 301), "PADDING", "0"),
+        (LengthMask(LENGTHS) & CausalMask(), (301, 128), "PADDING_CAUSAL", "0"),
+    ],
+    ids=["none", "queries", "causal", "window", "lengths", "both-lengths", "causal-lengths"],
+)
+def test_odd_lengths(gpu, mask, lengths, kind, window):
+    """They are padded where there is a derivative, and cuDNN is told the lengths; an output alone has no copy."""
+    arrays = shapes(2, q_length=lengths[0], kv_length=lengths[1], kv_heads=2)
+    assert lowered(partial(attend, mask=mask), *arrays) == (["fmhaSoftmax"], {kind, window})
+    text = jax.jit(partial(attend, mask=mask)).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    assert "stablehlo.pad" not in text
+    names = ["fmhaSoftmax", "fmhaSoftmaxBackward"]
+    told = {"NO_MASK": "PADDING", "CAUSAL": "PADDING_CAUSAL"}.get(kind, kind)
+    assert lowered(partial(gradients, mask=mask), *arrays) == (names, {told, window})
+    assert [x.shape for x in jax.eval_shape(partial(gradients, mask=mask), *arrays)] == [x.shape for x in arrays]
+    text = jax.jit(partial(gradients, mask=mask)).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    assert all(f"dense<{length}> : tensor<i32>" in text for length in lengths)
+    assert "dense<302> : tensor<i32>" not in text
+
+
+def test_odd_lengths_mapped(gpu):
+    arrays = shapes(2, q_length=301, kv_length=129)
+    mapped = jax.vmap(gradients, in_axes=(0, None, None))
+    found = lowered(mapped, jax.ShapeDtypeStruct((3, *arrays[0].shape), "bfloat16"), *arrays[1:])
+    assert found == (["fmhaSoftmax", "fmhaSoftmaxBackward"], {"PADDING", "0"})
+
+
 def test_arrays_are_a_bias(gpu):
     mask = np.random.default_rng(0).random((2, 1, 1, 128)) < 0.5
     assert lowered(partial(attend, mask=mask), *shapes(2))[0] == ["fmhaScaleBiasSoftmax"]

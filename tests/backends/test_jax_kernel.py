@@ -39,6 +39,21 @@ def attend_backward(kept, doutput):
 attend.defvjp(attend_forward, attend_backward)
 
 
+@jax.custom_vjp
+def refuse_odd(query, key):
+    """The same, of which odd lengths have no derivative."""
+    return query, key
+
+
+def refuse_odd_forward(query, key):
+    if query.shape[1] % 2 or key.shape[1] % 2:
+        raise NotImplementedError(f"Unsupported sequence length Q {query.shape[1]}, KV {key.shape[1]}.")
+    return (query, key), None
+
+
+refuse_odd.defvjp(refuse_odd_forward, lambda kept, cotangents: cotangents)
+
+
 class StandIn(Kernel):
     """Attention as kernels compute it: hidden logits are minus infinity; `empty` where there are no others."""
 
@@ -55,6 +70,8 @@ class StandIn(Kernel):
         assert query.ndim == key.ndim == value.ndim == 4
         assert not self.one_depth or query.shape[-1] == value.shape[-1]
         assert all(x.shape[-1] % self.multiple == 0 for x in (query, key, value))
+        if self.even:
+            query, key = refuse_odd(query, key)
         group = query.shape[2] // key.shape[2]
         q, k, v = (x.astype(jnp.float32) for x in (query, key, value))
         k, v = (jnp.repeat(x, group, axis=2) for x in (k, v))
@@ -74,7 +91,11 @@ class StandIn(Kernel):
         if mask.rest:
             assert mask.joined.ndim == 4
             visible &= mask.joined
-        return attend(jnp.where(visible, logits, -jnp.inf), v, self.empty).astype(query.dtype)
+        beyond = jnp.zeros((1, 1, q.shape[1], 1), bool)  # rows left to chance too, that have no gradient
+        if mask.query_lengths is not None:
+            beyond = i >= mask.query_lengths[:, None, None, None]
+        output = attend(jnp.where(visible | beyond, logits, -jnp.inf), v, self.empty).astype(query.dtype)
+        return jnp.where(jnp.swapaxes(beyond, 1, 2), self.empty, output)
 
 
 @pytest.fixture(params=[0.0, jnp.nan], ids=["zero", "nan"])
@@ -165,6 +186,47 @@ def test_a_mask_without_axes(kernel, visible):
         expected = value_and_gradients(linen.dot_product_attention, *args, mask=jnp.full((1, 1, 9, 7), visible))
         for found, wanted in zip((output, *gradients), expected, strict=True):
             np.testing.assert_allclose(found, wanted, rtol=2e-5, atol=2e-5)
+
+
+ODD = {
+    "none": (None, 9, 7),
+    "causal": (CausalMask(), 9, 7),
+    "causal of even keys": (CausalMask(), 9, 8),
+    "causal of more keys": (CausalMask(), 7, 9),
+    "window": (LocalMask(4, 0), 8, 7),
+    "narrow window": (LocalMask(2, 0), 9, 7),  # a tenth query would see no key
+    "lengths": (LengthMask(LENGTHS), 8, 7),
+    "both lengths": (LengthMask(LENGTHS, np.array([2, 9, 0])), 9, 7),
+    "causal lengths": (LengthMask(LENGTHS, np.array([2, 9, 0])) & CausalMask(), 9, 8),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_lengths_of_a_derivative(kernel, monkeypatch, name):
+    """They have a row of padding, which changes nothing, whatever the kernel puts there; an output alone has none."""
+    monkeypatch.setattr(kernel, "even", True, raising=False)
+    calls = []
+    monkeypatch.setattr(kernel, "call", lambda *x: (calls.append(x), StandIn.call(kernel, *x))[1])
+    mask, *lengths = ODD[name]
+    args = arrays(q_length=lengths[0], kv_length=lengths[1], kv_heads=2)
+    fused(*args, mask=mask)
+    same_as_flax(args, mask)
+    assert [[x.shape[1] for x in call[:2]] for call in calls] == [lengths, [x + x % 2 for x in lengths]]
+
+
+def test_odd_lengths_mapped(kernel, monkeypatch):
+    monkeypatch.setattr(kernel, "even", True, raising=False)
+    args = arrays()
+
+    def gradients(function, *x):
+        return jax.grad(lambda x: jnp.sum(function(*x) ** 2))(x)
+
+    batched = jnp.stack([args[0], 2 * args[0]])
+    actual, expected = (
+        jax.vmap(partial(gradients, f), in_axes=(0, None, None))(batched, *args[1:])
+        for f in (fused, linen.dot_product_attention)
+    )
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-5, atol=1e-4), actual, expected)
 
 
 def test_grouped_heads_and_other_batches(kernel):
