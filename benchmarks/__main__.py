@@ -4,7 +4,6 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import sys
 import time
 from datetime import date
@@ -13,9 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.cases import CASES, CONTESTANTS
+from anyattention_conformance.workers import DiedError, Recipe, Worker
+from benchmarks.cases import CASES, CONTESTANTS, Case
+from benchmarks.worker import Contestant
 
 HERE = Path(__file__).parent
+SECONDS = 3600.0  # that a contestant may take for a case
 
 
 def processor() -> str:
@@ -37,16 +39,15 @@ def peak_gflops() -> float:
     return 2 * 2048**3 / min(times) / 1e9
 
 
-def run(name: str, number: int) -> dict[str, Any]:
+def run(name: str, case: Case) -> dict[str, Any]:
     """One contestant on one case, in a fresh process, so that the peak of memory is that of the case."""
-    command = [sys.executable, "-m", "benchmarks.worker", name]
-    environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "2"}
-    done = subprocess.run(
-        command, input=f"{number}\n", capture_output=True, text=True, env=environment, cwd=HERE.parent, check=False
-    )
-    if done.returncode:
-        return {"failed": done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit {done.returncode}"}
-    return json.loads(done.stdout.splitlines()[-1])
+    worker = Worker(Recipe(Contestant, CONTESTANTS[name]))
+    try:
+        return worker.ask(case, seconds=SECONDS)
+    except DiedError as error:
+        return {"failed": str(error)}
+    finally:
+        worker.stop()
 
 
 def best(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
@@ -110,15 +111,16 @@ def main() -> None:
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--output", type=Path, default=HERE / "results", help="folder of the JSON file and the plot")
     options = parser.parse_args()
-    chosen = [i for i, case in enumerate(CASES) if options.only in case.name]
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+    chosen = [case for case in CASES if options.only in case.name]
     results: dict[str, dict[str, Any]] = {case.name: {} for case in CASES}
     peak = peak_gflops()
     for turn in range(options.rounds):
-        for number in chosen:
+        for case in chosen:
+            of_case = results[case.name]
             for name in CONTESTANTS:
-                of_case = results[CASES[number].name]
-                of_case[name] = best(of_case.get(name, {}), run(name, number))
-            print(f"round {turn + 1}: {CASES[number].name}", file=sys.stderr, flush=True)
+                of_case[name] = best(of_case.get(name, {}), run(name, case))
+            print(f"round {turn + 1}: {case.name}", file=sys.stderr, flush=True)
     print(table(results, peak), f"\n\nmatrix product of the machine: {peak:.0f} GFLOP/s")
     options.output.mkdir(exist_ok=True)
     today = date.today().isoformat()

@@ -1,20 +1,34 @@
-"""One contestant in a process of its own: reads the number of a case a line, answers with its figures in JSON."""
+"""One contestant in a process of its own, and its figures."""
 
-import json
 import resource
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from anyattention_conformance import truth
-from benchmarks.cases import CASES, CONTESTANTS, Case
+from benchmarks.cases import Case
 
 SECONDS = 1.0  # to measure a case for, at a time
 LENGTHS = 0.75  # of the keys are visible in a padded batch, on average
+
+
+class Contestant(NamedTuple):
+    """What a process serves."""
+
+    framework: str
+    what: str
+
+    @property
+    def about(self) -> dict[str, str]:
+        """What it is."""
+        return self._asdict()
+
+    def run(self, case: Case) -> dict[str, Any]:
+        """The figures of one case."""
+        return measure(case, self.framework, self.what)
 
 
 def inputs(case: Case) -> tuple[list[np.ndarray], np.ndarray]:
@@ -179,14 +193,3 @@ def measure(case: Case, framework: str, what: str) -> dict[str, Any]:
         call()
         times.append(time.perf_counter() - start)
     return figures | {"seconds": min(times)}
-
-
-def main() -> None:
-    """Serve the contestant named on the command line."""
-    framework, what = CONTESTANTS[sys.argv[1]]
-    for line in sys.stdin:
-        print(json.dumps(measure(CASES[int(line)], framework, what)), flush=True)
-
-
-if __name__ == "__main__":
-    main()

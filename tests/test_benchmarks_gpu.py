@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from anyattention import dot_product_attention
+from anyattention_conformance.workers import DiedError
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("src", "backends", "conformance")
@@ -50,18 +51,18 @@ def pretended(tmp_path_factory):
 def gpu(monkeypatch):
     """The parts of the program that tests call."""
     monkeypatch.syspath_prepend(str(ROOT))
-    from benchmarks.gpu import cases, correctness, measure, processes, record, torch_side
+    from benchmarks.gpu import cases, correctness, measure, record, torch_side, worker
 
     class Parts:
         Case, Record, OtherMachineError = cases.Case, record.Record, record.OtherMachineError
-        DiedError, side = processes.DiedError, torch_side.TorchSide(pretend=True)
+        side = torch_side.TorchSide(pretend=True)
 
         @staticmethod
         def figures(case, functions):
             messages = measure.measure(Parts.side, case, functions, 0.001)
             return {message["row"]: message["figures"] for message in messages if "row" in message}
 
-        survivors = staticmethod(processes.measure)
+        survivors = staticmethod(worker.figures)
 
     Parts.correctness = correctness
     return Parts
@@ -217,23 +218,25 @@ def test_process_that_dies(gpu):
     class Process:
         about, started = {"rows": ["a", "b", "c"]}, 0
 
-        def ask(self, job):
+        def ask(self, job, *arguments, seconds):
+            if job == "message":
+                return next(self.messages, None)
+            self.messages = self.case(*arguments)
+
+        def case(self, case, without):
             for name in self.about["rows"]:
-                if name in job["without"]:
+                if name in without:
                     continue
                 yield {"at": name}
                 if name == "b":
-                    raise gpu.DiedError("no answer")
+                    raise DiedError("no answer")
                 yield {"row": name, "figures": {"seconds": 1.0}}
-
-        def stop(self):
-            pass
 
         def start(self):
             self.started += 1
 
     process = Process()
-    found = gpu.survivors(process, {})
+    found = gpu.survivors(process, gpu.Case("", 1, 64, 2, 32))
     assert found == {"a": {"seconds": 1.0}, "b": {"failed": "no answer"}, "c": {"seconds": 1.0}}
     assert process.started == 1
 

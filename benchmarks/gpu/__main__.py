@@ -7,15 +7,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+from anyattention_conformance.workers import DiedError, Recipe, Worker
 from benchmarks.gpu import correctness, report
 from benchmarks.gpu.cases import CARD, PRETEND, Case, every
-from benchmarks.gpu.processes import DiedError, Process, measure
 from benchmarks.gpu.record import OtherMachineError, Record
+from benchmarks.gpu.worker import STEP_SECONDS, Server, figures
 
 FRAMEWORKS = ("jax", "torch")
 NO_GPU = 2  # exit status
@@ -33,7 +33,7 @@ class Budget:
         return time.monotonic() > self.end
 
 
-def check(record: Record, processes: dict[str, Process], options: argparse.Namespace, budget: Budget) -> None:
+def check(record: Record, processes: dict[str, Worker], options: argparse.Namespace, budget: Budget) -> None:
     """The kit's verdicts that are still missing. Quick: all engines share a process, to save its start."""
     for framework, process in processes.items():
         names = [*process.about["engines"], "tiled", "exact"]
@@ -53,20 +53,19 @@ def check(record: Record, processes: dict[str, Process], options: argparse.Names
 
 
 def time_all(
-    record: Record, processes: dict[str, Process], cases: list[Case], options: argparse.Namespace, budget: Budget
+    record: Record, processes: dict[str, Worker], cases: list[Case], options: argparse.Namespace, budget: Budget
 ) -> None:
     """The peak, the cost of choosing, and the cases that are still missing; frameworks take turns."""
     for framework, process in processes.items():
         try:
-            (peak,), (costs,) = (list(process.ask({"job": job})) for job in ("peak", "choosing"))
+            peak, costs = (process.ask(job, seconds=STEP_SECONDS) for job in ("peak", "choosing"))
         except DiedError as error:
             say(f"{framework}: neither the peak nor the cost of choosing could be measured: {error}")
-            process.stop()
             process.start()
             continue
         peaks = record.data["peak_tflops"]
-        peaks[framework] = max(peak["tflops"], peaks.get(framework, 0.0))
-        record.data["choosing_us"][framework] = costs["microseconds"]
+        peaks[framework] = max(peak, peaks.get(framework, 0.0))
+        record.data["choosing_us"][framework] = costs
         record.save()
     for case in cases:
         for framework, process in processes.items():
@@ -76,20 +75,21 @@ def time_all(
             if budget.spent:
                 return
             say(f"{framework}: {case.name}")
-            found[framework] = measure(process, asdict(case))
+            found[framework] = figures(process, case)
             record.save(at_once=False)
 
 
-def start(options: argparse.Namespace) -> tuple[dict[str, Process], list[str]]:
+def start(options: argparse.Namespace) -> tuple[dict[str, Worker], list[str]]:
     """The processes of frameworks that have a GPU, or pretend to; and what is missing of others."""
     processes, missing = {}, []
     for framework in [options.framework] if options.framework else FRAMEWORKS:
+        process = Worker(Recipe(Server, (framework, options.pretend)))
         try:
-            process = Process(framework, options.pretend)
+            usable = process.about["gpu"] or options.pretend
         except DiedError as error:
             missing.append(f"{framework} cannot be started ({error})")
             continue
-        if process.about["gpu"] or options.pretend:
+        if usable:
             processes[framework] = process
         else:
             process.stop()
@@ -154,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             process.stop()
 
 
-def run(options: argparse.Namespace, processes: dict[str, Process], budget: Budget) -> int:
+def run(options: argparse.Namespace, processes: dict[str, Worker], budget: Budget) -> int:
     """All parts, whose results are saved however this ends."""
     folder = Path(tempfile.gettempdir()) if options.pretend else RESULTS
     path = options.results or folder / f"gpu-{date.today().isoformat()}.json"

@@ -47,6 +47,11 @@ class OnDevice(NamedTuple):
 
     framework: frameworks.Framework
 
+    @property
+    def about(self) -> dict[str, str]:
+        """The versions of what it runs on."""
+        return self.framework.versions
+
     def run(self, case: Case, dtype: str, gradients: bool, name: str) -> Outcome:
         """The outcome; without gradients, which says why, where the call is refused with them alone.
 

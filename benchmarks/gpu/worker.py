@@ -1,14 +1,15 @@
-"""A framework in a process of its own: reads a job a line, answers with messages in JSON, a line each."""
+"""A framework in a process of its own, which is started again where it dies."""
 
-import json
-import os
-import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from functools import cached_property
 from typing import Any
 
+from anyattention_conformance.workers import DiedError, Worker
 from benchmarks.gpu.cases import CARD, PRETEND, Case, every
 from benchmarks.gpu.measure import choosing, matrix_product, measure, reasons
 from benchmarks.gpu.ours import explainer
+
+STEP_SECONDS = 150.0  # that one step of a job may take
 
 
 def side_of(framework: str) -> Any:
@@ -32,36 +33,60 @@ def costs(side: Any, case: Case) -> Iterator[tuple[str, Any]]:
             yield f"{case.kind}, {implementation}", f"refused: {reasons(str(error))}"
 
 
-def messages(framework: str, pretend: bool) -> Iterator[dict[str, Any]]:
-    """The answers to all jobs."""
-    kind = side_of(framework)
-    yield kind.about() | {"rows": kind.rows}
-    side = None
-    scale = PRETEND if pretend else CARD
-    for line in sys.stdin:
-        job = json.loads(line)
-        side = side or kind(pretend)
-        if job["job"] == "peak":
-            yield {"tflops": matrix_product(side, side.product(scale.matrix), scale.matrix)}
-        if job["job"] == "choosing":
-            cases = {case.kind: case for case in every(scale, quick=True) if not case.gradient}
-            yield {"microseconds": {name: cost for case in cases.values() for name, cost in costs(side, case)}}
-        if job["job"] == "case":
-            case = Case(**job["case"])
-            functions = side.functions(case)
-            functions = {name: function for name, function in functions.items() if name not in job["without"]}
-            yield from measure(side, case, functions, scale.reading)
-            side.clear()
-        yield {"done": True}
+class Server:
+    """What a process serves: the jobs of one framework."""
+
+    def __init__(self, framework: str, pretend: bool) -> None:
+        self.kind, self.pretend, self.scale = side_of(framework), pretend, PRETEND if pretend else CARD
+        self.about = self.kind.about() | {"rows": list(self.kind.rows)}
+
+    @cached_property
+    def side(self) -> Any:
+        return self.kind(self.pretend)
+
+    def run(self, job: str, *arguments: Any) -> Any:
+        """The answer to a job, which is the name of a method."""
+        return getattr(self, job)(*arguments)
+
+    def peak(self) -> float:
+        """TFLOP/s of a matrix product."""
+        return matrix_product(self.side, self.side.product(self.scale.matrix), self.scale.matrix)
+
+    def choosing(self) -> dict[str, Any]:
+        """What the choice costs, by kind of call."""
+        cases = {case.kind: case for case in every(self.scale, quick=True) if not case.gradient}
+        return {name: cost for case in cases.values() for name, cost in costs(self.side, case)}
+
+    def case(self, case: Case, without: Collection[str]) -> None:
+        """Begin a case; its messages are then asked for one by one."""
+        functions = self.side.functions(case)
+        functions = {name: function for name, function in functions.items() if name not in without}
+        self.messages = measure(self.side, case, functions, self.scale.reading)
+
+    def message(self) -> dict[str, Any] | None:
+        """The next of the case, None after the last."""
+        found = next(self.messages, None)
+        if found is None:
+            self.side.clear()
+        return found
 
 
-def main() -> None:
-    """Serve the framework named on the command line."""
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what libraries print must not mix with the answers
-    for message in messages(sys.argv[1], "--pretend" in sys.argv):
-        answers.write(json.dumps(message) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+def figures(process: Worker, case: Case) -> dict[str, Any]:
+    """Those of every contestant of a case; one that brings the process down is left out and the rest repeated."""
+    without: dict[str, Any] = {}
+    while True:
+        found: dict[str, Any] = {}
+        at = ""
+        try:
+            process.ask("case", case, list(without), seconds=STEP_SECONDS)
+            while (message := process.ask("message", seconds=STEP_SECONDS)) is not None:
+                at = message.get("at", at)
+                if "row" in message:
+                    found[message["row"]] = message["figures"]
+        except DiedError as error:
+            process.start()
+            rest = [name for name in process.about["rows"] if name not in found and name not in without]
+            without |= {name: {"failed": str(error)} for name in ([at] if at else rest)}
+            if at:
+                continue
+        return {name: (found | without)[name] for name in process.about["rows"]}

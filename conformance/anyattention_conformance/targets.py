@@ -59,6 +59,11 @@ class Target:
             named = (x.name for x in parameters if x.kind not in (x.VAR_KEYWORD, x.VAR_POSITIONAL))
             object.__setattr__(self, "accepts", frozenset(named))
 
+    @property
+    def about(self) -> dict[str, str]:
+        """The versions of what it runs on."""
+        return self.framework.versions
+
     def run(self, case: Case, dtype: str, gradients: bool) -> Outcome:
         """Call the function on one case."""
         if not case.available(dtype):

@@ -1,4 +1,4 @@
-"""Processes of their own for the target: one that hangs or dies takes its case with it, not the run."""
+"""Processes of their own: one that hangs or dies takes what it was at with it, not all the rest."""
 
 import contextlib
 import multiprocessing
@@ -13,44 +13,104 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from anyattention_conformance.targets import Outcome, Target, TargetError
+from anyattention_conformance.targets import Outcome, TargetError
 
 START_SECONDS = 300.0  # for imports
 DEATHS = 5  # of processes, after which the target is given up
 
 
+class DiedError(Exception):
+    """A process ended, or was silent for too long: `why` says which, the text also what was printed last."""
+
+    def __init__(self, why: str, said: str = "") -> None:
+        super().__init__(f"{why}: {said}" if said else why)
+        self.why = why
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """How a process makes the target: a function that can be pickled, and its arguments."""
+    """How a process makes what it serves: a function that can be pickled, and its arguments.
 
-    make: Callable[..., Target]
+    What is made has `about`, which it says of itself, and `run`, which answers a request, as a `Target` does.
+    """
+
+    make: Callable[..., Any]
     arguments: tuple[Any, ...]
 
 
 class Worker:
-    """One process, and the run that it is at."""
+    """One process, and the run that it is at. After DiedError it has ended, and can be started again."""
 
     def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.start()
+
+    def start(self) -> None:
+        """Begin, or begin again."""
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self.log = Path(tempfile.mkstemp(prefix="anyattention-", suffix=".log")[1])
-        self.process = context.Process(target=_serve, args=(theirs, recipe, str(self.log)), daemon=True)
+        handle, log = tempfile.mkstemp(prefix="anyattention-", suffix=".log")
+        os.close(handle)
+        self.log = Path(log)
+        self.process = context.Process(target=_serve, args=(theirs, self.recipe, log), daemon=True)
         self.process.start()
         theirs.close()
         self.run: Any = None
-        self.deadline = monotonic() + START_SECONDS
+        self._about: dict[str, Any] | None = None
+        self._allow(START_SECONDS)
+
+    def _allow(self, seconds: float) -> None:
+        self.seconds, self.deadline = seconds, monotonic() + seconds
+
+    def ready(self) -> dict[str, Any]:
+        """What it says of itself, as soon as it is ready. TargetError if it has no target."""
+        if self._about is None:
+            message = self.receive()
+            if isinstance(message, TargetError):
+                raise message
+            self._about = message
+        return self._about
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What it says of itself."""
+        return self.ready()
 
     def give(self, run: Any, seconds: float) -> None:
         """Start a run."""
-        self.run, self.deadline = run, monotonic() + seconds
-        self.connection.send(run)
+        self.run = run
+        self._allow(seconds)
+        with contextlib.suppress(OSError):  # it is dead, which `receive` says
+            self.connection.send(run)
+
+    def receive(self) -> Any:
+        """Its next message. DiedError if there is none until the deadline."""
+        why = f"no answer within {self.seconds:g} seconds"
+        try:
+            if self.connection.poll(max(0.0, self.deadline - monotonic())):
+                return self.connection.recv()
+        except (EOFError, OSError):
+            self.process.join()
+            code = self.process.exitcode
+            why = f"its process ended with status {code}" if code else "its process ended"
+        raise DiedError(why, self.stop())
+
+    def ask(self, *run: Any, seconds: float) -> Any:
+        """The answer to one run, as soon as it is there. DiedError if there is none, or an exception in its place."""
+        self.ready()
+        self.give(run, seconds)
+        answer = self.receive()
+        if isinstance(answer, Outcome) and answer.kind == "raised":
+            self.stop()
+            raise DiedError(answer.message)
+        return answer
 
     def stop(self) -> str:
         """End the process; what it last printed."""
         self.process.kill()
         self.process.join()
         self.connection.close()
-        lines = self.log.read_text(errors="replace").strip().splitlines()
+        lines = self.log.read_text(errors="replace").strip().splitlines() if self.log.exists() else []
         self.log.unlink(missing_ok=True)
         return lines[-1][:300] if lines else ""
 
@@ -69,7 +129,7 @@ class Workers:
         that compile do it once.
         """
         waiting = deque(sorted(chosen, key=lambda run: (run.case.query, run.case.key, run.dtype)))
-        workers: list[Worker] = [Worker(self.recipe) for _ in range(min(self.jobs, max(1, len(chosen) // 8)))]
+        workers = [Worker(self.recipe) for _ in range(min(self.jobs, max(1, len(chosen) // 8)))]
         deaths = 0
         try:
             while workers:
@@ -77,18 +137,19 @@ class Workers:
                     [worker.connection for worker in workers], max(0.0, min(x.deadline for x in workers) - monotonic())
                 )
                 for place, worker in enumerate(workers):
-                    if worker.connection.poll():
-                        message = self._receive(worker)
-                    elif monotonic() < worker.deadline:
+                    if not worker.connection.poll() and monotonic() < worker.deadline:
                         continue
-                    else:
-                        message = Outcome("died", f"no answer within {self.seconds:g} seconds")
-                    if worker.run is not None:
-                        yield worker.run, message
-                    if isinstance(message, Outcome) and message.kind == "died":
-                        self._bury(worker, message)
+                    try:
+                        if worker.run is None:
+                            self.versions = worker.ready()
+                        else:
+                            yield worker.run, worker.receive()
+                    except DiedError as error:
+                        if worker.run is None:
+                            raise TargetError(f"the target cannot be started: {error}") from None
+                        yield worker.run, Outcome("died", error.why)
                         deaths += 1
-                        worker = workers[place] = Worker(self.recipe)
+                        worker.start()
                         continue
                     if deaths >= DEATHS or not waiting:
                         worker.stop()
@@ -101,44 +162,24 @@ class Workers:
         for run in waiting:
             yield run, Outcome("died", f"given up after the target brought down {deaths} processes")
 
-    def _receive(self, worker: Worker) -> Any:
-        """What a process sent: the outcome of its run, or that it is ready. TargetError if it has no target."""
-        try:
-            message = worker.connection.recv()
-        except (EOFError, OSError):
-            worker.process.join()
-            code = worker.process.exitcode
-            return Outcome("died", f"its process ended with status {code}" if code else "its process ended")
-        if isinstance(message, TargetError):
-            raise message
-        if isinstance(message, dict):
-            self.versions = message
-        return message
-
-    def _bury(self, worker: Worker, outcome: Outcome) -> None:
-        """Stop a process; TargetError if it died before its first run."""
-        said = worker.stop()
-        if worker.run is None:
-            raise TargetError(f"the target cannot be started: {outcome.message}" + (f": {said}" if said else ""))
-
 
 def _serve(connection: Connection, recipe: Recipe, log: str) -> None:
-    """The life of a worker process: make the target, say so, and answer run after run."""
+    """The life of a worker process: make what it serves, say so, and answer run after run."""
     with open(log, "a", buffering=1) as file:
-        for stream in (1, 2):  # what a target prints must not mix with the report
+        for stream in (1, 2):  # what is printed here must not mix with the report
             os.dup2(file.fileno(), stream)
     _die_with_parent()
     try:
-        target = recipe.make(*recipe.arguments)
+        served = recipe.make(*recipe.arguments)
     except TargetError as error:
         connection.send(error)
         return
-    connection.send(dict(target.framework.versions))
+    connection.send(served.about)
     with contextlib.suppress(EOFError):
         while True:
             run = connection.recv()
             try:
-                connection.send(target.run(*run))
+                connection.send(served.run(*run))
             except BaseException as error:
                 connection.send(Outcome("raised", f"{type(error).__name__}: {error}", raised=(type(error).__name__,)))
 
