@@ -149,13 +149,16 @@ def test_no_gpu():
 
 
 def test_nothing_needs_installing():
-    """Where array-api-compat is missing, the copy in SciPy, which JAX needs, does."""
+    """Where array-api-compat is missing, the copy in SciPy, which JAX needs, does; nor is threadpoolctl needed."""
     script = """
 from importlib import util
 find = util.find_spec
-util.find_spec = lambda name, *rest: None if name == "array_api_compat" else find(name, *rest)
+missing = ("array_api_compat", "threadpoolctl")
+util.find_spec = lambda name, *rest: None if name in missing else find(name, *rest)
 import benchmarks.gpu, array_api_compat
 assert "scipy" in array_api_compat.__file__
+import threadpoolctl
+assert not hasattr(threadpoolctl, "threadpool_info")
 import jax.numpy, numpy, torch
 from anyattention import dot_product_attention
 for library in (jax.numpy, numpy, torch):
