@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from anyattention_backends.torch import backend
 from benchmarks.gpu.cases import Case
 from benchmarks.gpu.measure import Function, key_lengths
 from benchmarks.gpu.ours import attention
@@ -19,6 +18,7 @@ class TorchSide:
     """PyTorch on its first GPU, or on the CPU."""
 
     name = "torch"
+    engines = ("sdpa", "flex")
     rows = ("ours, fused", "ours", "sdpa")
 
     def __init__(self, pretend: bool) -> None:
@@ -31,9 +31,8 @@ class TorchSide:
         gpu = torch.cuda.is_available() and torch.version.cuda is not None
         versions = {"torch": version("torch"), "numpy": version("numpy")}
         versions |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()} if gpu else {}
-        engines = [engine.name for engine in backend.engines]
         device = torch.cuda.get_device_name() if gpu else "cpu"
-        return {"gpu": gpu, "device": device, "versions": versions, "engines": engines}
+        return {"gpu": gpu, "device": device, "versions": versions}
 
     def inputs(self, case: Case) -> dict[str, Any]:
         generator = torch.Generator(self.device).manual_seed(0)

@@ -38,7 +38,7 @@ class Server:
 
     def __init__(self, framework: str, pretend: bool) -> None:
         self.kind, self.pretend, self.scale = side_of(framework), pretend, PRETEND if pretend else CARD
-        self.about = self.kind.about() | {"rows": list(self.kind.rows)}
+        self.about = self.kind.about() | {"engines": list(self.kind.engines), "rows": list(self.kind.rows)}
 
     @cached_property
     def side(self) -> Any:
