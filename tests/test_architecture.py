@@ -3,85 +3,89 @@
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LAYERS = {  # module: what it may import of the package
-    "__init__": {"api", "errors", "masks", "plan", "random", "settings"},
-    "api": {"attention", "backend", "dispatch", "engine", "errors", "layout", "masks", "plan", "request", "settings"},
-    "attention": {"backend", "request"},
-    "backend": {"blocks", "dtypes", "random"},
-    "blocks": set(),
-    "dispatch": {"backend"},
-    "dtypes": set(),
-    "engine": {"backend", "masks", "request", "settings"},
-    "errors": set(),
-    "layout": {"backend", "blocks", "dtypes", "masks", "random", "request", "tiled"},
-    "masks": {"backend", "dispatch", "dtypes", "errors"},
-    "partials": {"backend"},
-    "plan": {"settings"},
-    "random": {"dtypes"},
-    "request": set(),
-    "settings": set(),
-    "structure": {"masks"},
-    "tiled": {"backend", "blocks", "masks", "partials", "random"},
+HOMES = {"anyattention": ROOT / "src", "anyattention_backends": ROOT / "backends"}
+FILES = {
+    ".".join(path.relative_to(home).with_suffix("").parts).removesuffix(".__init__"): path
+    for name, home in HOMES.items()
+    for path in sorted((home / name).rglob("*.py"))
 }
-BELOW = {"backend", "blocks", "dtypes", "engine", "masks", "request", "structure"}  # what backends may import
-PARTS = {  # modules that are part of a backend
-    ("numpy", "anyattention_backends", "threads"),
-    ("jax", "anyattention_backends.jax_cudnn", "CuDNN"),
-    ("jax", "anyattention_backends.jax_splash", "Splash"),
-    ("jax", "anyattention_backends.jax_tokamax", "Tokamax"),
-    ("jax_cudnn", "anyattention_backends.jax_kernel", "Kernel"),
-    ("jax_cudnn", "anyattention_backends.jax_kernel", "plain"),
-    ("jax_cudnn", "anyattention_backends.jax_once", "alike"),
-    ("jax_kernel", "anyattention_backends.jax_once", "once"),
-    ("jax_splash", "anyattention_backends.jax_kernel", "Kernel"),
-    ("jax_tokamax", "anyattention_backends.jax_kernel", "Kernel"),
-    ("jax_tokamax", "anyattention_backends.jax_kernel", "plain"),
-    ("mlx", "anyattention_backends.mlx_sdpa", "MLXFast"),
-    ("torch", "anyattention_backends.torch_flex", "Flex"),
-    ("mlx", "anyattention_backends.mlx_sdpa", "MLXFast"),
-    ("torch", "anyattention_backends.torch_flex", "Flex"),
-    ("torch", "anyattention_backends.torch_sdpa", "SDPA"),
-    ("torch_flex", "anyattention_backends.torch_sdpa", "Kernel"),
-    ("torch_flex", "anyattention_backends.torch_sdpa", "Kernel"),
-}
+ENGINES = ("jax.cudnn", "jax.tokamax", "jax.splash", "torch.sdpa", "torch.flex", "mlx.sdpa")
 FRAMEWORKS = {"jax", "flax", "torch", "dask", "mlx", "ndonnx", "numpy", "ml_dtypes", "array_api_strict"}
 
 
 def imported(path):
-    """(module, name) of every import in a file."""
+    """The module of every import in a file, lazy ones too; of ``from package import module`` the module."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            yield from ((alias.name, None) for alias in node.names)
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield from ((node.module, alias.name) for alias in node.names)
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                yield name if name in FILES else node.module
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "src/anyattention").glob("*.py")), ids=lambda path: path.stem)
-def test_source_imports_only_what_lies_below(path):
-    for module, name in imported(path):
-        root, _, inner = module.partition(".")
-        assert root not in FRAMEWORKS, f"{path.name} imports {module}"
-        if root == "anyattention":
-            assert (inner or name) in LAYERS[path.stem], f"{path.name} imports {inner or name}"
+GRAPH = {name: {module for module in imported(path) if module in FILES} for name, path in FILES.items()}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "backends/anyattention_backends").glob("*.py")), ids=lambda p: p.stem)
-def test_backends_do_not_know_each_other(path):
-    for module, name in imported(path):
-        if module.startswith("anyattention_"):
-            assert (path.stem, module, name) in PARTS, f"{path.name} imports {module}"
-        elif module.startswith("anyattention"):
-            assert (module.partition(".")[2] or name) in BELOW
+def test_no_circle():
+    """No file imports, at whatever distance and however late, one that imports it."""
+    order = list(TopologicalSorter(GRAPH).static_order())
+    assert len(order) == len(FILES) > 40
+
+
+def test_the_registry_alone_imports_backends():
+    importers = {name for name, modules in GRAPH.items() if any(x.startswith("anyattention_backends") for x in modules)}
+    assert {name for name in importers if name.startswith("anyattention.")} == {"anyattention._src.registry"}
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name.startswith("anyattention.")])
+def test_source_imports_no_framework(name):
+    assert not {module.partition(".")[0] for module in imported(FILES[name])} & FRAMEWORKS
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name.startswith("anyattention_backends.")])
+def test_libraries_do_not_know_each_other(name):
+    library = name.split(".")[1]
+    others = {x for x in GRAPH[name] if x.startswith("anyattention_backends") and x.split(".")[1] != library}
+    assert not others
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_engine_needs_what_is_public(engine):
+    """Its file is short, and imports what a third party's may, and its library's own folder."""
+    name = f"anyattention_backends.{engine}"
+    own = name.rpartition(".")[0]
+    assert {x for x in GRAPH[name] if not x.startswith(own)} <= {"anyattention.extend"}
+    assert len(FILES[name].read_text().splitlines()) <= 100
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_and_classes_are_small(name):
+    text = FILES[name].read_text()
+    assert len(text.splitlines()) <= 400
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ClassDef):
+            assert sum(isinstance(x, ast.FunctionDef) for x in node.body) <= 20, node.name
+
+
+def test_public_names_only():
+    import anyattention
+
+    public = {name for name in dir(anyattention) if not name.startswith("_")}
+    assert public == set(anyattention.__all__)
+    for module in (anyattention.masks, anyattention.random, anyattention.extend):
+        assert {name for name in dir(module) if not name.startswith("_")} == set(module.__all__)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "conformance").rglob("*.py")), ids=lambda path: path.stem)
 def test_conformance_uses_public_names_only(path):
-    assert not [module for module, _ in imported(path) if module.startswith(("anyattention.", "anyattention_backends"))]
+    assert not [module for module in imported(path) if module.startswith(("anyattention.", "anyattention_backends"))]
 
 
 def frameworks_after(code):

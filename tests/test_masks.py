@@ -9,7 +9,7 @@ import pytest
 from flax import linen
 
 import anyattention as aa
-from anyattention.dispatch import backend_of
+from anyattention._src.registry import backend_of
 from anyattention.masks import CausalMask, LengthMask, LocalMask, SegmentMask
 
 TOKENS = np.asarray([[2.0, 3.0, 0.0], [1.0, 0.0, 0.5]], dtype=np.float32)
@@ -93,7 +93,7 @@ def test_rule(library, name, implementation, arrays, monkeypatch):
     expected = linen.dot_product_attention(*arrays, mask=dense)
     mask, placed = make(library.put), [library.put(x) for x in arrays]
     for size in [(16, 16)] if library.name == "jax" else [(3, 2), (16, 16), (512, 512)]:
-        monkeypatch.setattr(type(backend_of(placed[0])), "tiles", lambda self, block, ruled, size=size: size)
+        monkeypatch.setattr(type(backend_of(placed[0]).tiles), "sizes", lambda self, block, ruled, size=size: size)
         actual = aa.dot_product_attention(*placed, mask=mask, implementation=implementation)
         if library.name == "jax" and implementation == "exact":
             np.testing.assert_array_equal(actual, expected)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import anyattention as aa
-from anyattention.backend import Backend
+from anyattention.extend import Tiles
 from anyattention_conformance import FORMS, flax_answer, flax_attention, truth, within_c2, within_c3
 
 
@@ -46,7 +46,7 @@ def test_matches_flax(xp, case):
 @pytest.mark.filterwarnings("ignore:(invalid value|divide by zero):RuntimeWarning")
 @pytest.mark.parametrize("case", FORMS, ids=lambda case: case.id)
 def test_tiled_and_its_gradients(xp, case, monkeypatch):
-    monkeypatch.setattr(Backend, "tiles", lambda self, block, ruled: (16, 16) if case.id == "large-logits" else (2, 3))
+    monkeypatch.setattr(Tiles, "sizes", lambda self, block, ruled: (16, 16) if case.id == "large-logits" else (2, 3))
     arguments = case.inputs()
     expected = flax_attention(**arguments)
     cotangent = np.random.default_rng(0).standard_normal(expected.shape, dtype=np.float32)

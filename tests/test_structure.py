@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 
-from anyattention.dispatch import backend_for
-from anyattention.masks import CausalMask, LengthMask, LocalMask, SegmentMask, as_mask
-from anyattention.structure import Structure, structure
+from anyattention._src.rules import CausalMask, LengthMask, LocalMask, SegmentMask, as_mask
+from anyattention._src.structure import Structure, structure
 
 IDS, LENGTHS, ARRAY = np.array([[0, 0, 1, 1, 2], [3, 4, 4, 5, 5]]), np.array([3, 4]), np.eye(5) + np.eye(5)[::-1] > 0
 SEGMENTS = SegmentMask(IDS, IDS)
@@ -47,7 +46,6 @@ def test_structure(mask, expected):
 )
 def test_the_rest(mask, rest):
     """Whatever is moved there, all of it together shows the same."""
-    backend = backend_for(query=ARRAY)
     found = structure(mask)
     assert len(found.rest) == rest
     alone = found.without(
@@ -56,9 +54,9 @@ def test_the_rest(mask, rest):
         *["segments"] * (found.kv_ids is not None),
     )
     assert alone == Structure(rest=alone.rest)
-    same = as_mask(alone.joined).on(backend, (2,), (5, 5), ARRAY)
+    same = as_mask(alone.joined).to_array(5, 5)
     np.testing.assert_array_equal(
-        np.broadcast_to(same, (2, 1, 5, 5)), np.broadcast_to(mask.on(backend, (2,), (5, 5), ARRAY), (2, 1, 5, 5))
+        np.broadcast_to(same, (2, 1, 5, 5)), np.broadcast_to(mask.to_array(5, 5), (2, 1, 5, 5))
     )
 
 

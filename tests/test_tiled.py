@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import anyattention as aa
-from anyattention.dispatch import backend_of
+from anyattention._src.registry import backend_of
 from anyattention_conformance import FORMS, Answer, flax_answer, flax_attention, truth, within_c3
 
 NAMES = ("query", "key", "value", "bias")
@@ -21,10 +21,10 @@ TILES = {"numpy": [(1, 1), (3, 2), (2, 16)], "torch": [(1, 1), (3, 2), (2, 16)],
 @pytest.fixture
 def use_tiles(library, monkeypatch):
     """Set the size of tiles, in queries and keys; NumPy takes one head at a time unless tiles are of 3 and 2."""
-    kind = type(backend_of(library.put(np.ones(1, np.float32))))
+    kind = type(backend_of(library.put(np.ones(1, np.float32))).tiles)
 
     def use(size):
-        monkeypatch.setattr(kind, "tiles", lambda self, block, ruled: size)
+        monkeypatch.setattr(kind, "sizes", lambda self, block, ruled: size)
         if library.name == "numpy":
             monkeypatch.setattr(sys.modules[kind.__module__], "_LOGITS", 2**19 if size == (3, 2) else 1)
 
@@ -91,7 +91,7 @@ def test_jax_differentiates_the_loops_to_the_written_gradient(name, monkeypatch)
     arguments = case.inputs("float32")
     arrays = {n: jnp.asarray(arguments[n]) for n in NAMES if n in arguments}
     rest = {n: x for n, x in arguments.items() if n not in arrays}
-    monkeypatch.setattr(type(backend_of(arrays["query"])), "tiles", lambda self, block, ruled: (2, 3))
+    monkeypatch.setattr(type(backend_of(arrays["query"]).tiles), "sizes", lambda self, block, ruled: (2, 3))
     output, by_jax = jax.vjp(lambda x: aa.dot_product_attention(**x, **rest, implementation="tiled"), arrays)
     _, by_hand = aa.dot_product_attention_vjp(**arrays, **rest)
     cotangent = jnp.asarray(np.random.default_rng(0).standard_normal(output.shape), output.dtype)

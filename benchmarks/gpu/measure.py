@@ -97,8 +97,10 @@ def checked(
     try:
         if name.startswith("ours"):
             plan = explainer(case, inputs, "fused" if name == "ours, fused" else None)()
+            if plan.implementation is None:
+                return None, {"refused": "; ".join(plan.reasons)}
             figures = {"implementation": plan.implementation}
-            figures |= {"engine": plan.engine.name} if plan.engine else {}
+            figures |= {"engine": plan.engine} if plan.engine else {}
         call, peak = side.prepare(function, case, inputs)
         error = error_of(side, case, expected, call)
     except ImportError as error_:

@@ -28,7 +28,9 @@ def costs(side: Any, case: Case) -> Iterator[tuple[str, Any]]:
     for implementation in (None, "fused"):
         explain = explainer(case, side.inputs(case), implementation)
         try:
-            yield f"{case.kind}, {implementation}", choosing(explain)
+            plan = explain()
+            found = choosing(explain) if plan.implementation else f"refused: {'; '.join(plan.reasons)}"
+            yield f"{case.kind}, {implementation}", found
         except NotImplementedError as error:
             yield f"{case.kind}, {implementation}", f"refused: {reasons(str(error))}"
 

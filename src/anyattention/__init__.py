@@ -1,18 +1,19 @@
 """Flax's dot-product attention for every array library, with Flax's numbers."""
 
-from anyattention import masks, random
-from anyattention.api import (
+from anyattention import extend, masks, random
+from anyattention._src.api import (
     dot_product_attention,
     dot_product_attention_vjp,
     dot_product_attention_weights,
     explain,
 )
-from anyattention.errors import ShapeError
-from anyattention.masks import combine_masks, make_attention_mask, make_causal_mask
-from anyattention.plan import Plan
-from anyattention.settings import config
+from anyattention._src.dense_masks import combine_masks, make_attention_mask, make_causal_mask
+from anyattention._src.errors import ShapeError
+from anyattention._src.plan import RULES, Plan
+from anyattention._src.settings import config
 
 __all__ = [
+    "RULES",
     "Plan",
     "ShapeError",
     "combine_masks",
@@ -21,6 +22,7 @@ __all__ = [
     "dot_product_attention_vjp",
     "dot_product_attention_weights",
     "explain",
+    "extend",
     "make_attention_mask",
     "make_causal_mask",
     "masks",

@@ -9,9 +9,10 @@ import pytest
 from flax import linen
 
 import anyattention as aa
+from anyattention._src.rules import as_mask
 from anyattention.masks import CausalMask, LengthMask, LocalMask, SegmentMask
 from anyattention_backends.jax import backend
-from anyattention_backends.jax_kernel import Kernel
+from anyattention_backends.jax.fused import JAXKernel as Kernel
 from anyattention_conformance import Golden, suite, targets
 
 
@@ -62,11 +63,11 @@ class StandIn(Kernel):
     dtypes = ("float32", "bfloat16", "float16")
 
     def __init__(self, empty, **attributes):
-        super().__init__(backend)
+        super().__init__()
         self.empty = empty
         vars(self).update(attributes)
 
-    def call(self, query, key, value, bias, mask, scale):
+    def kernel(self, query, key, value, bias, mask, scale):
         assert query.ndim == key.ndim == value.ndim == 4
         assert not self.one_depth or query.shape[-1] == value.shape[-1]
         assert all(x.shape[-1] % self.multiple == 0 for x in (query, key, value))
@@ -136,7 +137,7 @@ def same_as_flax(args, mask=None, bias=None, rtol=2e-5):
     """The output and gradients of Flax with the dense mask, keys and values repeated for each query head."""
     query, key, _ = args
     group = query.shape[-2] // key.shape[-2]
-    dense = mask.on(backend, query.shape[:-3], (query.shape[-3], key.shape[-3]), query) if mask is not None else None
+    dense = mask.to_array(query.shape[-3], key.shape[-3]) if mask is not None else None
 
     def flax(query, key, value):
         return linen.dot_product_attention(
@@ -206,7 +207,7 @@ def test_odd_lengths_of_a_derivative(kernel, monkeypatch, name):
     """They have a row of padding, which changes nothing, whatever the kernel puts there; an output alone has none."""
     monkeypatch.setattr(kernel, "even", True, raising=False)
     calls = []
-    monkeypatch.setattr(kernel, "call", lambda *x: (calls.append(x), StandIn.call(kernel, *x))[1])
+    monkeypatch.setattr(kernel, "kernel", lambda *x: (calls.append(x), StandIn.kernel(kernel, *x))[1])
     mask, *lengths = ODD[name]
     args = arrays(q_length=lengths[0], kv_length=lengths[1], kv_heads=2)
     fused(*args, mask=mask)
@@ -245,7 +246,7 @@ def test_bias(kernel):
     same_as_flax(args, bias=2.5)
     bias[0, 0, 3] = -np.inf
     same_as_flax(args, bias=bias)
-    mask = aa.masks.as_mask(np.arange(7)[None] < 3)
+    mask = as_mask(np.arange(7)[None] < 3)
     bias[0, 0, 3, 3:] = 0.0  # what is visible is minus infinity, so that Flax's weights are those of the hidden keys
     same_as_flax(args, mask, bias=bias)
     jitted = jax.jit(partial(fused, bias=bias, mask=mask))(*args)
@@ -299,7 +300,7 @@ def test_low_biases_in_programs(kernel):
 def test_a_few_keys_mostly_tell(kernel, monkeypatch, keys):
     """Whether a bias is low: a call goes to the kernel too if only keys beside those few are shown."""
     calls = []
-    monkeypatch.setattr(kernel, "call", lambda *x, **y: (calls.append(1), StandIn.call(kernel, *x, **y))[1])
+    monkeypatch.setattr(kernel, "kernel", lambda *x, **y: (calls.append(1), StandIn.kernel(kernel, *x, **y))[1])
     args = arrays(kv_length=keys)
     for count, shown in enumerate(([0], [1], [keys - 1]), 1):
         bias = np.full(keys, -1e30, np.float32)
@@ -319,7 +320,7 @@ def test_transforms(kernel):
     query = args[0]
 
     def loss(function, query):
-        return jnp.sum(function(query, *args[1:], mask=MASKS["array"].on(backend, (3,), (9, 7), query)) ** 2)
+        return jnp.sum(function(query, *args[1:], mask=MASKS["array"].to_array(9, 7)) ** 2)
 
     for transform in (jax.grad, lambda f: jax.jit(jax.value_and_grad(f))):
         actual, expected = (transform(partial(loss, f))(query) for f in (fused, linen.dot_product_attention))
@@ -368,14 +369,14 @@ def test_masks_that_it_lacks_are_arrays_until_they_are_large(kernel, monkeypatch
     args = arrays()
     plan = str(aa.explain(*args, mask=~CausalMask(), bias=1.0, implementation="fused"))
     assert "the mask is an array of 189 elements: it is no band" in plan
-    assert "biases are all far below zero" in plan
+    assert "all biases of some row are far below zero" in plan
     assert len(aa.explain(*args, mask=CausalMask(1), implementation="fused").reasons) == 1
-    monkeypatch.setattr("anyattention_backends.jax_kernel.MOST", 188)
+    monkeypatch.setattr(StandIn, "most_elements", 188)
     for mask, reason in ((~CausalMask(), "joined by &"), (CausalMask(-1), "see nothing")):
         with pytest.raises(NotImplementedError, match=f"{reason}.*, and an array has 189 elements"):
             fused(*args, mask=mask)
-    monkeypatch.setattr(StandIn, "arrays", False)
-    monkeypatch.setattr("anyattention_backends.jax_kernel.MOST", 189)
+    monkeypatch.setattr(StandIn, "dense", False)
+    monkeypatch.setattr(StandIn, "most_elements", 189)
     with pytest.raises(NotImplementedError, match=r"cudnn: it is no band.*, it has no arrays"):
         fused(*args, mask=~CausalMask() & np.ones((9, 7)))
 
@@ -389,7 +390,7 @@ def test_an_error_names_the_engine(kernel, monkeypatch):
     def broken(*args):
         raise RuntimeError("no such kernel image")
 
-    monkeypatch.setattr(kernel, "call", broken)
+    monkeypatch.setattr(kernel, "kernel", broken)
     with pytest.raises(RuntimeError, match="kernel image") as error:
         fused(*arrays())
     assert any("ANYATTENTION_ENGINES=-cudnn" in note for note in error.value.__notes__)

@@ -11,7 +11,7 @@ from flax import linen
 import anyattention as aa
 from anyattention.masks import CausalMask, LengthMask, LocalMask, SegmentMask
 from anyattention_backends.jax import backend
-from anyattention_backends.jax_splash import Splash
+from anyattention_backends.jax.splash import Splash
 
 fused = partial(aa.dot_product_attention, implementation="fused")
 IDS = np.arange(256)[None] // 60, np.arange(384)[None] // 200  # most segments of queries have no keys
@@ -27,9 +27,9 @@ MASKS = {
 
 @pytest.fixture
 def splash(monkeypatch):
-    engine = Splash(backend)
+    engine = Splash()
     monkeypatch.setattr(backend, "engines", (engine,))
-    monkeypatch.setattr(backend, "platform", lambda x: "tpu")
+    monkeypatch.setattr(backend.arrays, "platform", lambda x: "tpu")
     return engine
 
 
@@ -44,7 +44,7 @@ def arrays(kv_heads, depth=64, v_depth=32):
 def test_interpreted(splash, monkeypatch, name):
     monkeypatch.setattr(splash, "interpret", True)
     args, mask = arrays(1 if name == "causal" else 2), MASKS[name]
-    dense = None if mask is None else mask.on(backend, (2,), (256, 384), args[0])
+    dense = None if mask is None else mask.to_array(256, 384)
 
     def flax(query, key, value):
         key, value = (jnp.repeat(x, 2 // x.shape[-2], -2) for x in (key, value))
@@ -81,4 +81,7 @@ def test_limits(splash):
     both = LengthMask(np.array([3, 4])) & SegmentMask(*IDS)
     assert "not both" in reason(query, key, value, mask=both)
     assert "float16" in reason(*(x.astype(jnp.float16) for x in (query, key, value)))
-    assert aa.explain(query, key, value).engine is splash
+    assert aa.explain(query, key, value, implementation="fused").engine == "splash"
+    assert aa.explain(query, key, value).engine is None  # until a run on a device is on record
+    with aa.config(engines=["splash"]):
+        assert aa.explain(query, key, value).engine == "splash"

@@ -11,7 +11,7 @@ from flax import linen
 import anyattention as aa
 from anyattention.masks import CausalMask, LengthMask, LocalMask, SegmentMask
 from anyattention_backends.jax import backend
-from anyattention_backends.jax_tokamax import Tokamax
+from anyattention_backends.jax.tokamax import Tokamax
 
 fused = partial(aa.dot_product_attention, implementation="fused")
 LENGTHS = np.array([0, 5])
@@ -21,10 +21,10 @@ ARRAY = np.random.default_rng(1).random((2, 1, 1, 9)) < 0.4
 @pytest.fixture
 def engine(monkeypatch):
     """The engine as on a GPU that has it."""
-    engine = Tokamax(backend)
+    engine = Tokamax()
     monkeypatch.setitem(vars(engine), "absent", "")
     monkeypatch.setattr(backend, "engines", (engine,))
-    monkeypatch.setattr(backend, "platform", lambda x: "gpu")
+    monkeypatch.setattr(backend.arrays, "platform", lambda x: "gpu")
     return engine
 
 
@@ -55,7 +55,7 @@ def test_its_call(engine, monkeypatch, mask, biased):
     monkeypatch.setattr(engine, "implementation", "xla")
     monkeypatch.setattr("sys.argv", ["tests"])  # which 0.0.12 reads
     args = arrays(kv_heads=2)
-    dense = mask if mask is None or mask is ARRAY else mask.on(backend, (2,), (9, 9), args[0])
+    dense = mask if mask is None or mask is ARRAY else mask.to_array(9, 9)
     wide = [x.astype(jnp.float32) for x in args]
     bias = jnp.where(ARRAY, -jnp.inf, jnp.asarray(np.random.default_rng(5).random((4, 9, 9)))) if biased else None
     bias = None if bias is None else bias.at[..., 0].set(0.5)  # so that no query is without a key
@@ -136,5 +136,5 @@ def test_where_it_is(monkeypatch, version, capability, reason):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: version)
     monkeypatch.setattr("importlib.metadata.version", lambda name: version)
     monkeypatch.setattr(jax, "devices", lambda: [device])
-    absent = Tokamax(backend).absent
+    absent = Tokamax().absent
     assert (reason in absent) if reason else absent == ""

@@ -12,7 +12,7 @@ import pytest
 import threadpoolctl
 
 import anyattention as aa
-from anyattention_backends.numpy import NumPyBackend
+from anyattention_backends.numpy.tiles import NumPyTiles
 
 TIMEOUT = 20.0  # seconds, after which a test fails rather than hang
 CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -57,14 +57,14 @@ def two_threads():
 @pytest.fixture
 def in_tiles(monkeypatch):
     """Functions by dtype; each tile of the dtype calls the function on its way."""
-    hooks, row_sum = {}, NumPyBackend.row_sum
+    hooks, row_sum = {}, NumPyTiles.row_sum
 
     def hooked(self, x):
         if x.dtype.name in hooks:
             hooks[x.dtype.name]()
         return row_sum(self, x)
 
-    monkeypatch.setattr(NumPyBackend, "row_sum", hooked)
+    monkeypatch.setattr(NumPyTiles, "row_sum", hooked)
     return hooks
 
 

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import anyattention as aa
 from anyattention import masks
-from anyattention.dispatch import backend_of
+from anyattention._src.registry import backend_of
 from anyattention_conformance import Case, flax_attention, within_c2, within_c3
 
 F = aa.dot_product_attention
@@ -277,7 +277,7 @@ def test_a_compiled_program_does_not_grow_with_the_number_of_tiles():
     "options", [{}, {"mask": MASK[..., :6, :7]}, {"is_causal": True}], ids=["plain", "mask", "rule"]
 )
 def test_tiled_second_order(options, monkeypatch):
-    monkeypatch.setattr(type(backend_of(Q)), "tiles", lambda self, block, ruled: (2, 3))
+    monkeypatch.setattr(type(backend_of(Q).tiles), "sizes", lambda self, block, ruled: (2, 3))
     query, key, value = (x.detach()[..., :2, :3] for x in grouped(torch.float64))
     arrays = [x.requires_grad_() for x in (query[:, :6], key[:, :7], value[:, :7])]
 
@@ -325,7 +325,7 @@ def test_tiled_mapped_compiles_in_one_graph():
 @from_torch_itself
 def test_tiled_in_forward_mode(monkeypatch):
     """Of queries, of a bias, of all together; and with the reverse mode inside, as a Hessian has it."""
-    monkeypatch.setattr(type(backend_of(Q)), "tiles", lambda self, block, ruled: (20, 40))
+    monkeypatch.setattr(type(backend_of(Q).tiles), "sizes", lambda self, block, ruled: (20, 40))
     query, key, value = (x.detach()[:1] for x in grouped(torch.float64))
     bias = torch.linspace(-1, 1, MASK[:1].numel(), dtype=torch.float64).reshape(MASK[:1].shape)
     drop = {"dropout_rng": aa.random.key(0), "dropout_rate": 0.3}

@@ -10,9 +10,10 @@ from torch.nn.attention.flex_attention import AuxOutput
 
 import anyattention as aa
 from anyattention.masks import CausalMask, LengthMask, LocalMask, SegmentMask
-from anyattention_backends import torch_flex
-from anyattention_backends.torch import TorchBackend, backend
-from anyattention_backends.torch_flex import Flex
+from anyattention_backends.torch import backend
+from anyattention_backends.torch import flex as torch_flex
+from anyattention_backends.torch.arrays import TorchArrays
+from anyattention_backends.torch.flex import Flex
 
 pytestmark = [  # PyTorch's own
     pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be instantiated"),
@@ -26,8 +27,8 @@ tiled = partial(aa.dot_product_attention, implementation="tiled")
 @pytest.fixture
 def on_cpu(monkeypatch):
     """The engine alone, on CPU, with all logits."""
-    engine = Flex(backend)
-    vars(engine).update(platform="cpu", compiled=False)
+    engine = Flex()
+    vars(engine).update(platforms=("cpu",), compiled=False)
     monkeypatch.setattr(backend, "engines", (engine,))
     return engine
 
@@ -221,8 +222,11 @@ def test_it_comes_after_sdpa_and_on_cuda_alone(monkeypatch):
     assert [engine.name for engine in backend.engines] == ["sdpa", "flex"]
     with pytest.raises(NotImplementedError, match="flex: it runs on cuda, not on cpu"):
         fused(*arrays(), mask=CausalMask(1))
-    monkeypatch.setattr(TorchBackend, "platform", lambda self, x: "cuda")
-    large = arrays(q_length=128, kv_length=64)
-    assert aa.explain(*large).engine.name == "sdpa"
-    assert aa.explain(*large, mask=CausalMask(1)).engine.name == "flex"
-    assert aa.explain(*large, mask=~CausalMask(1)).engine.name == "sdpa"
+    monkeypatch.setattr(TorchArrays, "platform", lambda self, x: "cuda")
+    large = arrays(q_length=128, kv_length=64, dtype=torch.bfloat16)
+    assert aa.explain(*large, implementation="fused").engine == "sdpa"
+    assert aa.explain(*large, mask=CausalMask(1), implementation="fused").engine == "flex"
+    assert aa.explain(*large, mask=~CausalMask(1), implementation="fused").engine == "sdpa"
+    assert aa.explain(*large, mask=CausalMask(1)).engine == "sdpa"  # None takes what has run on a device
+    with aa.config(engines=["flex"]):
+        assert aa.explain(*large, mask=CausalMask(1)).engine == "flex"

@@ -7,7 +7,7 @@ from typing import Any
 import anyattention
 
 
-def _of(implementation: str) -> Callable[..., Any]:
+def _of(implementation: Any) -> Callable[..., Any]:
     """The attention of one implementation."""
     function: Any = partial(anyattention.dot_product_attention, implementation=implementation)
     update_wrapper(function, anyattention.dot_product_attention)

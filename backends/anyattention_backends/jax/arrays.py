@@ -1,0 +1,141 @@
+"""JAX's arrays and tracers. Whatever decides about bits is JAX's own: its flags, its weak types, its placement."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from anyattention.extend import Arrays
+
+Array = Any
+
+
+class JAXArrays(Arrays):
+    """Overrides for JAX arrays and tracers."""
+
+    def platform(self, x: Array) -> str:
+        """That of a concrete array; of a tracer, which has no device, that where the program will run by default."""
+        if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
+            return next(iter(x.devices())).platform
+        return default_platform()
+
+    def outline(self, function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        """Shapes (`jax.ShapeDtypeStruct`) stand for arrays where the function is traced."""
+        leaves, structure = jax.tree.flatten(arguments)
+        shapes = [i for i, x in enumerate(leaves) if isinstance(x, jax.ShapeDtypeStruct)]
+        if not shapes:
+            return function(**arguments)
+        results = []
+
+        def traced(*arrays: Array) -> None:
+            for i, x in zip(shapes, arrays, strict=True):
+                leaves[i] = x
+            results.append(function(**structure.unflatten(leaves)))
+
+        jax.eval_shape(traced, *(leaves[i] for i in shapes))
+        return results[0]
+
+    def adopt(self, guest: Any, like: Array | None) -> Array:
+        """Placement is left to JAX, which moves guests to where they are used."""
+        return jnp.asarray(guest)
+
+    def beside(self, like: Array | None) -> dict[str, Any]:
+        """A tracer has no device, and the sharding of one array does not fit another."""
+        return {}
+
+    def check_array(self, x: Array) -> Array:
+        """Flax variables and the like turn into arrays by ``__jax_array__``."""
+        return x if isinstance(x, jax.Array) else jnp.asarray(x)
+
+    def check_dtype(self, name: str) -> None:
+        """JAX knows more dtypes, and refuses the others itself."""
+
+    def key_data(self, key: Any) -> Any:
+        """A typed key hides its words; only threefry's can be drawn from elsewhere."""
+        if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+            if str(jax.random.key_impl(key)) != "threefry2x32":
+                raise TypeError(
+                    f"keys of kind {jax.random.key_impl(key)} can be used with JAX arrays only: make the key with "
+                    "jax.random.key(seed, impl='threefry2x32') or anyattention.random.key(seed)"
+                )
+            key = jax.random.key_data(key)
+        return np.asarray(key)
+
+    def adopt_key(self, words: Any) -> Any:
+        """JAX reads raw words itself."""
+        return words
+
+    def cast(self, x: Array, name: str) -> Array:
+        """``astype`` is Flax's cast."""
+        return x if x.dtype.name == name and not x.weak_type else x.astype(name)
+
+    def promote(self, arrays: Sequence[Array], dtype: Any = None) -> tuple[list[Array], str]:
+        """JAX's flags and weak types decide here, as in Flax."""
+        first = arrays[0].dtype
+        alike = dtype is None and all(x.dtype == first and not x.weak_type for x in arrays)
+        if alike and jnp.issubdtype(first, jnp.inexact):  # nothing to ask, which takes JAX long
+            return list(arrays), first.name
+        if dtype is None:
+            with jax.numpy_dtype_promotion("standard"):
+                dtype = jnp.result_type(*arrays)
+                if not jnp.issubdtype(dtype, jnp.inexact):
+                    dtype = jnp.promote_types(jnp.float32, dtype)
+        if not jnp.issubdtype(dtype, jnp.inexact):
+            raise ValueError(f"Dtype must be inexact: {dtype!r}; pass a floating or complex dtype, or None to infer it")
+        arrays = [jnp.asarray(x, dtype) for x in arrays]
+        return arrays, arrays[0].dtype.name
+
+    def join(self, x: Array, y: Any) -> tuple[Array, Any]:
+        """JAX promotes weakly typed values too; ranks are made equal here, casts explicit."""
+        with jax.numpy_dtype_promotion("standard"):
+            dtype = jnp.result_type(x, y)
+        y = jnp.asarray(y)
+        x, y = (z if z.dtype == dtype else z.astype(dtype) for z in (x, y))
+        if 0 < y.ndim < x.ndim:
+            y = jnp.expand_dims(y, tuple(range(x.ndim - y.ndim)))
+        elif x.ndim < y.ndim:
+            x = jnp.expand_dims(x, tuple(range(y.ndim - x.ndim)))
+        return x, y
+
+    def truth(self, mask: Array) -> Array:
+        """The same test for zero that ``jnp.where`` makes."""
+        return mask if mask.dtype == bool else mask != jnp.zeros((), mask.dtype)
+
+    def lowest(self, dtype: str) -> Any:
+        """JAX has more floating dtypes than the project's own table."""
+        return jnp.finfo(dtype).min
+
+
+_registered: set[Any] = set()
+
+
+def register(kind: Any) -> None:
+    """Let masks of a class, which are dataclasses, pass through jit, vmap and grad; integers are static."""
+    if kind in _registered:
+        return
+    _registered.add(kind)
+    names = [field.name for field in fields(kind)]
+
+    def flatten(mask: Any) -> tuple[list[Any], tuple[Any, ...]]:
+        values = [getattr(mask, name) for name in names]
+        static = tuple(x if isinstance(x, int | str) else None for x in values)
+        return [x if fixed is None else None for x, fixed in zip(values, static, strict=True)], static
+
+    def unflatten(static: tuple[Any, ...], leaves: list[Any]) -> Any:
+        mask: Any = object.__new__(kind)
+        values = (leaf if fixed is None else fixed for leaf, fixed in zip(leaves, static, strict=True))
+        vars(mask).update(zip(names, values, strict=True))
+        return mask
+
+    jax.tree_util.register_pytree_node(kind, flatten, unflatten)
+
+
+def default_platform() -> str:
+    """The platform of `jax.default_device`, a device or a platform's name, else of the default backend."""
+    device = jax.config.jax_default_device
+    if device is None:
+        return jax.default_backend()
+    return device if isinstance(device, str) else device.platform

@@ -1,0 +1,16 @@
+"""JAX's private names that the project needs, each with the versions it was seen on."""
+
+
+def has_cudnn() -> bool:
+    """Whether JAX finds cuDNN: what JAX itself asks (0.10.2, 0.11.2)."""
+    from jax._src.lib import cuda_versions
+
+    return cuda_versions is not None
+
+
+def lacks_forward_mode(error: TypeError) -> bool:
+    """Whether the error says that a function with a custom derivative was differentiated in forward mode.
+
+    JAX has no class for it; the sentence is that of 0.5.0 to 0.12.0.
+    """
+    return "forward-mode" in str(error)

@@ -1,0 +1,45 @@
+"""The steps of exact in JAX: Flax's own calls."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from anyattention.extend import Steps
+
+Array = Any
+
+
+class JAXSteps(Steps):
+    """Overrides for JAX arrays and tracers."""
+
+    def scale(self, query: Array, depth: int, dtype: str) -> Array:
+        """XLA sees the root as Flax writes it."""
+        return query / jnp.sqrt(depth).astype(query.dtype)
+
+    def divide_by_scalar(self, x: Array, value: Any, dtype: str) -> Array:
+        """By an array of the same dtype, as Flax does."""
+        return x / jnp.asarray(value, dtype=x.dtype)
+
+    def contract(self, equation: str, x: Array, y: Array, precision: Any = None, dot_general: Any = None) -> Array:
+        """A matrix product of permuted axes rounds differently from Flax's einsum."""
+        kwargs: dict[str, Any] = {}
+        if dot_general:
+            kwargs["_dot_general"] = dot_general
+        if x.dtype != y.dtype:
+            with jax.numpy_dtype_promotion("standard"):
+                return jnp.einsum(equation, x, y, precision=precision, **kwargs)
+        return jnp.einsum(equation, x, y, precision=precision, **kwargs)
+
+    def where(self, mask: Array, x: Array, fill: Any) -> Array:
+        """``jnp.where`` takes the mask as it is."""
+        return jnp.where(mask, x, np.asarray(fill).astype(x.dtype))
+
+    def softmax(self, logits: Array) -> Array:
+        """JAX's, whose gradient has other bits than that of the steps."""
+        return jax.nn.softmax(logits)
+
+    def keep(self, key: Any, keep_prob: Any, shape: tuple[int, ...], like: Array) -> Array:
+        """Every kind of key, under the flags in force."""
+        return jax.random.bernoulli(key, keep_prob, shape)

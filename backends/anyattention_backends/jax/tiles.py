@@ -1,0 +1,222 @@
+"""Tiles in JAX: loops of XLA's, compiled once, with one head at a time on a CPU."""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from anyattention._src.interfaces import join_rows
+from anyattention._src.tiles.blocks import Block, Group, cut_columns, cut_group, cut_rows
+from anyattention.extend import Tiles
+from anyattention_backends.jax.arrays import default_platform
+
+Array = Any
+
+
+class JAXTiles(Tiles):
+    """Overrides for JAX arrays and tracers."""
+
+    most_groups = 8  # each is a piece of program to compile
+
+    def sizes(self, block: Block, ruled: bool) -> tuple[int, int]:
+        """XLA does best with a whole row of keys, while it fits."""
+        rows, columns = block.lengths
+        most = 2**20 if default_platform() == "cpu" else 2**24  # logits of a tile: to stay in caches, to fill a GPU
+        columns = min(columns, max(8192, most // max(rows, 1)))
+        together = 1 if _one_cpu() else -(-math.prod(block.lead) // jax.device_count())
+        return max(16 if together > 1 else 256, min(512, most // max(columns * together, 1))), columns
+
+    def row_max(self, x: Array) -> Array:
+        """The weights do not depend on what is subtracted, so no derivative of it is needed."""
+        return jax.lax.stop_gradient(jnp.max(x, axis=-1, keepdims=True))
+
+    def column_sum(self, x: Array) -> Array:
+        """XLA sums rows one after the other, but products with several threads."""
+        return jnp.matmul(jnp.ones((1, x.shape[-2]), x.dtype), x)
+
+    def fill(self, x: Array, visible: Array, value: float) -> Array:
+        """``jnp.where`` with a fill of the logits' dtype."""
+        return jnp.where(visible, x, np.asarray(value).astype(x.dtype))
+
+    def map_rows(
+        self,
+        function: Callable[[tuple[Block, ...]], tuple[Any, Any]],
+        block: Block,
+        groups: Sequence[Group],
+        sizes: tuple[int, int],
+        like: tuple[Any, Any],
+    ) -> tuple[Any, Any]:
+        """Loops of XLA's, compiled once; derivatives recompute each tile."""
+        if block.lead and _one_cpu() and not _few(block.rows[0], block.columns[0]):
+            return _map_lead(lambda slab: self.map_rows(function, slab, groups, sizes, like), block)
+        each = jax.checkpoint(function, prevent_cse=False)
+
+        def step(carry: Any, tile: tuple[Block, ...]) -> tuple[Any, Any]:
+            rows, sums = each(tile)
+            return jax.tree.map(jnp.add, carry, sums), rows
+
+        sums = jax.tree.map(jnp.zeros_like, jax.eval_shape(function, cut_group(block, groups[0]))[1])
+        results = []
+        for group in groups:
+            parts = cut_group(block, group)  # outside the loop, for XLA would copy them every time
+            length = parts[0].lengths[0]
+            full = length - length % sizes[0]
+            for start, stop in ((0, full), (full, length)):
+                if start < stop:
+                    cut = tuple(cut_rows(part, start, stop) for part in parts)
+                    sums, rows = _scan(step, sums, cut, sizes[0], -2)
+                    results.append(rows)
+        return join_rows(self.xp, results), sums
+
+    def scan_columns(
+        self, step: Callable[[Any, Block], tuple[Any, Any]], state: Any, block: Block, sizes: tuple[int, int]
+    ) -> tuple[Any, Any]:
+        """As `map_rows`."""
+        if block.lengths[1] > sizes[1]:
+            step = jax.checkpoint(step, prevent_cse=False)
+        length, size = block.lengths[1], sizes[1]
+        full = length - length % size
+        first = min(size, length) if state is None else 0  # the tile that makes the state stands alone
+        results = []
+        for start, stop in ((0, first), (first, full), (max(first, full), length)):
+            if start < stop:
+                state, result = _scan(step, state, cut_columns(block, start, stop), size, -1)
+                results.append(result)
+        return state, join_rows(self.xp, results)
+
+    def product(self, x: Array, y: Array, precision: Any = None, scratch: str = "") -> Array:
+        """Precision is JAX's own. A few rows for each of several heads are one product."""
+        return _product_of_few(x, y, precision) if _few(x, y) else jnp.matmul(x, y, precision=precision)
+
+    def key_words(self, key: Any, like: Array) -> Array:
+        """A typed key hides its words."""
+        return jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jnp.asarray(key)
+
+    def no_keep(self, key: Any, keep_prob: Any) -> str:
+        """Some layouts of random bits are not a function of key and index."""
+        if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and str(jax.random.key_impl(key)) != "threefry2x32":
+            return f"dropout bits of {jax.random.key_impl(key)} keys cannot be drawn by tiles"
+        if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and jax.config.jax_default_prng_impl != "threefry2x32":
+            return f"dropout bits of {jax.config.jax_default_prng_impl} keys cannot be drawn by tiles"
+        if not jax.config.jax_threefry_partitionable:
+            return "with jax_threefry_partitionable off, dropout bits cannot be drawn by tiles"
+        if jax.config.jax_enable_x64 and jnp.asarray(keep_prob).dtype == jnp.float64:
+            return "under x64 a float64 rate draws 64 bits an element: pass numpy.float32(rate)"
+        return ""
+
+    def compiled(self, function: Callable[..., Any], tiling: Any, *arrays: Any) -> Any:
+        """One program, also when called eagerly."""
+        return _compiled(function, tiling, *arrays)
+
+    def differentiable(
+        self, forward: Callable[..., Any], backward: Callable[..., Any], tiling: Any, block: Block
+    ) -> Array:
+        """JAX differentiates the loops itself, in every mode it has."""
+        return _compiled(forward, tiling, block)[0]
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _compiled(function: Callable[..., Any], tiling: Any, *arrays: Any) -> Any:
+    return function(tiling, *arrays)
+
+
+def _few(x: Array, y: Array) -> bool:
+    """Whether the rows of `x` are so few, and its heads those of `y`, that all are better served by one product."""
+    return _one_cpu() and x.ndim > 2 and x.shape[-3] == y.shape[-3] > 1 and x.shape[-3] * x.shape[-2] <= 64
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _product_of_few(x: Array, y: Array, precision: Any) -> Array:
+    """``x @ y``, all heads at once.
+
+    Keys and values of all heads lie side by side in memory, ``[length, heads, depth]``; a product for each head would
+    gather them first. So the rows are put on the diagonal of a matrix of heads by heads. Beside a zero of that matrix
+    what is not finite would spread to the other heads: if anything comes out so, each head has its own product.
+    """
+    *lead, heads, rows, _ = x.shape
+    if y.shape[-1] <= y.shape[-2]:  # [heads, columns, depth]: each row times the values of all heads, then its own
+        x = jnp.reshape(x, (*lead, heads * rows, -1))
+        y = jnp.moveaxis(y, -3, -2)  # as it lies
+        y = jnp.reshape(y, (*y.shape[:-2], -1))
+        z = jnp.reshape(jnp.matmul(x, y, precision=precision), (*lead, heads, rows, heads, -1))
+        return jnp.einsum("...hrhd->...hrd", z)
+    of_head = jnp.eye(heads, dtype=bool)[:, None, :, None]  # [heads, depth, columns]: the sum is over heads and depth
+    diagonal = jnp.reshape(jnp.where(of_head, x[..., None, :], 0), (*lead, heads * rows, -1))
+    lying = jnp.moveaxis(y, -1, -3)
+    whole = jnp.reshape(lying, (*lying.shape[:-2], -1))
+    z = jnp.reshape(jnp.matmul(diagonal, whole.mT, precision=precision), (*lead, heads, rows, -1))
+
+    def apart(_: Array, x: Array, lying: Array) -> Array:  # no product, whose copy of the keys XLA would make room for
+        return jnp.sum(x[..., None, :] * jnp.moveaxis(lying, -3, -2)[..., None, :, :], axis=-1)
+
+    finite = jnp.all(jnp.isfinite(jnp.sum(z, axis=-1)))  # by rows: XLA is slow to reduce all axes at once
+    return jax.lax.cond(finite, lambda z, *_: z, apart, z, x, lying)
+
+
+def _derivative_of_few(precision: Any, primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> Any:
+    (x, y), (dx, dy) = primals, tangents
+    dz = jnp.matmul(dx, y, precision=precision) + jnp.matmul(x, dy, precision=precision)
+    return _product_of_few(x, y, precision), dz
+
+
+_product_of_few.defjvp(_derivative_of_few)
+
+
+def _one_cpu() -> bool:
+    """Whether heads may be taken one after the other, or asked about together: on several devices they would wait."""
+    return jax.device_count() == 1 and default_platform() == "cpu"
+
+
+def _blocks(tree: Any) -> list[Block]:
+    return jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Block))
+
+
+def _map_lead(function: Callable[[Block], Any], block: Block) -> Any:
+    """Call the function for each index of the first axis; arrays of size 1 there serve them all."""
+    size = block.lead[0]
+    leaves, structure = jax.tree.flatten(block)
+    if size == 1:
+        return jax.tree.map(lambda x: x[None], function(structure.unflatten([x[0] for x in leaves])))
+    mapped = [x for x in leaves if x.shape[0] != 1]
+
+    def one(mapped: list[Array]) -> Any:
+        parts = iter(mapped)
+        return function(structure.unflatten([x[0] if x.shape[0] == 1 else next(parts) for x in leaves]))
+
+    return jax.lax.map(one, mapped)
+
+
+def _scan(
+    step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, blocks: Any, size: int, axis: int
+) -> tuple[Any, Any]:
+    """Carry something through tiles of one size along rows (-2) or columns (-1); join the other results along rows.
+
+    `blocks` is one block, or several of the same rows.
+    """
+    cut, length = cut_rows if axis == -2 else cut_columns, _blocks(blocks)[0].lengths[axis]
+    if length <= size:
+        return step(carry, blocks)
+    leaves, structure = jax.tree.flatten(blocks)
+    tile = [x for block in _blocks(blocks) for x in jax.tree.leaves(cut(block, 0, size))]
+    along = [next((a for a in (-2, -1) if x.shape[a] != y.shape[a]), 0) for x, y in zip(leaves, tile, strict=True)]
+
+    def split(x: Array, axis: int) -> Array:
+        axis += x.ndim
+        return jnp.moveaxis(jnp.reshape(x, (*x.shape[:axis], -1, size, *x.shape[axis + 1 :])), axis, 0)
+
+    def one(carry: Any, parts: list[Array]) -> tuple[Any, Any]:
+        rest = iter(parts)
+        return step(carry, structure.unflatten([next(rest) if a else x for x, a in zip(leaves, along, strict=True)]))
+
+    parts = [split(x, a) for x, a in zip(leaves, along, strict=True) if a]
+    carry, results = jax.lax.scan(one, carry, parts)
+
+    def join(x: Array) -> Array:
+        x = jnp.moveaxis(x, 0, -3)
+        return jnp.reshape(x, (*x.shape[:-3], x.shape[-3] * x.shape[-2], x.shape[-1]))
+
+    return carry, jax.tree.map(join, results)

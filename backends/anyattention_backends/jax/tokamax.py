@@ -1,0 +1,76 @@
+"""tokamax's Mosaic kernels for NVIDIA's Hopper and Blackwell GPUs, where tokamax is installed."""
+
+import re
+from functools import cached_property
+from importlib import metadata, util
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from anyattention.extend import Call, Structure
+from anyattention_backends.jax.fused import JAXKernel, plain
+
+Array = Any
+
+
+class Tokamax(JAXKernel):
+    """Fastest where there is a bias or an array as mask, of which it reads axes of size 1 as they are."""
+
+    name = "tokamax"
+    platform = "gpu"
+    dtypes = ("bfloat16", "float16")
+    implementation = "mosaic"
+
+    @cached_property
+    def absent(self) -> str:
+        if util.find_spec("tokamax") is None:
+            return "tokamax is not installed: pip install 'anyattention[tokamax]'"
+        version = metadata.version("tokamax")
+        if tuple(int(x) for x in re.findall(r"\d+", version)[:3]) < (0, 0, 13):
+            return f"tokamax {version} reads the program's command line: install 0.0.13 or later"
+        device = jax.devices()[0]
+        capability = getattr(device, "compute_capability", "0")
+        if float(capability) not in (9.0, 10.0):
+            return f"it needs compute capability 9.0 or 10.0, not {capability}"
+        try:
+            import tokamax  # noqa: F401
+        except Exception as error:
+            return f"tokamax {version} cannot be imported: {type(error).__name__}: {error}"
+        return ""
+
+    def rank(self, call: Call) -> int:
+        return 1 if plain(call) else 0
+
+    def lacks(self, call: Call, mask: Structure) -> dict[str, str]:
+        found = {}
+        if mask.kv_ids is not None:
+            found["segments"] = "it has no segments"
+        if mask.banded and not mask.causal and call.lengths[0] != call.lengths[1]:
+            found["band"] = "its windows need queries and keys of one length"
+        return found
+
+    def kernel(
+        self, query: Array, key: Array, value: Array, bias: Array | None, mask: Structure, scale: float
+    ) -> Array:
+        import tokamax
+
+        window = None
+        if mask.banded and not mask.causal:
+            length = key.shape[-3]
+            window = tuple(length if side is None else side for side in (mask.left, mask.right))
+        lengths = mask.kv_lengths
+        if lengths is None and bias is not None:  # else a tile whose biases are all minus infinity makes NaN of its row
+            lengths = jnp.full(query.shape[:1], key.shape[-3], jnp.int32)
+        return tokamax.dot_product_attention(
+            query,
+            key,
+            value,
+            bias=bias,
+            mask=mask.joined,
+            scale=scale,
+            is_causal=mask.causal,
+            key_value_seq_lengths=lengths,
+            local_window_size=window,
+            implementation=self.implementation,
+        )

@@ -1,0 +1,55 @@
+"""MLX's `fast.scaled_dot_product_attention`.
+
+MLX itself replaces the kernel by plain operations on CPU and where it is differentiated, so that low biases have right
+gradients. An output of a bias that is minus infinity throughout is NaN, as a softmax makes it.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import mlx.core as mx
+
+from anyattention.extend import Call, Fused, Structure
+
+Array = Any
+
+
+class MLXFast(Fused):
+    """The kernel; of masks it has causality for equal lengths, and arrays."""
+
+    name = "mlx"
+    platforms = ("cpu", "gpu")
+    dtypes = ("float32", "bfloat16", "float16")
+    broadcasts = True
+    most_elements = 0
+
+    def limits(self, call: Call, mask: Structure) -> Iterator[str]:
+        if call.operands.bias is not None and call.operands.mask is not None:
+            yield "beside a bias, finfo.min is no mask"
+
+    def lacks(self, call: Call, mask: Structure) -> dict[str, str]:
+        alone = mask.causal and mask.kv_lengths is None and mask.kv_ids is None and not mask.rest
+        found = {} if not mask.banded else {"band": "its causal mask ends with the last key, and stands alone"}
+        if alone and call.lengths[0] == call.lengths[1]:
+            found = {}
+        found |= {} if mask.kv_lengths is None else {"lengths": "it has no lengths"}
+        return found | ({} if mask.kv_ids is None else {"segments": "it has no segments"})
+
+    def remarks(self, call: Call) -> list[str]:
+        return []
+
+    def kernel(
+        self, query: Array, key: Array, value: Array, bias: Array | None, mask: Structure, scale: float
+    ) -> Array:
+        infinite = None
+        shown = "causal" if mask.causal else mask.joined
+        if bias is not None:
+            largest = mx.max(bias, axis=-1, keepdims=True)
+            infinite, shown = largest == -mx.inf, bias
+            if bias.dtype != mx.float16:  # the kernel's powers of two overflow; half of it hides as well
+                shown = mx.where(largest < mx.finfo(bias.dtype).min / 2, bias * 0.5, bias)
+        four = (mx.swapaxes(x, 1, 2) for x in (query, key, value))
+        output = mx.fast.scaled_dot_product_attention(*four, scale=scale, mask=shown)
+        if infinite is not None:
+            output = output * mx.where(infinite, mx.nan, 1.0).astype(output.dtype)
+        return mx.swapaxes(output, 1, 2)

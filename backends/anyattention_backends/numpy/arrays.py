@@ -1,0 +1,72 @@
+"""NumPy's arrays."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from anyattention.extend import Arrays
+
+Array = Any
+HALF = ("float16", "bfloat16")
+_NAMES = {np.dtype(name): name for name in ("float16", "float32", "float64", "complex64", "complex128", "bool")}
+
+
+class NumPyArrays(Arrays):
+    """Overrides for NumPy arrays."""
+
+    def adopt(self, guest: Any, like: Array | None) -> Array:
+        """Lists of Python numbers get JAX's default dtypes, which are 32 bits wide."""
+        x = np.asarray(guest)
+        if isinstance(guest, list | tuple) and x.dtype.name in ("float64", "complex128", "int64"):
+            x = x.astype(x.dtype.name.replace("64", "32").replace("128", "64"))
+        return self.check_array(x)
+
+    def check_array(self, x: Array) -> Array:
+        """Subclasses would carry their own arithmetic in: a masked array its mask."""
+        if type(x) is np.ndarray:
+            return x
+        if isinstance(x, np.ma.MaskedArray):
+            raise ValueError("numpy masked arrays are not supported: pass the data, and the mask as mask=")
+        return np.asarray(x)
+
+    def dtype_name(self, x: Array) -> str:
+        """From a table, in half the time; and NumPy's own name hides a swapped byte order."""
+        dtype = x.dtype
+        return _NAMES.get(dtype) or (dtype.name if dtype.isnative else str(dtype))
+
+    def cast(self, x: Array, name: str) -> Array:
+        """The namespace has no bfloat16."""
+        if self.dtype_name(x) == name:
+            return x
+        return x.astype(_bfloat16() if name == "bfloat16" else name)
+
+    def run(self, like: Array, function: Callable[..., Any], /, *args: Any) -> Any:
+        """Overflow and NaN are results here, as in Flax, not occasions to warn."""
+        with np.errstate(all="ignore"):
+            return function(*args)
+
+    def join(self, x: Array, y: Any) -> tuple[Array, Any]:
+        """A Python scalar would turn bfloat16 into float32."""
+        x, y = super().join(x, y)
+        return x, (np.asarray(y, x.dtype) if isinstance(y, float) else y)
+
+    def permute_dims(self, x: Array, axes: tuple[int, ...]) -> Array:
+        """The method takes a third of the time of the namespace's function."""
+        return x.transpose(axes)
+
+    def inspects(self, x: Array) -> bool:
+        """Values can always be looked at."""
+        return True
+
+    def surely(self, x: Any, value: bool) -> bool:
+        """Values can always be looked at."""
+        return x is not None and bool(x.all() if value else not x.any())
+
+
+def _bfloat16() -> Any:
+    try:
+        import ml_dtypes
+    except ImportError:
+        raise TypeError("NumPy has bfloat16 only through the package ml_dtypes: install it first") from None
+    return ml_dtypes.bfloat16

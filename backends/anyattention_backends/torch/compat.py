@@ -1,0 +1,68 @@
+"""PyTorch's private names that the project needs, each with the versions it was seen on."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+
+def constant(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Mark a function as `torch.compiler.assume_constant_result` does, which takes a second to import (2.11, 2.13)."""
+    vars(function)["_dynamo_marked_constant"] = True
+    return function
+
+
+@constant
+def full_precision() -> bool:
+    """Whether products in float32 are to be that, which no compiler can trace (2.11, 2.13)."""
+    return torch.get_float32_matmul_precision() == "highest"
+
+
+@constant
+def has_autocast(device: str) -> bool:
+    """Whether a device has autocast, which the compiler of 2.11 cannot trace."""
+    return torch.amp.is_autocast_available(device)
+
+
+def is_wrapped(x: torch.Tensor) -> bool:
+    """Whether a transformation of `torch.func` sees the tensor (2.11, 2.13)."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(x))
+
+
+def is_transformed() -> bool:
+    """Whether any transformation of `torch.func` or forward mode is in force (2.11, 2.13); 0.1 us."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def transformations() -> list[str]:
+    """Those of `torch.func` in force, the outermost first: "Grad", "Vmap", "Jvp", ... (2.11, 2.13)."""
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    return [interpreter.key().name for interpreter in stack]
+
+
+def unwrapped(x: torch.Tensor) -> torch.Tensor:
+    """The tensor below all transformations (2.11, 2.13)."""
+    while is_wrapped(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x
+
+
+def saved_tensor_hooks() -> Any:
+    """The hooks that pack and unpack what autograd saves, as checkpoints set them; None without (2.11, 2.13)."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+
+def backward_node() -> Any:
+    """The node of autograd that runs now (2.11, 2.13)."""
+    return torch._C._current_autograd_node()
+
+
+def keeps_graph() -> bool:
+    """Whether the backward pass under way keeps the graph (2.11, 2.13)."""
+    return bool(torch._C._autograd._get_current_graph_task_keep_graph())
+
+
+def is_math(*arguments: Any, **options: Any) -> bool:
+    """Whether SDPA would take the kernel that has all logits (2.11, 2.13); 0.4 us, where setting flags takes 9."""
+    return int(torch._fused_sdp_choice(*arguments, **options)) == torch.nn.attention.SDPBackend.MATH.value

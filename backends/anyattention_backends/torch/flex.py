@@ -1,0 +1,100 @@
+"""PyTorch's FlexAttention on CUDA, for masks by rule, of which it leaves out whole blocks.
+
+A band and lengths become, for each query, the first key that it sees and the one after the last, so that one compiled
+program serves them all. Where it sees none, the logarithm of the sum is minus infinity, and the gradients are zero.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+import torch
+
+from anyattention.extend import Call, Structure
+from anyattention_backends.torch import compat
+from anyattention_backends.torch.fused import FirstOnly, TorchKernel
+
+Array = Any
+
+
+class Flex(TorchKernel):
+    """The kernel, compiled; PyTorch has no gradient of it on CPU."""
+
+    name = "flex"
+    platforms = ("cuda",)
+    dtypes = ("float32", "bfloat16", "float16")
+    dense = False
+    compiled = True
+
+    def fitted(self, call: Call) -> tuple[Structure, dict[str, str]]:
+        return call.structure, {}  # it has all parts of a mask, and knows which queries see no key
+
+    def limits(self, call: Call, mask: Structure) -> Iterator[str]:
+        yield from super().limits(call, mask)
+        depths = call.operands.query.shape[-1], call.operands.value.shape[-1]
+        if call.options.dtype == "float32" and not compat.full_precision():
+            yield "float32 products are in TF32, but for torch.set_float32_matmul_precision('highest')"
+        if not 16 <= min(depths) <= max(depths) <= 256:
+            yield "depths are not from 16 to 256"
+        if call.operands.bias is not None:
+            yield "it is for calls without a bias"
+        if mask.rest:
+            yield "the mask is no band, lengths and segments, joined by &"
+
+    def attend(self, call: Call) -> Array:
+        arrays = call.operands[:3]
+        if call.options.precision is not None:
+            call.backend.steps.check_precision(call.options.precision, None, arrays[0])
+        mask, bounds = call.structure, _bounds(call)
+        whole = mask.kv_lengths is None and mask.kv_ids is None and mask.band_shows(*call.lengths)
+        program = _compiled() if self.compiled and not torch.compiler.is_compiling() else _program
+
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not any(x.requires_grad for x in arrays):
+            return program(*arrays, whole, *bounds)
+        return FirstOnly.apply(lambda *x: program(*x, whole, *bounds), call, *arrays)
+
+
+def _program(query: Array, key: Array, value: Array, whole: bool, first: Array, last: Array, *ids: Array) -> Array:
+    """The output, mended unless the `whole` mask shows each query a key; bounds and ids are ``[batch, length]``."""
+    from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention  # slow, and rarely used
+
+    def visible(b: Array, h: Array, i: Array, j: Array) -> Array:
+        within = (first[b, i] <= j) & (j < last[b, i])
+        return within & (ids[0][b, i] == ids[1][b, j]) if ids else within
+
+    heads = [[len(range(size)) for size in x.shape[-2:]] for x in (query, key, value)]  # no symbols: to a compiler too
+    four = [x.reshape(-1, x.shape[-3], *y).transpose(1, 2) for x, y in zip((query, key, value), heads, strict=True)]
+    group = heads[0][0] // heads[1][0]
+    blocks = create_block_mask(visible, len(first), None, query.shape[-3], key.shape[-3], device=query.device)
+    options = {"block_mask": blocks, "enable_gqa": group != 1, "return_aux": AuxRequest(lse=True)}
+    output, more = flex_attention(*four, **options)
+    if not whole:
+        mean = four[2].mean(dim=-2, keepdim=True).repeat_interleave(group, dim=1)
+        output = torch.where((more.lse.detach() > -torch.inf)[..., None], output, mean)
+    return output.transpose(1, 2).reshape(*query.shape[:-1], value.shape[-1])
+
+
+@cache
+def _compiled() -> Callable[..., Array]:
+    """The program without all logits, which raises where it would be run step by step."""
+    return torch.compile(_program, fullgraph=True)
+
+
+def _bounds(call: Call) -> tuple[Array, ...]:
+    """The first key that each query may see and the one after the last, int32, and ids; all ``[batch, length]``."""
+    mask, to = call.structure, call.lowering()
+    if call.operands.mask is not None:
+        call.operands.mask.lower(to)  # which checks the shapes
+    left, right = (2**30 if x is None else min(max(x, -(2**30)), 2**30) for x in (mask.left, mask.right))  # no overflow
+    rows = torch.arange(call.lengths[0], device=call.operands.query.device)
+    first, last = (rows - left).clamp(min=0), (rows + right + 1).clamp(max=call.lengths[1])
+    if mask.kv_lengths is not None:
+        last = torch.minimum(last, mask.kv_lengths.long()[..., None])
+    if mask.query_lengths is not None:
+        last = torch.where(rows < mask.query_lengths[..., None], last, 0)
+
+    def flat(x: Array) -> Array:
+        return x.expand(*call.batch, x.shape[-1]).reshape(-1, x.shape[-1]).contiguous()
+
+    ids = () if mask.kv_ids is None else tuple(flat(x) for x in (mask.query_ids, mask.kv_ids))
+    return flat(first).int(), flat(last).int(), *ids

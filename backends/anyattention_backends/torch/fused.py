@@ -1,0 +1,158 @@
+"""What the kernels on PyTorch have in common: which derivatives they have, and where others are from."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+from anyattention.extend import Call, CausalMask, Fused, Operands, Options, Structure, tiled
+from anyattention_backends.torch import compat, operators
+
+Array = Any
+
+
+class TorchKernel(Fused):
+    """One kernel."""
+
+    serves = Fused.serves | {"precision"}  # as far as PyTorch's own switches honour it
+
+    def limits(self, call: Call, mask: Structure) -> Iterator[str]:
+        if reason := beyond(call):
+            yield reason
+
+
+def beyond(call: Call) -> str:
+    """Why the derivatives that a transformation is to take are not there; empty where they are.
+
+    PyTorch's kernels have one derivative in reverse mode, mapped or not, within `torch.func` too.
+    """
+    if torch.compiler.is_compiling() or not compat.is_transformed():
+        return ""
+    arrays = call.operands[:3]
+    if "Jvp" in (kinds := compat.transformations()) or any(
+        forward_ad.unpack_dual(x).tangent is not None for x in arrays
+    ):
+        return "forward mode needs a derivative that it lacks"
+    outside = torch.is_grad_enabled() and any(compat.unwrapped(x).requires_grad for x in arrays)
+    if kinds.count("Grad") + outside > 1:
+        return "it has no second derivative within torch.func"
+    return ""
+
+
+def can_look(call: Call) -> bool:
+    """Whether values can be looked at: not in a compiler's trace, nor while a CUDA graph is recorded."""
+    if torch.compiler.is_compiling():
+        return False
+    tensors = [x for x in (call.operands.bias, call.operands.mask) if isinstance(x, torch.Tensor)]
+    tensors += [x for x in getattr(call.operands.mask, "arrays", list)() if isinstance(x, torch.Tensor)]
+    if any(type(x) not in (torch.Tensor, torch.nn.Parameter) or compat.is_wrapped(x) or x.is_meta for x in tensors):
+        return False
+    return not (any(x.is_cuda for x in tensors) and torch.cuda.is_current_stream_capturing())
+
+
+def for_cuda(four: list[Array], options: dict[str, Any]) -> tuple[list[Array], dict[str, Any]]:
+    """What the kernels on CUDA ask for besides: a mask's stride of one and, but for flash, a key head for each head.
+
+    Raises:
+        RuntimeError: PyTorch would take the kernel that has all logits, as where others are switched off.
+    """
+    (query, key, value), shown = four, options["attn_mask"]
+    if shown is not None:
+        shown = shown.expand(*shown.shape[:-1], key.shape[-2])
+        shown = shown if shown.stride(-1) == 1 else shown.contiguous()
+    flash = shown is None and not (options["is_causal"] and query.shape[-2] != key.shape[-2])
+    if (group := query.shape[1] // key.shape[1]) != 1 and not flash:
+        key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
+    options |= {"attn_mask": shown, "enable_gqa": query.shape[1] != key.shape[1]}
+    if not torch.compiler.is_compiling() and compat.is_math(query, key, value, **options):
+        raise RuntimeError("No available kernel: PyTorch would compute all logits, see torch.nn.attention.sdpa_kernel")
+    return [query, key, value], options
+
+
+def with_second_derivative(kernel: Callable[..., Array], *four: Array, **options: Any) -> Array:
+    """The output of a kernel of PyTorch's; where its gradient may be differentiated again, that is tiled's.
+
+    A hook on the kernel's node sees to that, from what the node has saved: nothing else is kept.
+    """
+    if torch.compiler.is_compiling() or compat.is_transformed() or not torch.is_grad_enabled():
+        return kernel(*four, **options)
+    hooks = compat.saved_tensor_hooks()
+    if hooks is None:
+        output = kernel(*four, **options)
+    else:
+        hooks = UnpackedOnce(*hooks)
+        with torch.autograd.graph.saved_tensors_hooks(hooks.pack, hooks.unpack):
+            output = kernel(*four, **options)
+    node = output.grad_fn
+    if node is not None and node.name().startswith("ScaledDotProduct"):
+        node.register_hook(_again)
+    return output
+
+
+def _again(gradients: tuple[Array, ...], cotangents: tuple[Array, ...]) -> tuple[Array, ...] | None:
+    """The gradients of the kernel's node, by tiled, where they may be differentiated; None for its own."""
+    if not torch.is_grad_enabled():
+        return None
+    node, backend = compat.backward_node(), operators.backend
+    query, key, value = four = node._saved_query, node._saved_key, node._saved_value
+    bias = getattr(node, "_saved_attn_bias", None)  # on CUDA
+    bias = getattr(node, "_saved_attn_mask", None) if bias is None else bias  # on CPU
+    with torch.enable_grad():
+        scaled = query * (node._saved_scale * query.shape[-1] ** 0.5)
+        q, k, v = (x.transpose(1, 2) for x in (scaled, key, value))
+        mask = CausalMask() if node._saved_is_causal else None
+        operands = Operands(q, k, v, None if bias is None else bias.detach(), mask)
+        options = Options(dtype=backend.arrays.dtype_name(query))
+        output = tiled.compute(Call(backend=backend, operands=operands, options=options))
+        wanted = [x for x, gradient in zip(four, gradients, strict=False) if gradient is not None]
+        found = iter(torch.autograd.grad(output.transpose(1, 2), wanted, cotangents[0], create_graph=True))
+    return (*(None if gradient is None else next(found) for gradient in gradients[:3]), *gradients[3:])
+
+
+class UnpackedOnce:
+    """Hooks on what autograd saves around the caller's own, which may refuse to unpack a tensor twice.
+
+    A checkpoint does. Where `_again` is to read what the node has unpacked before, the tensor is kept till then.
+    """
+
+    def __init__(self, pack: Callable[[Array], Any], unpack: Callable[[Any], Array]) -> None:
+        self.pack, self._unpack = pack, unpack
+        self.kept: dict[int, Any] = {}
+
+    def unpack(self, packed: Any) -> Array:
+        """The tensor; for the second time, where it was kept, that."""
+        if not torch.is_grad_enabled():
+            return self._unpack(packed)
+        if id(packed) in self.kept:
+            return self.kept.pop(id(packed))
+        x = self.kept[id(packed)] = self._unpack(packed)
+        return x
+
+
+class FirstOnly(torch.autograd.Function):  # type: ignore[misc]
+    """A kernel with its own gradient, or tiled's where a second derivative, or the same again, may follow."""
+
+    @staticmethod
+    def forward(ctx: Any, compute: Callable[..., Array], call: Call, *arrays: Array) -> Array:
+        inputs = [x.detach().requires_grad_(x.requires_grad) for x in arrays]
+        with torch.enable_grad():
+            output = compute(*inputs)
+        ctx.call, ctx.graph = call, (output, inputs)
+        ctx.save_for_backward(*arrays)
+        return output.detach()
+
+    @staticmethod
+    def backward(ctx: Any, doutput: Array) -> tuple[Any, ...]:
+        second, again = torch.is_grad_enabled(), compat.keeps_graph()
+        output, inputs = ctx.graph
+        if second or again:
+            inputs = ctx.saved_tensors
+            query, key, value = inputs
+            operands = ctx.call.operands._replace(query=query, key=key, value=value)
+            with torch.enable_grad():
+                output = tiled.compute(replace(ctx.call, operands=operands))
+        wanted = [x for x, needed in zip(inputs, ctx.needs_input_grad[2:], strict=True) if needed]
+        gradients = iter(torch.autograd.grad(output, wanted, doutput, retain_graph=again, create_graph=second))
+        return (None, None, *(next(gradients) if needed else None for needed in ctx.needs_input_grad[2:]))

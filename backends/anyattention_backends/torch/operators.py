@@ -1,0 +1,149 @@
+"""What compilers of PyTorch get as one operator each: dropout bits, and the tiled implementation.
+
+The tiled operator takes tensors and a text, which is the call's options and what the block is made of, written out: an
+option that is added is in the text without a word here.
+"""
+
+import ast
+from collections.abc import Sequence
+from dataclasses import fields
+from enum import Enum
+from typing import Any
+
+import torch
+
+from anyattention._src import threefry
+from anyattention._src.tiles.blocks import Block, Pairs, leaves
+from anyattention._src.tiles.passes import Tiling, backward, forward, tiling
+from anyattention.extend import Backend, Dropout, Options
+
+Array = Any
+#: That of PyTorch; set by the package, which makes it from what stands on these operators.
+backend: Backend = None  # type: ignore[assignment]
+_OPTIONS = tuple(field.name for field in fields(Options))
+# A number in the text stands in a list beside it, since to a compiler it may be a symbol.
+_NUMBER = "number"
+
+
+@torch.library.custom_op("anyattention::keep", mutates_args=())  # type: ignore[untyped-decorator]
+def keep(key: torch.Tensor, p: float, shape: Sequence[int]) -> torch.Tensor:
+    """The dropout mask of this key: True with probability `p`."""
+    import array_api_compat.torch as xp
+
+    return threefry.keep(xp, key, p, tuple(shape))
+
+
+@keep.register_fake  # type: ignore[untyped-decorator]
+def _(key: torch.Tensor, p: float, shape: Sequence[int]) -> torch.Tensor:
+    return key.new_empty(shape, dtype=torch.bool)
+
+
+def leading(arrays: Sequence[Array], dims: Sequence[int | None]) -> list[Array]:
+    """Tensors with the mapped axis first, of size 1 for those that are not mapped."""
+    return [x[None] if dim is None else x.movedim(dim, 0) for x, dim in zip(arrays, dims, strict=True)]
+
+
+def tiled(how: Tiling, block: Block) -> Array:
+    """The output of a block, by one operator."""
+    numbers: list[float] = []
+    options = tuple([(name, getattr(how.options, name)) for name in _OPTIONS])
+    bias, mask, counts, _ = block.pairs
+    present = bias is not None, len(mask), None if counts is None else tuple(x is not None for x in counts)
+    text = _write((options, how.dtype, how.expression, present), numbers)
+    return _tiled(leaves(block), numbers, text)[0]
+
+
+def _write(x: Any, numbers: list[float]) -> str:
+    """``repr`` of nested tuples, as compilers can trace it."""
+    if isinstance(x, tuple):
+        return "(" + "".join([_write(part, numbers) + "," for part in x]) + ")"
+    if x is None or isinstance(x, bool | int | str):
+        return "'" + x + "'" if isinstance(x, str) else str(x)
+    if isinstance(x, Enum):  # a precision of JAX's
+        return "'" + x.name + "'"
+    numbers.append(float(x))
+    return "('" + _NUMBER + "', " + str(len(numbers) - 1) + ")"
+
+
+def _read(arrays: Sequence[Array], numbers: Sequence[float], text: str) -> tuple[Tiling, Block]:
+    """The tiling and the block of an operator's arguments."""
+
+    def number(x: Any) -> Any:
+        if not isinstance(x, tuple):
+            return x
+        return numbers[x[1]] if x[:1] == (_NUMBER,) else tuple(map(number, x))
+
+    named, dtype, expression, (has_bias, masks, has_counts) = ast.literal_eval(text)
+    options = {name: number(value) for name, value in named}
+    if options["dropout"] is not None:
+        options["dropout"] = Dropout(*options["dropout"])
+    query, key, value, *rest = arrays
+    each = iter(rest)
+    bias = next(each) if has_bias else None
+    mask = tuple(next(each) for _ in range(masks))
+    counts = None if has_counts is None else tuple(next(each) if here else None for here in has_counts)
+    block = Block((query,), (key, value), Pairs(bias, mask, counts))
+    return tiling(backend, Options(**options), dtype, expression, block), block
+
+
+def _differentiated(text: str) -> int:
+    """How many of the arrays, from the first, have gradients: query, key, value, and a bias."""
+    return 3 + ast.literal_eval(text)[-1][0]
+
+
+@torch.library.custom_op("anyattention::tiled", mutates_args=())  # type: ignore[untyped-decorator]
+def _tiled(arrays: Sequence[torch.Tensor], numbers: Sequence[float], text: str) -> list[torch.Tensor]:
+    return list(forward(*_read(arrays, numbers, text)))
+
+
+@torch.library.custom_op("anyattention::tiled_backward", mutates_args=())  # type: ignore[untyped-decorator]
+def _tiled_backward(
+    arrays: Sequence[torch.Tensor],
+    results: Sequence[torch.Tensor],
+    doutput: torch.Tensor,
+    numbers: Sequence[float],
+    text: str,
+) -> list[torch.Tensor]:
+    output, base, total = results
+    *gradients, dbias = backward(*_read(arrays, numbers, text), output, base, total, doutput)
+    return [x.clone() for x in (*gradients, *([] if dbias is None else [dbias]))]
+
+
+@_tiled.register_fake  # type: ignore[untyped-decorator]
+def _(arrays: Sequence[torch.Tensor], numbers: Sequence[float], text: str) -> list[torch.Tensor]:
+    query, _, value = arrays[:3]
+    return [query.new_empty((*query.shape[:-1], size)) for size in (value.shape[-1], 1, 1)]
+
+
+@_tiled_backward.register_fake  # type: ignore[untyped-decorator]
+def _(
+    arrays: Sequence[torch.Tensor],
+    results: Sequence[torch.Tensor],
+    doutput: torch.Tensor,
+    numbers: Sequence[float],
+    text: str,
+) -> list[torch.Tensor]:
+    return [x.new_empty(x.shape, dtype=doutput.dtype) for x in arrays[: _differentiated(text)]]
+
+
+@_tiled.register_vmap  # type: ignore[untyped-decorator]
+def _(info: Any, in_dims: Any, arrays: Sequence[Array], numbers: Sequence[float], text: str) -> Any:
+    return _tiled(leading(arrays, in_dims[0]), numbers, text), [0, 0, 0]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Array]) -> None:
+    arrays, *ctx.rest = inputs
+    ctx.count = len(arrays)
+    ctx.save_for_backward(*arrays, *output)
+
+
+def _backward(ctx: Any, gradients: list[Array]) -> tuple[list[Array | None], list[None] | None, None]:
+    saved = list(ctx.saved_tensors)
+    arrays, results = saved[: ctx.count], saved[ctx.count :]
+    found = _tiled_backward(arrays, results, gradients[0], *ctx.rest)
+    answer = [gradient.to(x.dtype) for gradient, x in zip(found, arrays, strict=False)]
+    of_numbers: Any = None if ctx.rest[0] else []  # to PyTorch a list of numbers is a leaf, but an empty one is a list
+    return [*answer, *(None for _ in arrays[len(answer) :])], of_numbers, None
+
+
+_tiled.register_autograd(_backward, setup_context=_setup)

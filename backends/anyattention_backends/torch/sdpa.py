@@ -1,0 +1,100 @@
+"""PyTorch's `scaled_dot_product_attention` on CPU and CUDA: transposition, kernel, transposition where that is all."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from anyattention.extend import Call, CausalMask, Structure, tiled
+from anyattention_backends.torch import operators
+from anyattention_backends.torch.fused import TorchKernel, beyond, can_look, for_cuda, with_second_derivative
+
+Array = Any
+_FULL, _CAUSAL = Structure(), Structure(right=0)
+
+
+class SDPA(TorchKernel):
+    """Flash on CPU; flash, memory-efficient or cuDNN's on CUDA, but never the one that has all logits."""
+
+    name = "sdpa"
+    platforms = ("cpu", "cuda")
+    dtypes = ("float32", "float64", "bfloat16", "float16")
+    on_cuda = ("bfloat16", "float16")  # of float32 its kernel is up to 6 times less accurate than Flax (H100)
+    one_depth = True
+    broadcasts = True
+    wider = "float32"
+
+    def rank(self, call: Call) -> int:
+        """After the kernels that know the mask."""
+        return 0 if _is_plain(call) else int(self.elements(call, self.fitted(call)[0]) > 0)
+
+    def refusals(self, call: Call) -> Iterator[str]:
+        query, key, value, *_ = call.operands
+        known = call.backend.arrays.platform(query) == "cpu" and call.options.dtype in self.dtypes
+        full = known and _is_plain(call) and query.numel() and key.numel() and value.numel()
+        if full and call.needs <= {"mask", "grouped heads"} and not beyond(call):
+            return iter(())  # what the long way finds too, in a tenth of its 20 us
+        return super().refusals(call)
+
+    def limits(self, call: Call, mask: Structure) -> Iterator[str]:
+        yield from super().limits(call, mask)
+        query, _, value, bias, *_ = call.operands
+        if call.backend.arrays.platform(query) == "cuda":
+            if call.options.dtype not in self.on_cuda or self.wide(call) != call.options.dtype:
+                yield f"on cuda no kernel for {self.wide(call)} is as accurate as Flax"
+            if max(query.shape[-1], value.shape[-1]) > 256:
+                yield "there is no kernel for depths beyond 256"
+        elif (size := self.elements(call, mask)) > 0:
+            yield f"the mask would be an array of {size} elements, where tiled skips what is hidden"
+        if bias is not None and not can_look(call):
+            yield "how low the bias goes cannot be seen here"
+        if getattr(bias, "requires_grad", False):
+            yield "the bias needs a gradient"
+
+    def lacks(self, call: Call, mask: Structure) -> dict[str, str]:
+        alone = mask.causal and not mask.rest and mask.kv_lengths is mask.kv_ids is call.operands.bias is None
+        return {
+            **({"band": "of bands it has CausalMask() alone"} if mask.banded and not alone else {}),
+            **({"lengths": "it has no lengths"} if mask.kv_lengths is not None else {}),
+            **({"segments": "it has no segments"} if mask.kv_ids is not None else {}),
+        }
+
+    def depths(self, call: Call) -> list[int]:
+        multiple = 8 if call.backend.arrays.platform(call.operands.query) == "cuda" else 1
+        return [-(-max(x.shape[-1] for x in call.operands[:3]) // multiple) * multiple] * 3
+
+    def attend(self, call: Call) -> Array:
+        query, key, value, bias, mask, *_ = call.operands
+        if call.options.precision is not None:
+            call.backend.steps.check_precision(call.options.precision, None, query)
+        if bias is not None and self._is_low(call):
+            return tiled.compute(call)
+        if query.ndim == 4 and _is_plain(call) and query.shape[-1] == value.shape[-1] == self.depths(call)[0]:
+            return self.kernel(query, key, value, None, _FULL if mask is None else _CAUSAL, query.shape[-1] ** -0.5)
+        return self.mended(call)
+
+    def _is_low(self, call: Call) -> bool:
+        """Whether some query is shown low biases alone; first by a few keys, which mostly tell."""
+        step = self.sample(call)
+        return not (step > 1 and bool(self.reaches(call, step).all())) and not bool(self.reaches(call).all())
+
+    def kernel(
+        self, query: Array, key: Array, value: Array, bias: Array | None, mask: Structure, scale: float
+    ) -> Array:
+        causal, shown = mask.causal and bias is None and not mask.rest, mask.joined
+        if bias is not None:
+            shown = bias if shown is None else torch.where(shown, bias, -torch.inf)
+        four = [x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value)]
+        four = [x.transpose(1, 2) for x in four]
+        grouped = query.shape[2] != key.shape[2]
+        options = {"attn_mask": shown, "is_causal": causal, "scale": scale, "enable_gqa": grouped}
+        if operators.backend.arrays.platform(query) == "cuda":
+            four, options = for_cuda(four, options)
+        kernel = torch.nn.functional.scaled_dot_product_attention
+        return with_second_derivative(kernel, *four, **options).transpose(1, 2)
+
+
+def _is_plain(call: Call) -> bool:
+    """Whether the kernel has all that the call asks for: causality, or nothing."""
+    _, _, _, bias, mask, *_ = call.operands
+    return bias is None and (mask is None or (type(mask) is CausalMask and mask.offset == 0))

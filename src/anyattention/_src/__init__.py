@@ -1,0 +1,1 @@
+"""The private parts; `anyattention` and `anyattention.extend` have the public names."""

@@ -1,0 +1,300 @@
+"""The public functions: signatures and documentation. Each makes a call, chooses what serves it, and computes."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, Protocol, TypeVar
+
+from anyattention._src import plan, registry
+from anyattention._src.call import Call, Operands, make_call
+from anyattention._src.implementations.tiled import TILED
+from anyattention._src.plan import Plan
+from anyattention._src.rules import Mask
+
+
+class _Array(Protocol):
+    """An array of any library, as type checkers see it."""
+
+    @property
+    def shape(self) -> Any: ...
+
+    @property
+    def dtype(self) -> Any: ...
+
+
+Array = TypeVar("Array", bound=_Array)  # what comes in comes out
+Implementation = Literal["exact", "tiled", "fused"]
+
+
+def dot_product_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    bias: Any = None,
+    mask: Any = None,
+    broadcast_dropout: bool = True,
+    dropout_rng: Any = None,
+    dropout_rate: float = 0.0,
+    deterministic: bool = False,
+    dtype: Any = None,
+    precision: Any = None,
+    module: Any = None,
+    force_fp32_for_softmax: bool = False,
+    einsum_dot_general: Callable[..., Array] | None = None,
+    qk_attn_weights_einsum: Callable[..., Array] | None = None,
+    attn_weights_value_einsum: Callable[..., Array] | None = None,
+    *,
+    is_causal: bool = False,
+    implementation: Implementation | None = None,
+) -> Array:
+    """Attention of queries over keys and values, with the numbers of ``flax.linen.dot_product_attention``.
+
+    Takes arrays of NumPy, JAX, PyTorch or any library of the array API standard, and returns the same kind, on
+    the same device. Source: Vaswani et al., Attention is all you need (2017).
+
+    Args:
+        query: ``[batch..., q_length, num_heads, depth]``; any number of batch axes, none included.
+        key: ``[batch..., kv_length, num_heads, depth]``. The query may have a multiple of its heads.
+        value: ``[batch..., kv_length, num_heads, v_depth]``.
+        bias: added to the logits; broadcastable with ``[batch..., num_heads, q_length, kv_length]``.
+        mask: truthy where a query may see a key, of any dtype; broadcastable like `bias`. A query that may see
+            none gets the mean of all values.
+        broadcast_dropout: one dropout mask for all batches and heads.
+        dropout_rng: a key from `anyattention.random`, a JAX key, or raw ``uint32[2]``.
+        dropout_rate: probability, in [0, 1), that a weight is dropped.
+        deterministic: no dropout, whatever the rate.
+        dtype: dtype of the computation; None takes it from query, key and value by JAX's promotion. Integers
+            compute in float32.
+        precision: of the products, on JAX as in ``jax.lax.Precision``. Elsewhere the classic levels change
+            nothing, since products are in full precision, and anything else is an error.
+        module: a Flax module that is given the weights, before dropout, by its ``sow``.
+        force_fp32_for_softmax: softmax in float32; a 16-bit call then returns float32.
+        einsum_dot_general: JAX only: takes the place of ``jax.lax.dot_general`` in both products.
+        qk_attn_weights_einsum: called as ``f("...qhd,...khd->...hqk", query, key)`` for the logits.
+        attn_weights_value_einsum: called as ``f("...hqk,...khd->...qhd", weights, value)`` for the output.
+        is_causal: a query sees the keys at its own position and before (top-left aligned), and-ed with `mask`.
+        implementation: ``"exact"``, ``"tiled"``, ``"fused"``, or None to choose; see `explain`.
+
+    Returns:
+        ``[batch..., q_length, num_heads, v_depth]``, in the compute dtype.
+
+    Raises:
+        ShapeError: shapes that do not fit; a ValueError and an AssertionError.
+        TypeError: arrays of different libraries, or a dtype that attention cannot compute in.
+        ValueError: active dropout without a key or at a rate outside [0, 1); an unknown implementation; a
+            `dtype` that is not floating or complex; a `precision` or einsum that cannot be honoured.
+
+    >>> import numpy as np
+    >>> x = np.eye(2, dtype=np.float32)[None, :, None, :]
+    >>> dot_product_attention(x, x, x, mask=np.tri(2))[0, :, 0].round(3).tolist()
+    [[1.0, 0.0], [0.33000001311302185, 0.6700000166893005]]
+    """
+    call = _call(
+        query=query,
+        key=key,
+        value=value,
+        bias=bias,
+        mask=mask,
+        is_causal=is_causal,
+        dropout_rng=dropout_rng,
+        broadcast_dropout=broadcast_dropout,
+        dropout_rate=dropout_rate,
+        deterministic=deterministic,
+        dtype=dtype,
+        precision=precision,
+        module=module,
+        force_fp32_for_softmax=force_fp32_for_softmax,
+        einsum_dot_general=einsum_dot_general,
+        qk_attn_weights_einsum=qk_attn_weights_einsum,
+        attn_weights_value_einsum=attn_weights_value_einsum,
+    )
+    return call.backend.arrays.run(call.operands.query, plan.choose(call, implementation).compute, call)
+
+
+def dot_product_attention_weights(
+    query: Array,
+    key: Array,
+    bias: Any = None,
+    mask: Any = None,
+    broadcast_dropout: bool = True,
+    dropout_rng: Any = None,
+    dropout_rate: float = 0.0,
+    deterministic: bool = False,
+    dtype: Any = None,
+    precision: Any = None,
+    module: Any = None,
+    force_fp32_for_softmax: bool = False,
+    einsum_dot_general: Callable[..., Array] | None = None,
+    einsum: Callable[..., Array] | None = None,
+    *,
+    is_causal: bool = False,
+    implementation: Implementation | None = None,
+) -> Array:
+    """The attention weights, ``[batch..., num_heads, q_length, kv_length]``; arguments as `dot_product_attention`.
+
+    >>> import numpy as np
+    >>> x = np.zeros((2, 1, 4), dtype=np.float32)
+    >>> dot_product_attention_weights(x, x, is_causal=True).tolist()
+    [[[1.0, 0.0], [0.5, 0.5]]]
+    """
+    call = _call(
+        query=query,
+        key=key,
+        bias=bias,
+        mask=mask,
+        is_causal=is_causal,
+        dropout_rng=dropout_rng,
+        broadcast_dropout=broadcast_dropout,
+        dropout_rate=dropout_rate,
+        deterministic=deterministic,
+        dtype=dtype,
+        precision=precision,
+        module=module,
+        force_fp32_for_softmax=force_fp32_for_softmax,
+        einsum_dot_general=einsum_dot_general,
+        qk_attn_weights_einsum=einsum,
+        weights_only=True,
+    )
+    return call.backend.arrays.run(call.operands.query, plan.choose(call, implementation or "exact").compute, call)
+
+
+def dot_product_attention_vjp(
+    query: Array,
+    key: Array,
+    value: Array,
+    bias: Any = None,
+    mask: Any = None,
+    broadcast_dropout: bool = True,
+    dropout_rng: Any = None,
+    dropout_rate: float = 0.0,
+    deterministic: bool = False,
+    dtype: Any = None,
+    precision: Any = None,
+    force_fp32_for_softmax: bool = False,
+    *,
+    is_causal: bool = False,
+) -> tuple[Array, Callable[[Array], tuple[Array, Array, Array, Any]]]:
+    """The output and its pullback: gradients for any library, NumPy included, in memory that grows with the lengths.
+
+    Computed by the tiled implementation; arguments as `dot_product_attention`.
+
+    Returns:
+        The output, and a function from the gradient of a loss by the output to its gradients by query, key, value
+        and bias, each of the shape and dtype of what it belongs to (of integers, in the compute dtype), None where the
+        bias is None or a scalar.
+
+    >>> import numpy as np
+    >>> x = np.ones((2, 1, 4), dtype=np.float32)
+    >>> output, pullback = dot_product_attention_vjp(x, x, x)
+    >>> [gradient.sum().item() for gradient in pullback(output)[:3]]
+    [0.0, 0.0, 8.0]
+    """
+    call = _call(
+        query=query,
+        key=key,
+        value=value,
+        bias=bias,
+        mask=mask,
+        is_causal=is_causal,
+        dropout_rng=dropout_rng,
+        broadcast_dropout=broadcast_dropout,
+        dropout_rate=dropout_rate,
+        deterministic=deterministic,
+        dtype=dtype,
+        precision=precision,
+        force_fp32_for_softmax=force_fp32_for_softmax,
+    )
+    plan.choose(call, TILED.name)  # which raises where tiled cannot serve the call
+    arrays = call.backend.arrays
+    given = [arrays.dtype_name(registry.array_of(call.backend, "", x)) for x in (query, key, value)]
+    output, pullback = arrays.run(call.operands.query, TILED.vjp, call, given)
+    return output, partial(arrays.run, call.operands.query, pullback)
+
+
+def explain(
+    query: Array,
+    key: Array,
+    value: Array,
+    bias: Any = None,
+    mask: Any = None,
+    broadcast_dropout: bool = True,
+    dropout_rng: Any = None,
+    dropout_rate: float = 0.0,
+    deterministic: bool = False,
+    dtype: Any = None,
+    precision: Any = None,
+    module: Any = None,
+    force_fp32_for_softmax: bool = False,
+    einsum_dot_general: Callable[..., Array] | None = None,
+    qk_attn_weights_einsum: Callable[..., Array] | None = None,
+    attn_weights_value_einsum: Callable[..., Array] | None = None,
+    *,
+    is_causal: bool = False,
+    implementation: Implementation | None = None,
+) -> Plan:
+    """The plan that `dot_product_attention` follows for these very arguments; prints as a table.
+
+    >>> import numpy as np
+    >>> x = np.zeros((2, 1, 4))
+    >>> explain(x, x, x).implementation
+    'exact'
+    """
+    return _outlined(
+        implementation,
+        query=query,
+        key=key,
+        value=value,
+        bias=bias,
+        mask=mask,
+        is_causal=is_causal,
+        dropout_rng=dropout_rng,
+        broadcast_dropout=broadcast_dropout,
+        dropout_rate=dropout_rate,
+        deterministic=deterministic,
+        dtype=dtype,
+        precision=precision,
+        module=module,
+        force_fp32_for_softmax=force_fp32_for_softmax,
+        einsum_dot_general=einsum_dot_general,
+        qk_attn_weights_einsum=qk_attn_weights_einsum,
+        attn_weights_value_einsum=attn_weights_value_einsum,
+    )
+
+
+def _outlined(implementation: str | None, **arguments: Any) -> Plan:
+    """The plan for arguments of which some may be shapes that stand for arrays."""
+    backend = registry.backend_for(**{name: arguments[name] for name in ("query", "key", "value")})
+    return backend.arrays.outline(lambda **given: plan.explain(_call(**given), implementation), arguments)
+
+
+def _call(
+    *,
+    query: Any,
+    key: Any,
+    value: Any = None,
+    bias: Any,
+    mask: Any,
+    dropout_rng: Any,
+    dropout_rate: Any,
+    deterministic: Any,
+    weights_only: bool = False,
+    **options: Any,
+) -> Call:
+    """The call, with all arrays in the one library that serves them."""
+    kind = type(query)
+    if bias is mask is None and kind is type(key) and (kind is type(value) or weights_only) and query is not None:
+        backend = registry.backend_for(query=query)
+    elif isinstance(mask, Mask):
+        masked_by = {f"mask[{i}]": x for i, x in enumerate(mask.arrays())}
+        backend = registry.backend_for(query=query, key=key, value=value, bias=bias, **masked_by)
+    else:
+        backend = registry.backend_for(query=query, key=key, value=value, bias=bias, mask=mask)
+    query, key = registry.array_of(backend, "query", query), registry.array_of(backend, "key", key)
+    value = None if weights_only else registry.array_of(backend, "value", value)
+    if bias is not None and type(bias) not in (bool, int, float, complex):
+        bias = registry.guest_of(backend, "bias", bias, query)
+    if mask is not None:
+        mask = registry.mask_of(backend, mask, query)
+    if dropout_rng is not None and not deterministic and dropout_rate != 0.0:
+        dropout_rng = registry.key_of(backend, dropout_rng)
+    operands = Operands(query, key, value, bias, mask, dropout_rng)
+    return make_call(backend, operands, dropout_rate=dropout_rate, deterministic=deterministic, **options)

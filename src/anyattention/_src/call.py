@@ -1,0 +1,274 @@
+"""A call whose arguments are checked: its operands, which are traced and differentiated, and its options."""
+
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any, NamedTuple
+
+from anyattention._src import rules
+from anyattention._src.errors import ShapeError
+from anyattention._src.interfaces import Backend, causal, unknown
+from anyattention._src.rules import CausalMask, Mask, as_mask
+from anyattention._src.structure import Structure, structure
+
+Array = Any
+
+
+class Operands(NamedTuple):
+    """The arrays of a call, all of one library; query, key and value of one dtype."""
+
+    query: Array  # [batch..., q_length, num_heads, depth]
+    key: Array  # [batch..., kv_length, kv_heads, depth]
+    value: Array  # [batch..., kv_length, kv_heads, v_depth]; None where only the weights are wanted
+    bias: Any = None  # an array or a scalar, broadcastable to [batch..., num_heads, q_length, kv_length]
+    mask: Any = None  # an array, broadcastable likewise, or a mask by rule; with causality
+    dropout_key: Any = None
+    origin: Any = None  # position of the first query and key in the whole of which they are a shard; None for the whole
+
+
+class Dropout(NamedTuple):
+    """Dropout that is switched on: the probability to keep a weight, and whether one mask serves all heads."""
+
+    keep_prob: Any  # a Python float or a NumPy scalar, whose dtype says how many bits are drawn
+    broadcast: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What a call asks for besides its operands; hashable but for Flax's modules."""
+
+    dtype: str  # of the computation
+    dropout: Dropout | None = None
+    precision: Any = None
+    force_fp32_for_softmax: bool = False
+    module: Any = None
+    einsum_dot_general: Any = None
+    qk_attn_weights_einsum: Any = None
+    attn_weights_value_einsum: Any = None
+    weights_only: bool = False
+    whole: tuple[int, int] | None = None  # lengths of queries and keys of which the operands are a shard
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The names of the options that are not at their defaults."""
+        if _PLAIN.get(self.dtype) is self:
+            return _NOTHING
+        fields = [field for name, field in self.__dataclass_fields__.items() if name != "dtype"]
+        return frozenset([field.name for field in fields if getattr(self, field.name) is not field.default])
+
+
+_NOTHING: frozenset[str] = frozenset()
+_PLAIN: dict[str, Options] = {}  # with nothing asked for, by dtype: making one takes 1.5 us of a call's 12
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Call:
+    """What an implementation computes."""
+
+    backend: Backend
+    operands: Operands
+    options: Options
+    _memo: dict[str, Any] = field(default_factory=dict, repr=False)  # not `cached_property`: torch.compile traces this
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the call asks for beyond query, key and value: names of operands and options, and "grouped heads"."""
+        query, key, _, *others = operands = self.operands
+        words = self.options.needs
+        if any(x is not None for x in others):
+            names = operands._fields[3:]
+            words = words.union([name for name, x in zip(names, others, strict=True) if x is not None])
+        return words if query.shape[-2] == key.shape[-2] else words | {"grouped heads"}
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Of queries and keys."""
+        return self.operands.query.shape[-3], self.operands.key.shape[-3]
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        """The batch axes."""
+        return tuple(self.operands.query.shape[:-3])
+
+    @property
+    def logits_of_a_head(self) -> int:
+        """How many logits each head has."""
+        rows, columns = self.lengths
+        return rows * columns
+
+    @property
+    def logits(self) -> int:
+        """How many logits there are."""
+        return self.logits_of_a_head * self.operands.query.shape[-2] * prod(self.batch)
+
+    @property
+    def has_unknown_sizes(self) -> bool:
+        """Whether some sizes are known at run time only."""
+        query, key, value, *_ = self.operands
+        sizes = (*query.shape, *key.shape, *(key if value is None else value).shape)
+        return None in sizes or (total := sum(sizes)) != total  # ndonnx says None, Dask NaN
+
+    @property
+    def structure(self) -> Structure:
+        """The mask as kernels know it, parsed once."""
+        if "structure" not in self._memo:
+            self._memo["structure"] = structure(self.operands.mask)
+        return self._memo["structure"]
+
+    def lowering(self) -> rules.Lowering:
+        """What a mask by rule is lowered to for this call."""
+        operands = self.operands
+        return rules.Lowering(self.backend.arrays, self.batch, self.lengths, operands.query, operands.origin)
+
+    def visible(self, mask: Any) -> Array:
+        """Where a mask lets a query see a key, bool, broadcastable to ``[batch..., heads, q_length, kv_length]``."""
+        if not isinstance(mask, Mask):
+            return self.backend.arrays.truth(mask)
+        to = self.lowering()
+        expression = mask.lower(to)
+        return rules.visible(self.backend.arrays, expression, tuple(to.operands))
+
+    def operands_fit(self) -> bool:
+        """Whether bias and mask have no axes, and no sizes, but those of query and key."""
+        shape = (*self.batch, self.operands.query.shape[-2], *self.lengths)
+        for part in (self.operands.bias, *self.structure.rest):
+            if hasattr(part, "shape") and not isinstance(part, Mask):
+                sizes = zip(reversed(part.shape), reversed(shape), strict=False)
+                if len(part.shape) > len(shape) or any(size not in (1, whole) for size, whole in sizes):
+                    return False
+        return True
+
+
+def make_call(
+    backend: Backend,
+    operands: Operands,
+    *,
+    is_causal: bool,
+    broadcast_dropout: bool,
+    dropout_rate: Any,
+    deterministic: Any,
+    dtype: Any,
+    precision: Any = None,
+    module: Any = None,
+    force_fp32_for_softmax: bool = False,
+    einsum_dot_general: Any = None,
+    qk_attn_weights_einsum: Any = None,
+    attn_weights_value_einsum: Any = None,
+) -> Call:
+    """The call for operands of one library, with query, key and value promoted to one dtype.
+
+    Raises:
+        ShapeError, TypeError, ValueError: as `dot_product_attention` says.
+    """
+    query, key, value, bias, mask, dropout_key, origin = operands
+    weights_only = value is None
+    overridden = qk_attn_weights_einsum or attn_weights_value_einsum
+    if overridden:
+        if precision or einsum_dot_general:
+            raise ValueError(
+                "precision/einsum_dot_general and einsum overrides are mutually exclusive: pass one of them"
+            )
+        if not (weights_only or (qk_attn_weights_einsum and attn_weights_value_einsum)):
+            raise ValueError("qk_attn_weights_einsum and attn_weights_value_einsum must be specified together")
+    if weights_only:
+        (query, key), name = backend.arrays.promote([query, key], dtype)
+    else:
+        (query, key, value), name = backend.arrays.promote([query, key, value], dtype)
+    _check_shapes(query, key, value, grouped=not (overridden or (einsum_dot_general and not weights_only)))
+    if bias is not None or mask is not None:
+        _check_broadcast(query, key, bias, mask)
+    dropout = None
+    if not deterministic and dropout_rate != 0.0:
+        dropout = Dropout(_keep_prob(dropout_rate, dropout_key), bool(broadcast_dropout))
+    else:
+        dropout_key = None
+    if is_causal:
+        mask = _with_causality(backend, query, key, mask)
+    operands = Operands(query, key, value, bias, mask, dropout_key, origin)
+    if dropout is precision is module is einsum_dot_general is None and not (
+        force_fp32_for_softmax or overridden or weights_only
+    ):
+        options = _PLAIN.get(name)
+        if options is None:
+            options = _PLAIN[name] = Options(dtype=name)
+        return Call(backend=backend, operands=operands, options=options)
+    options = Options(
+        dtype=name,
+        dropout=dropout,
+        precision=precision,
+        force_fp32_for_softmax=bool(force_fp32_for_softmax),
+        module=module or None,
+        einsum_dot_general=einsum_dot_general or None,
+        qk_attn_weights_einsum=qk_attn_weights_einsum or None,
+        attn_weights_value_einsum=attn_weights_value_einsum or None,
+        weights_only=weights_only,
+    )
+    return Call(backend=backend, operands=operands, options=options)
+
+
+def _with_causality(backend: Backend, query: Array, key: Array, mask: Any) -> Any:
+    """The mask and causality; by rule, but for lengths that are not known yet."""
+    if unknown(query.shape[-3]) or unknown(key.shape[-3]):
+        triangle = causal(backend.arrays, query, key)
+        return triangle if mask is None else backend.arrays.truth(mask) & triangle
+    return CausalMask() if mask is None else CausalMask() & as_mask(mask)
+
+
+def _keep_prob(rate: Any, key: Any) -> Any:
+    """Of dropout that is switched on; checked only there, since Flax's modules always pass a rate."""
+    is_array = not isinstance(rate, int | float) and hasattr(rate, "shape")
+    if is_array and rate.shape:
+        rate = rate.reshape(())  # of one element, or the comparison with zero would have raised
+    if not 0.0 <= rate < 1.0:
+        raise ValueError(f"dropout_rate must be in [0, 1), got {rate}; deterministic=True switches dropout off")
+    if key is None:
+        raise ValueError(
+            "dropout needs a key: pass dropout_rng=anyattention.random.key(seed), or deterministic=True for none"
+        )
+    keep_prob = 1.0 - rate
+    return keep_prob.__array__()[()] if is_array and hasattr(rate, "aval") else keep_prob  # of JAX's, a NumPy scalar
+
+
+def _check_shapes(query: Array, key: Array, value: Array | None, grouped: bool) -> None:
+    """Raise ShapeError with Flax's sentence, in Flax's order; heads may be grouped, as in flax.nnx."""
+    q, k, v = query.shape, key.shape, (key if value is None else value).shape
+    if len(q) > 2 and q == k and k == v:
+        return
+    arrays = (query, key) if value is None else (query, key, value)
+
+    def fail(sentence: str) -> ShapeError:
+        names = "q, k" if value is None else "q, k, v"
+        return ShapeError(f"{sentence.format(names)} Got shapes {', '.join(str(tuple(x.shape)) for x in arrays)}.")
+
+    if not len(q) == len(k) == len(v):
+        raise fail("{} must have same rank.")
+    if len(q) < 3:
+        raise fail("{} need at least three axes, [batch..., length, num_heads, depth].")
+    if not (_same(q[:-3], k[:-3]) and _same(k[:-3], v[:-3])):
+        raise fail("{} batch dims must match.")
+    if not _same(k[-2:-1], v[-2:-1]) or (
+        not _same(q[-2:-1], k[-2:-1]) and not (grouped and k[-2] and q[-2] % k[-2] == 0)
+    ):
+        raise fail("{} num_heads must match.")
+    if not _same(k[-3:-2], v[-3:-2]):
+        raise fail("k, v lengths must match.")
+    if not _same(q[-1:], k[-1:]):
+        raise fail("q, k depths must match.")
+
+
+def _same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+    return a == b or all(x == y or unknown(x) or unknown(y) for x, y in zip(a, b, strict=True))
+
+
+def _check_broadcast(query: Array, key: Array, bias: Any, mask: Any) -> None:
+    """Raise ShapeError unless bias and mask broadcast; each may have more axes, or grow a single one, as in Flax."""
+    shape = (*query.shape[:-3], query.shape[-2], query.shape[-3], key.shape[-3])
+    for name, x in (("bias", bias), ("mask", mask)):
+        if isinstance(x, Mask) or not hasattr(x, "shape"):
+            continue
+        rank = max(len(shape), x.ndim)
+        left, right = ((1,) * (rank - len(sizes)) + tuple(sizes) for sizes in (shape, x.shape))
+        if not all(a == b or a == 1 or b == 1 or unknown(a) or unknown(b) for a, b in zip(left, right, strict=True)):
+            raise ShapeError(
+                f"Incompatible shapes for broadcasting: {name} {tuple(x.shape)} with attention weights {shape}"
+            )
+        shape = tuple(b if a == 1 else a for a, b in zip(left, right, strict=True))

@@ -1,0 +1,82 @@
+"""Flax's helpers that make and combine dense masks."""
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+from anyattention._src import dtypes, registry
+from anyattention._src.errors import ShapeError
+from anyattention._src.interfaces import positions
+
+Array = Any
+
+
+def make_attention_mask(
+    query_input: Array,
+    key_input: Array,
+    pairwise_fn: Callable[[Array, Array], Array] = operator.mul,
+    extra_batch_dims: int = 0,
+    dtype: Any = "float32",
+) -> Array:
+    """Mask from a value for each query and one for each key, ``[batch..., 1, q_length, kv_length]``.
+
+    Args:
+        query_input: ``[batch..., q_length]``, for example 1 at tokens and 0 at padding.
+        key_input: ``[batch..., kv_length]``.
+        pairwise_fn: called with ``[batch..., q_length, 1]`` and ``[batch..., 1, kv_length]``.
+        extra_batch_dims: this many axes of size 1 in front.
+        dtype: of the mask, cast last; name, scalar type or the library's dtype.
+
+    >>> import numpy as np
+    >>> make_attention_mask(np.array([1, 1, 0]), np.array([1, 0]), dtype=bool).tolist()
+    [[[True, False], [True, False], [False, False]]]
+    """
+    backend = registry.backend_for(query_input=query_input, key_input=key_input)
+    xp = backend.xp
+    for name, x in (("query_input", query_input), ("key_input", key_input)):
+        if x.ndim == 0:
+            raise ShapeError(f"{name} needs a length axis, got shape ()")
+    query_input, key_input = backend.arrays.join(query_input, key_input)
+    mask = pairwise_fn(xp.expand_dims(query_input, axis=-1), xp.expand_dims(key_input, axis=-2))
+    mask = xp.expand_dims(mask, axis=-3)
+    for _ in range(extra_batch_dims):
+        mask = xp.expand_dims(mask, axis=0)
+    return backend.arrays.cast(mask, dtypes.name_of(dtype))
+
+
+def make_causal_mask(x: Array, extra_batch_dims: int = 0, dtype: Any = "float32") -> Array:
+    """Lower-triangular mask, ``[batch..., 1, length, length]``, for an array ``[batch..., length]``.
+
+    Only the shape of `x` is read.
+
+    >>> import numpy as np
+    >>> make_causal_mask(np.zeros(3), dtype=int).tolist()
+    [[[1, 0, 0], [1, 1, 0], [1, 1, 1]]]
+    """
+    backend = registry.backend_for(x=x)
+    if x.ndim == 0:
+        raise ShapeError("x needs a length axis, got shape ()")
+    index, _ = backend.xp.broadcast_arrays(positions(backend.arrays, x), x)
+    return make_attention_mask(index, index, operator.ge, extra_batch_dims, dtype)
+
+
+def combine_masks(*masks: Array | None, dtype: Any = "float32") -> Array | None:
+    """The logical and of masks of one rank, skipping None; None if there is no mask.
+
+    One mask alone is cast and keeps its values, as in Flax.
+
+    Raises:
+        ShapeError: masks of different rank.
+    """
+    present = [mask for mask in masks if mask is not None]
+    if not present:
+        return None
+    ranks = tuple(mask.ndim for mask in present)
+    if len(set(ranks)) > 1:
+        raise ShapeError(f"masks must have same rank: {ranks}")
+    backend = registry.backend_for(**{f"masks[{i}]": mask for i, mask in enumerate(present)})
+    present = [mask if registry.backend_of(mask) is backend else backend.arrays.adopt(mask, None) for mask in present]
+    result = present[0]
+    for mask in present[1:]:
+        result = backend.xp.logical_and(backend.arrays.truth(result), backend.arrays.truth(mask))
+    return backend.arrays.cast(result, dtypes.name_of(dtype))

@@ -1,0 +1,1 @@
+"""What computes attention: a file for each implementation."""

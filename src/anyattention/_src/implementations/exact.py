@@ -1,0 +1,123 @@
+"""Flax's attention, operation for operation: the exact implementation.
+
+The order of these steps, and the dtype of each, is the whole of what makes the numbers Flax's:
+
+    query  <- query / sqrt(depth)                     rounded to the compute dtype, before the product
+    logits <- query . key                             rounded to the compute dtype
+    logits <- logits + bias                           in the wider of the two dtypes
+    logits <- logits where mask, else finfo.min       the finite minimum of the *compute* dtype: a replacement
+    weights <- softmax(logits)                        in the logits' dtype, then back to the compute dtype
+    weights <- weights * keep / keep_prob             dropout, not renormalised
+    output <- weights . value
+
+A row whose mask hides every key has equal logits, so its output is the mean of all values, hidden ones too.
+
+Source: Vaswani et al., Attention is all you need (2017), and the observed behaviour of flax.linen.
+Shapes: query ``[batch..., q_length, num_heads, depth]``, key ``[batch..., kv_length, num_heads, depth]``, value
+``[batch..., kv_length, num_heads, v_depth]``, logits and weights ``[batch..., num_heads, q_length, kv_length]``.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from anyattention._src import interfaces
+from anyattention._src.call import Call, Dropout
+from anyattention._src.implementations.base import Implementation
+from anyattention._src.rules import Mask
+
+Array = Any
+Einsum = Callable[[str, Array, Array], Array]
+
+
+class Exact(Implementation):
+    """Flax's steps."""
+
+    name = "exact"
+    serves = frozenset(
+        {
+            *("bias", "mask", "dropout_key", "dropout", "precision", "force_fp32_for_softmax", "module"),
+            *("einsum_dot_general", "qk_attn_weights_einsum", "attn_weights_value_einsum"),
+            *("weights_only", "grouped heads"),
+        }
+    )
+
+    def compute(self, call: Call) -> Array:
+        """The output; of a call for the weights alone these, ``[batch..., num_heads, q_length, kv_length]``."""
+        return attention_weights(call) if call.options.weights_only else attention(call)
+
+
+def attention(call: Call) -> Array:
+    """The weighted mean of the values, ``[batch..., q_length, num_heads, v_depth]``."""
+    weights = attention_weights(call)
+    query, key, value, *_ = call.operands
+    weights_value = _product(call, call.options.attn_weights_value_einsum)
+    if query.shape[-2] == key.shape[-2]:
+        return weights_value(interfaces.WEIGHTS_VALUE, weights, value)
+
+    # Grouped heads: num_heads is a multiple of the key heads, each of which serves `group` query heads in a row.
+    xp, kv_heads = call.backend.xp, value.shape[-2]
+    *batch, heads, q_length, kv_length = weights.shape
+    weights = xp.reshape(weights, (*batch, kv_heads, heads // kv_heads, q_length, kv_length))
+    output = weights_value(interfaces.GROUPED_WEIGHTS_VALUE, weights, xp.expand_dims(value, axis=-2))
+    return xp.reshape(output, (*output.shape[:-3], heads, output.shape[-1]))
+
+
+def attention_weights(call: Call) -> Array:
+    """The weight of each key for each query, ``[batch..., num_heads, q_length, kv_length]``."""
+    backend, options = call.backend, call.options
+    arrays, steps, dtype = backend.arrays, backend.steps, options.dtype
+    query, key, _, bias, mask, *_ = call.operands
+    query = steps.scale(query, query.shape[-1], dtype)
+    logits = attention_logits(call, query, key)
+
+    if bias is not None:
+        logits, bias = arrays.join(logits, bias)
+        logits = logits + bias
+    if mask is not None:
+        if isinstance(mask, Mask):  # by rule no longer, since all the logits are here anyway
+            mask = mask.on(arrays, call.batch, call.lengths, query)
+        logits = steps.where(mask, logits, arrays.lowest(dtype))
+
+    if options.force_fp32_for_softmax and dtype != "float32":
+        weights = steps.softmax(arrays.cast(logits, "float32"))
+    else:
+        weights = arrays.cast(steps.softmax(logits), dtype)
+
+    if options.module:  # a Flax module that collects the weights, before dropout
+        options.module.sow("intermediates", "attention_weights", weights)
+    return weights if options.dropout is None else weights_after_dropout(call, options.dropout, weights)
+
+
+def attention_logits(call: Call, query: Array, key: Array) -> Array:
+    """The product of each (scaled) query with each key, ``[batch..., num_heads, q_length, kv_length]``."""
+    query_key = _product(call, call.options.qk_attn_weights_einsum)
+    heads, kv_heads = query.shape[-2], key.shape[-2]
+    if heads == kv_heads:
+        return query_key(interfaces.QUERY_KEY, query, key)
+    xp = call.backend.xp
+    *lead, _, depth = query.shape
+    query = xp.reshape(query, (*lead, kv_heads, heads // kv_heads, depth))
+    logits = query_key(interfaces.GROUPED_QUERY_KEY, query, xp.expand_dims(key, axis=-2))
+    return xp.reshape(logits, (*logits.shape[:-4], heads, *logits.shape[-2:]))
+
+
+def weights_after_dropout(call: Call, dropout: Dropout, weights: Array) -> Array:
+    """The weights kept, times 1 / keep_prob (rounded to the compute dtype); the others times zero."""
+    arrays, steps, dtype = call.backend.arrays, call.backend.steps, call.options.dtype
+    shape = tuple(weights.shape)
+    if dropout.broadcast:
+        shape = (1,) * (call.operands.key.ndim - 2) + shape[-2:]
+    keep = arrays.cast(steps.keep(call.operands.dropout_key, dropout.keep_prob, shape, weights), dtype)
+    weights, multiplier = arrays.join(weights, steps.divide_by_scalar(keep, dropout.keep_prob, dtype))
+    return weights * multiplier
+
+
+def _product(call: Call, einsum: Einsum | None) -> Einsum:
+    """What computes a product: the caller's einsum, or the library's own."""
+    if einsum is not None:
+        return einsum
+    options, contract = call.options, call.backend.steps.contract
+    if options.precision is None and options.einsum_dot_general is None:
+        return contract
+    return partial(contract, precision=options.precision, dot_general=options.einsum_dot_general)

@@ -1,0 +1,310 @@
+"""What every vendor's kernel needs, once: refusals, batch axes, the parts of a mask, fully masked rows, low biases.
+
+Kernels disagree about a fully masked row; Flax gives it the mean of all values. Such rows are shown some key, so that
+whatever the kernel computes of them is finite, and their output is replaced by the mean: then their gradients are
+Flax's too. Keys and values that no query of their batch entry may see are zeros to the kernel, since 0 * NaN is NaN.
+
+A row whose biases are all far below zero, as where they stand for a mask, is beyond kernels: see `least_bias`.
+"""
+
+from collections.abc import Iterator, Sequence
+from math import prod
+from typing import Any
+
+from anyattention._src import dtypes
+from anyattention._src.call import Call
+from anyattention._src.implementations.base import Implementation
+from anyattention._src.rules import LengthMask, Mask
+from anyattention._src.structure import Structure
+
+Array = Any
+SWITCH = (
+    "Switch it off with anyattention.config(engines=('-{0}',)) or ANYATTENTION_ENGINES=-{0}, or pass "
+    "implementation='tiled'."
+)
+_LOW = "falls back to tiled when the call runs, if all biases of some row are far below zero"
+_SAMPLE = 64  # keys of which the biases are looked at first
+
+
+class Fused(Implementation):
+    """One kernel. A subclass says where it runs, what it lacks, and how it is called."""
+
+    serves = frozenset({"bias", "mask", "force_fp32_for_softmax", "grouped heads"})
+    platforms: tuple[str, ...]  # as the library names them
+    dtypes: tuple[str, ...]
+    multiple = 1  # of the depths, which are filled up with zeros
+    one_depth = False  # of queries, keys and values
+    even = False  # whether its derivative wants even lengths; it then refuses a bias or an array of odd ones
+    dense = True  # takes arrays as masks
+    broadcasts = False  # leaves axes of size 1 of such an array as they are, so that lengths cost nothing
+    most_elements = 2**30  # of an array that stands for a mask by rule
+    wider = ""  # dtype of a bias that may be wider than the call's
+
+    # --- what a subclass says ---
+
+    @property
+    def absent(self) -> str:
+        """Why this machine cannot run the kernel; empty where it can."""
+        return ""
+
+    def limits(self, call: Call, mask: Structure) -> Iterator[str]:
+        """More reasons against the kernel, for a call with this mask."""
+        return iter(())
+
+    def lacks(self, call: Call, mask: Structure) -> dict[str, str]:
+        """Which of "band", "lengths" and "segments" the kernel does not have, and why: arrays stand for them."""
+        return {}
+
+    def kernel(
+        self, query: Array, key: Array, value: Array, bias: Array | None, mask: Structure, scale: float
+    ) -> Array:
+        """The kernel: ``[batch, length, heads, depth]`` in and out; all of one dtype, of no batch axes but one."""
+        raise NotImplementedError
+
+    def attend(self, call: Call) -> Array:
+        """The output, with the derivatives that the kernel has."""
+        return self.mended(call)
+
+    # --- what holds for all ---
+
+    def compute(self, call: Call) -> Array:
+        """As `attend`; an error gets a note with the engine's name and how to switch it off."""
+        try:
+            return self.attend(call)
+        except NotImplementedError:
+            raise
+        except Exception as error:
+            error.add_note(f"This is the engine {self.name!r}. {SWITCH.format(self.name)}")
+            raise
+
+    def refusals(self, call: Call) -> Iterator[str]:
+        query, key, value, bias, *_ = call.operands
+        arrays, dtype = call.backend.arrays, call.options.dtype
+        yield from super().refusals(call)
+        platform = arrays.platform(query)
+        if platform not in self.platforms:
+            yield f"it runs on {' and '.join(self.platforms)}, not on {platform}"
+            return
+        if self.absent:
+            yield self.absent
+            return
+        if call.has_unknown_sizes:
+            yield "lengths are unknown"
+            return
+        if dtype not in self.dtypes:
+            yield f"there is no kernel for {dtype}"
+        if call.options.force_fp32_for_softmax and "16" in dtype:
+            yield "a softmax in float32 of 16-bit arrays returns float32"
+        if 0 in (*query.shape, *key.shape, *value.shape):
+            yield "something is empty"
+            return
+        if bias is not None or call.operands.mask is not None:
+            if not call.operands_fit():
+                yield "bias or mask has axes that query and key lack"
+            if hasattr(bias, "shape") and (wide := self.wide(call)) not in (dtype, self.wider):
+                yield f"the bias makes logits {wide}"
+        mask, expanded = self.fitted(call)
+        if not self.dense:
+            yield from expanded.values()
+            if any(not isinstance(x, Mask) for x in mask.rest):
+                yield "it has no arrays as masks"
+        elif expanded and (size := self.elements(call, mask)) > self.most_elements:
+            yield from (f"{reason}, and an array has {size} elements" for reason in expanded.values())
+        yield from self.limits(call, mask)
+
+    def remarks(self, call: Call) -> list[str]:
+        mask, expanded = self.fitted(call)
+        size = self.elements(call, mask)
+        array = f"the mask is an array of {size} elements" if size else "the mask is an array"
+        found = [f"{array}: {reason}" for reason in expanded.values()]
+        return found if call.operands.bias is None else [*found, _LOW]
+
+    def elements(self, call: Call, mask: Structure) -> int:
+        """How many an array has that stands for masks by rule, one for all heads; none where they are small."""
+        small = (not isinstance(x, Mask) or (isinstance(x, LengthMask) and x.query_lengths is None) for x in mask.rest)
+        return 0 if self.broadcasts and all(small) else prod(call.batch) * call.logits_of_a_head
+
+    def wide(self, call: Call) -> str:
+        """The dtype of the logits, with the bias."""
+        bias, dtype = call.operands.bias, call.options.dtype
+        return dtypes.promote(dtype, call.backend.arrays.dtype_name(bias)) if hasattr(bias, "shape") else dtype
+
+    def depths(self, call: Call) -> list[int]:
+        """The depths of query, key and value that the kernel is given."""
+        depths = [-(-x.shape[-1] // self.multiple) * self.multiple for x in call.operands[:3]]
+        return [max(depths)] * 3 if self.one_depth else depths
+
+    def fitted(self, call: Call) -> tuple[Structure, dict[str, str]]:
+        """The structure of the mask, with all that the kernel lacks among the rest; and what that is and why."""
+        mask = call.structure
+        reasons: dict[str, str] = {}
+        if call.operands.mask is None:
+            return mask, reasons
+        if any(isinstance(x, Mask) for x in mask.rest):
+            reasons["rest"] = "it is no band, lengths, segments and array, joined by &"
+        if not mask.band_shows(*call.lengths):
+            reasons["band"] = "some queries see nothing, where their window begins or ends"
+        elif mask.left is not None and (mask.kv_lengths is not None or mask.kv_ids is not None):
+            reasons["band"] = "a window beside lengths or segments may leave queries without a key"
+        mask = mask.without(*reasons) if reasons else mask
+        if more := self.lacks(call, mask):
+            reasons |= more
+            mask = mask.without(*more)
+        if mask.left is not None and mask.rest and call.operands.bias is not None:
+            reasons["band"] = "a window beside a bias and an array may leave queries without a key"
+            mask = mask.without("band")
+        return mask, reasons
+
+    def mended(self, call: Call, trained: bool = False) -> Array:
+        """The kernel's output with Flax's meaning.
+
+        Where it is `trained`, there is to be a derivative: a kernel that wants even lengths then gets one more row,
+        beyond the lengths that it is told. The row's output is cut off, so that its cotangent is zero.
+        """
+        xp, arrays = call.backend.xp, call.backend.arrays
+        query, key, value, bias, *_ = call.operands
+        seen, hidden, mask = self.shown(call, self.fitted(call)[0])
+        mask = _of_one_batch(call, mask)
+        original = value
+        if hidden is not None:
+            key, value = (xp.where(hidden[..., None, None], 0.0, x) for x in (key, value))
+        lengths = call.lengths
+        rows, columns = (n + n % 2 for n in lengths) if self.even and trained else lengths
+        flat = [
+            _filled(xp, xp.reshape(x, (-1, *x.shape[-3:])), length, depth)
+            for x, length, depth in zip((query, key, value), (rows, columns, columns), self.depths(call), strict=True)
+        ]
+        if (rows, columns) != lengths:
+            told = [xp.full(flat[0].shape[:1], length, dtype=xp.int32) for length in lengths]
+            keys = told[1] if mask.kv_lengths is None else mask.kv_lengths
+            mask = mask._replace(query_lengths=told[0], kv_lengths=keys)
+        if bias is not None:
+            bias = bias if hasattr(bias, "shape") else arrays.adopt(bias, query)
+            bias = four_axes(xp, arrays.cast(bias, self.wide(call)), call.batch)
+        q, k, v = flat
+        output = self.kernel(q, k, v, bias, mask, query.shape[-1] ** -0.5)
+        if tuple(output.shape[1::2]) != (lengths[0], value.shape[-1]):
+            output = output[:, : lengths[0], :, : value.shape[-1]]
+        output = xp.reshape(output, (*query.shape[:-1], value.shape[-1]))
+        return output if seen is None else xp.where(_rows(xp, seen), output, _mean(call, original))
+
+    def shown(self, call: Call, mask: Structure) -> tuple[Array | None, Array | None, Structure]:
+        """Which queries see a key, which keys are hidden from all queries, and a mask that shows each query a key.
+
+        The first is ``[batch..., heads or 1, q_length or 1]``, None for all; the second ``[batch..., kv_length or 1]``,
+        None for none.
+        """
+        xp, arrays, (rows, columns) = call.backend.xp, call.backend.arrays, call.lengths
+        if not mask.rest and mask.kv_ids is None and mask.kv_lengths is None:
+            return None, None, mask  # of a band, `fitted` keeps what shows each query a key
+        beside = arrays.beside(call.operands.query)
+        kv_lengths: Any = None
+        if mask.kv_lengths is not None:
+            kv_lengths = xp.clip(_integers(call, mask.kv_lengths), 0, columns)
+        if not mask.rest and mask.kv_ids is None:
+            hidden = xp.arange(columns, dtype=xp.int32, **beside) >= kv_lengths[..., None]
+            seen = (kv_lengths > 0)[..., None, None]
+            if mask.query_lengths is not None:
+                positions = xp.arange(rows, dtype=xp.int32, **beside)
+                seen = seen & (positions < _integers(call, mask.query_lengths)[..., None, None])
+        else:
+            visible = call.visible(call.operands.mask)
+            visible = visible if visible.ndim else xp.reshape(visible, (1,))
+            axes = tuple(range(-min(visible.ndim, 3), -1))  # heads and queries
+            seen = xp.any(visible, axis=-1)
+            hidden = xp.logical_not(xp.any(visible, axis=axes) if axes else visible)
+        seen, hidden = None if arrays.surely(seen, True) else seen, None if arrays.surely(hidden, False) else hidden
+        if kv_lengths is not None:
+            mask = mask._replace(kv_lengths=xp.clip(kv_lengths, 1, columns), query_lengths=None)
+        if mask.rest:
+            visible = call.visible(mask.joined)
+            mask = mask._replace(rest=(visible if seen is None else visible | xp.logical_not(seen)[..., None],))
+        if mask.kv_ids is not None and seen is not None:  # every key 0 is in the band and within the lengths
+            ids = xp.broadcast_to(mask.query_ids, (*call.batch, rows))
+            alone = xp.logical_not(xp.broadcast_to(xp.any(seen, axis=-2), ids.shape))
+            mask = mask._replace(query_ids=xp.where(alone, mask.kv_ids[..., :1], ids))
+        return seen, hidden, mask
+
+    def reaches(self, call: Call, step: int = 1) -> Array:
+        """Which queries are shown a key, of each `step`-th, whose bias is not too low."""
+        xp, arrays, (_, _, _, bias, mask, *_) = call.backend.xp, call.backend.arrays, call.operands
+        bias = bias if hasattr(bias, "shape") else arrays.adopt(bias, call.operands.query)
+        bias = (bias if bias.ndim else xp.reshape(bias, (1,)))[..., ::step]
+        if mask is not None:
+            visible = call.visible(mask)
+            visible = visible if visible.ndim else xp.reshape(visible, (1,))
+            if step == 1:  # a fully masked row is shown the first key
+                first = xp.arange(call.lengths[1], **arrays.beside(bias)) == 0
+                visible = visible | (xp.logical_not(xp.any(visible, axis=-1, keepdims=True)) & first)
+            bias = xp.where(visible[..., ::step], bias, -float("inf"))
+        return xp.max(bias, axis=-1) >= least_bias(call.options.dtype)
+
+    def sample(self, call: Call) -> int:
+        """The step between the keys that `reaches` looks at first, which mostly tell; 1 where keys are few."""
+        return max(call.lengths[1] // _SAMPLE, 1)
+
+
+def least_bias(dtype: str) -> float:
+    """The least that the largest bias of a query may be, for its gradient to be right.
+
+    Kernels keep the logarithm of a sum, the largest logit included, and find the weights again from it: beyond this it
+    is rounded by more than the dtype of the call is worth, and at the dtype's minimum the sum is lost.
+    """
+    return -(2.0**10) if "16" in dtype else -(2.0**7)
+
+
+def four_axes(xp: Any, x: Array, batch: Sequence[int]) -> Array:
+    """A bias or mask of four axes, as kernels take them: the first is the whole batch, or 1."""
+    x = xp.reshape(x, (1,) * (len(batch) + 3 - x.ndim) + tuple(x.shape))
+    if len(batch) == 1:
+        return x
+    if all(size == 1 for size in x.shape[: len(batch)]):
+        return xp.reshape(x, (1, *x.shape[-3:]))
+    return xp.reshape(xp.broadcast_to(x, (*batch, *x.shape[-3:])), (-1, *x.shape[-3:]))
+
+
+def _of_one_batch(call: Call, mask: Structure) -> Structure:
+    """The same with one batch axis: of lengths and ids the call's own, of an array that or 1."""
+    xp, batch = call.backend.xp, call.batch
+
+    def flat(x: Any, axes: int) -> Array | None:
+        if x is None:
+            return None
+        x = xp.broadcast_to(x, (*batch, *x.shape[x.ndim - axes :]))
+        return xp.reshape(x, (-1, *x.shape[len(batch) :]))
+
+    lengths = {name: flat(getattr(mask, name), 0) for name in ("kv_lengths", "query_lengths")}
+    ids = {name: flat(getattr(mask, name), 1) for name in ("query_ids", "kv_ids")}
+    return mask._replace(**lengths, **ids, rest=tuple(four_axes(xp, x, batch) for x in mask.rest))
+
+
+def _integers(call: Call, x: Any) -> Array:
+    """Lengths as int32; a Python integer is one for all batch entries."""
+    arrays = call.backend.arrays
+    return arrays.cast(x if hasattr(x, "shape") else arrays.adopt(x, call.operands.query), "int32")
+
+
+def _rows(xp: Any, x: Array) -> Array:
+    """``[..., heads, q_length]`` as ``[..., q_length, heads, 1]``; axes may be missing."""
+    if x.ndim < 2:
+        x = xp.reshape(x, (1,) * (2 - x.ndim) + tuple(x.shape))
+    return xp.permute_dims(x, (*range(x.ndim - 2), x.ndim - 1, x.ndim - 2))[..., None]
+
+
+def _mean(call: Call, value: Array) -> Array:
+    """The mean of all values for each query head, ``[batch..., 1, num_heads, v_depth]``, summed in float32 at least."""
+    xp, arrays, dtype = call.backend.xp, call.backend.arrays, call.options.dtype
+    mean = xp.mean(arrays.cast(value, dtypes.promote(dtype, "float32")), axis=-3, keepdims=True)
+    *lead, kv_heads, depth = mean.shape
+    heads = call.operands.query.shape[-2]
+    mean = xp.broadcast_to(arrays.cast(mean, dtype)[..., None, :], (*lead, kv_heads, heads // kv_heads, depth))
+    return xp.reshape(mean, (*lead, heads, depth))
+
+
+def _filled(xp: Any, x: Array, length: int, depth: int) -> Array:
+    """``[batch, length, heads, depth]`` with zeros up to a length and a depth."""
+    for axis, size in ((1, length), (3, depth)):
+        if x.shape[axis] != size:
+            shape = (*x.shape[:axis], size - x.shape[axis], *x.shape[axis + 1 :])
+            x = xp.concat((x, xp.broadcast_to(xp.zeros_like(x[:1, :1, :1, :1]), shape)), axis=axis)
+    return x

@@ -1,0 +1,152 @@
+"""The tiled implementation in Flax's layout: a call becomes a tiling and a block, and results go back.
+
+In a block heads stand before lengths, and grouped heads are two axes.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from anyattention._src import dtypes, threefry
+from anyattention._src.call import Call
+from anyattention._src.implementations.base import Implementation
+from anyattention._src.interfaces import Arrays, permute
+from anyattention._src.rules import as_mask
+from anyattention._src.tiles.blocks import Block, Pairs, tree_map
+from anyattention._src.tiles.partials import Partial
+from anyattention._src.tiles.passes import Gradients, Tiling, backward, forward, partial_of, sum_to, tiling
+
+Array = Any
+
+
+class Tiled(Implementation):
+    """Attention a tile at a time, in memory that grows with the lengths."""
+
+    name = "tiled"
+    serves = frozenset(
+        {
+            *("bias", "mask", "dropout_key", "dropout", "precision", "force_fp32_for_softmax", "grouped heads"),
+            *("origin", "whole"),
+        }
+    )
+
+    def refusals(self, call: Call) -> Iterator[str]:
+        yield from super().refusals(call)
+        if call.has_unknown_sizes:
+            yield "lengths are unknown"
+        arrays, bias, dropout = call.backend.arrays, call.operands.bias, call.options.dropout
+        if isinstance(bias, complex) or (hasattr(bias, "shape") and arrays.dtype_name(bias).startswith("complex")):
+            yield "the bias is complex"
+        if call.options.dtype not in ("bfloat16", "float16", "float32", "float64"):
+            yield f"tiles of {call.options.dtype} are not supported"
+        if dropout and (reason := call.backend.tiles.no_keep(call.operands.dropout_key, dropout.keep_prob)):
+            yield reason
+
+    def compute(self, call: Call) -> Array:
+        """The output. Sums are in float32 at least; `force_fp32_for_softmax` returns them so."""
+        how, block = prepare(call)
+        output = call.backend.tiles.differentiable(forward, backward, how, block)
+        return _restored(call, output)
+
+    def partial(self, call: Call) -> Partial:
+        """Attention of all queries over these keys alone, which may be some of many, in a block's layout."""
+        return partial_of(*prepare(call))
+
+    def vjp(self, call: Call, given: Sequence[str]) -> tuple[Array, Callable[[Array], Gradients]]:
+        """The output, and a function from its gradient to those of query, key, value and bias.
+
+        `given` are the dtypes that query, key and value had before promotion, which their gradients get back.
+        """
+        how, block = prepare(call)
+        arrays, tiles, bias, group = call.backend.arrays, call.backend.tiles, call.operands.bias, _group(call)
+        results = tiles.compiled(forward, how, block)
+
+        def pullback(doutput: Array) -> Gradients:
+            doutput = _heads_first(arrays, arrays.cast(doutput, how.dtype), results[0].ndim, group)
+            *gradients, dbias = tiles.compiled(backward, how, block, *results, doutput)
+            pairs = zip(gradients, call.operands[:3], strict=True)
+            like = [_like(arrays, gradient, x, group) for gradient, x in pairs]
+            dquery, dkey, dvalue = (
+                arrays.cast(gradient, name) if dtypes.is_inexact(name) else gradient
+                for gradient, name in zip(like, given, strict=True)
+            )
+            if dbias is not None and not hasattr(bias, "shape"):
+                dbias = None  # of a scalar
+            elif dbias is not None:
+                dbias = arrays.cast(arrays.xp.reshape(dbias, tuple(bias.shape)), arrays.dtype_name(bias))
+            return dquery, dkey, dvalue, dbias
+
+        return _restored(call, results[0]), pullback
+
+
+TILED = Tiled()
+
+
+def prepare(call: Call) -> tuple[Tiling, Block]:
+    """The call as a block: heads first, all arrays of one rank, in the accumulators' dtype."""
+    query, key, value, bias, mask, dropout_key, origin = call.operands
+    options, arrays, xp, group = call.options, call.backend.arrays, call.backend.xp, _group(call)
+    wide = dtypes.promote(options.dtype, "float32")
+    if bias is not None:
+        bias = bias if hasattr(bias, "shape") else arrays.adopt(bias, query)
+        wide = dtypes.promote(wide, arrays.dtype_name(bias))
+    lengths, to, mask = call.lengths, call.lowering(), as_mask(mask)
+    expression = None if mask is None else mask.lower(to)
+    rank = max(x.ndim for x in (query, bias, *to.operands) if x is not None) + (group is not None)
+
+    q = _heads_first(arrays, arrays.cast(query, wide), rank, group)
+    k, v = (_heads_first(arrays, arrays.cast(x, wide), rank, group) for x in (key, value))
+    pairs = tree_map(lambda x: _pair(xp, x, rank, group), Pairs(bias, tuple(to.operands)))
+    block = Block((q,), (k, v), pairs)
+    lead, (rows, columns) = block.lead, block.grown_lengths
+    if rows != lengths[0] or lead != tuple(q.shape[:-2]):  # grown by a bias or mask
+        q = xp.broadcast_to(q, (*lead, rows, q.shape[-1]))
+    if columns != lengths[1]:
+        k, v = (xp.broadcast_to(x, (*x.shape[:-2], columns, x.shape[-1])) for x in (k, v))
+    if options.dropout is not None:
+        shape = (*((1,) * len(lead) if options.dropout.broadcast else lead), rows, columns)
+        words = call.backend.tiles.key_words(dropout_key, query)
+        pairs = pairs._replace(counts=threefry.counts(xp, words, shape, origin, options.whole))
+    block = Block((q,), (k, v), pairs)
+    ruled = mask if origin is None and options.dropout is None else None
+    return tiling(call.backend, options, wide, expression, block, ruled), block
+
+
+def _group(call: Call) -> int | None:
+    """The number of key heads, where several query heads share one."""
+    heads, kv_heads = call.operands.query.shape[-2], call.operands.key.shape[-2]
+    return None if heads == kv_heads else kv_heads
+
+
+def _restored(call: Call, output: Array) -> Array:
+    """The output as Flax shapes it, in the compute dtype, or float32 where a 16-bit call asks for such a softmax."""
+    arrays, dtype = call.backend.arrays, call.options.dtype
+    if _group(call) is not None:
+        *batch, kv_heads, group, length, depth = output.shape
+        output = arrays.xp.reshape(output, (*batch, kv_heads * group, length, depth))
+    dtype = dtypes.promote(dtype, "float32") if call.options.force_fp32_for_softmax else dtype
+    return arrays.cast(permute(arrays, output, (-2, -3, -1)), dtype)
+
+
+def _heads_first(arrays: Arrays, x: Array, rank: int, group: int | None) -> Array:
+    """``[batch..., length, heads, *]`` as ``[1..., batch..., heads, length, *]``, the heads in two axes if grouped."""
+    x = permute(arrays, x, (-2, -3, -1))
+    *batch, heads, length, depth = x.shape
+    heads = (heads,) if group is None else (group, heads // group)
+    return arrays.xp.reshape(x, ((1,) * (rank - x.ndim - len(heads) + 1) + (*batch, *heads, length, depth)))
+
+
+def _pair(xp: Any, x: Array, rank: int, group: int | None) -> Array:
+    """A bias or mask with all the axes of the block."""
+    shape = (1,) * (rank - x.ndim - (group is not None)) + tuple(x.shape)
+    if group is not None:
+        heads = (1, 1) if shape[-3] == 1 else (group, shape[-3] // group)
+        shape = (*shape[:-3], *heads, *shape[-2:])
+    return xp.reshape(x, shape)
+
+
+def _like(arrays: Arrays, gradient: Array, x: Array, group: int | None) -> Array:
+    """A gradient in the block's layout as one of query, key or value."""
+    gradient = sum_to(arrays.xp, gradient, _heads_first(arrays, x, gradient.ndim, group).shape)
+    *batch, length, heads, depth = x.shape
+    gradient = permute(arrays, arrays.xp.reshape(gradient, (*batch, heads, length, depth)), (-2, -3, -1))
+    return arrays.cast(gradient, arrays.dtype_name(x))

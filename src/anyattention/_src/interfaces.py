@@ -1,0 +1,397 @@
+"""What attention needs of an array library: three small interfaces, in terms of the array API standard alone.
+
+`Arrays` makes, casts and places arrays, `Steps` are those of the exact implementation, and `Tiles` are the products,
+row statistics and loops of the tiled one. Their defaults serve every conforming library. A library that needs something
+else has a folder in ``anyattention_backends``, with a file for each interface that it changes.
+"""
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from anyattention._src import dtypes, threefry
+from anyattention._src.tiles.blocks import Block, Group, cut_columns, cut_group, tree_map
+
+Array = Any
+
+# The products of attention, each with the axes (counted from the end) that make it a matrix product:
+# left [..., rows, summed], right [..., summed, columns], then the axes of that product in the order of the result;
+# None where they stand in order already. `g` counts the query heads that share a key head; keys and values have one.
+Axes = tuple[int, ...] | None
+QUERY_KEY, WEIGHTS_VALUE = "...qhd,...khd->...hqk", "...hqk,...khd->...qhd"
+GROUPED_QUERY_KEY, GROUPED_WEIGHTS_VALUE = "...qhgd,...khgd->...hgqk", "...hgqk,...khgd->...qhgd"
+PRODUCTS: dict[str, tuple[Axes, Axes, Axes]] = {
+    QUERY_KEY: ((-2, -3, -1), (-2, -1, -3), None),
+    WEIGHTS_VALUE: (None, (-2, -3, -1), (-2, -3, -1)),
+    GROUPED_QUERY_KEY: ((-3, -2, -4, -1), (-3, -2, -1, -4), None),
+    GROUPED_WEIGHTS_VALUE: (None, (-3, -2, -4, -1), (-2, -4, -3, -1)),
+}
+
+
+def unknown(size: Any) -> bool:
+    """Whether a size is known at run time only: ndonnx says None, Dask NaN."""
+    return size is None or size != size
+
+
+def _order(axes: tuple[int, ...], rank: int) -> tuple[int, ...]:
+    """The permutation that moves the last axes so, and leaves those before them."""
+    return (*range(rank - len(axes)), *(rank + axis for axis in axes))
+
+
+_ORDERS = {
+    (axes, rank): _order(axes, rank)
+    for product in PRODUCTS.values()
+    for axes in product
+    if axes
+    for rank in range(len(axes), 8)
+}
+
+
+class Arrays:
+    """The arrays of a library: how they are made, cast, promoted and placed. Dtypes go by name."""
+
+    #: Types of another library that come as guests.
+    guests: tuple[type, ...] = ()
+
+    def __init__(self, xp: Any) -> None:
+        self.xp = xp
+        self.name = xp.__name__.removeprefix("array_api_compat.").partition(".")[0]
+
+    def platform(self, x: Array) -> str:
+        """Where calls with this array run: "cpu", "cuda", ..."""
+        return "cpu"
+
+    def run(self, like: Array, function: Callable[..., Any], /, *args: Any) -> Any:
+        """Call an implementation, for arrays such as `like`, under whatever settings this library needs around it."""
+        return function(*args)
+
+    def outline(self, function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        """``function(**arguments)``, of which some may be shapes that stand for arrays, where the library has such."""
+        return function(**arguments)
+
+    def adopt(self, guest: Any, like: Array | None) -> Array:
+        """An array of this library, on the device of `like`, from a scalar, a NumPy array or a nested list."""
+        return self.xp.asarray(guest, **self.beside(like))
+
+    def beside(self, like: Array | None) -> dict[str, Any]:
+        """The `device` argument that makes a new array stand beside `like`."""
+        return threefry.device_of(like)
+
+    def check_array(self, x: Array) -> Array:
+        """An array of this library, or something that stands for one, made plain."""
+        return x
+
+    def check_dtype(self, name: str) -> None:
+        """Raise TypeError for a dtype, by name, that a bias or mask cannot have."""
+        dtypes.promote(name)
+
+    def adopt_key(self, words: Any) -> Array:
+        """A dropout key of this library from two words as `key_data` gives them."""
+        return self.adopt(words, None)
+
+    def key_data(self, key: Any) -> Any:
+        """A dropout key of this library as something that NumPy reads: two uint32 words."""
+        return key
+
+    def dtype_name(self, x: Array) -> str:
+        """The name of the array's dtype, "float32" for example."""
+        return dtypes.name_of(x.dtype)
+
+    def cast(self, x: Array, name: str) -> Array:
+        """The array in the dtype of this name."""
+        dtype = getattr(self.xp, name, None)
+        if dtype is None:
+            raise TypeError(f"{self.name} has no dtype {name}")
+        return x if x.dtype == dtype else self.xp.astype(x, dtype)
+
+    def promote(self, arrays: Sequence[Array], dtype: Any = None) -> tuple[list[Array], str]:
+        """The arrays in Flax's compute dtype, and its name: by JAX's lattice, or as `dtype` says."""
+        kinds = [x.dtype for x in arrays]
+        if dtype is None and kinds.count(kinds[0]) == len(kinds):
+            name = self.dtype_name(arrays[0])
+            if dtypes.is_inexact(name):
+                return list(arrays), name
+        name = dtypes.compute_dtype(tuple(self.dtype_name(x) for x in arrays), dtype)
+        return [self.cast(x, name) for x in arrays], name
+
+    def join(self, x: Array, y: Any) -> tuple[Array, Any]:
+        """Both in their common dtype by JAX's lattice. A Python scalar takes the array's dtype, rounded first."""
+        if getattr(y, "dtype", None) == x.dtype:
+            return x, y
+        left, right = self.dtype_name(x), dtypes.scalar_dtype(y)
+        if right is None:
+            right = self.dtype_name(y)
+        if left == right:
+            return x, y
+        name = dtypes.promote(left, right)
+        if isinstance(y, bool | int | float):
+            return self.cast(x, name), dtypes.round_to(float(y), name)
+        return self.cast(x, name), y if isinstance(y, complex) else self.cast(y, name)
+
+    def truth(self, mask: Array) -> Array:
+        """Where the mask is truthy: any nonzero, NaN too."""
+        return mask if self.dtype_name(mask) == "bool" else mask != 0
+
+    def lowest(self, dtype: str) -> Any:
+        """The finite minimum of a dtype."""
+        return dtypes.lowest(dtype)
+
+    def matmul(self, x: Array, y: Array) -> Array:
+        """Matrix product over the last two axes, in one dtype."""
+        return self.xp.matmul(x, y)
+
+    def permute_dims(self, x: Array, axes: tuple[int, ...]) -> Array:
+        """All axes in this order."""
+        return self.xp.permute_dims(x, axes)
+
+    def inspects(self, x: Array) -> bool:
+        """Whether the values of masks can be looked at, as `surely` needs them."""
+        return False
+
+    def surely(self, x: Any, value: bool) -> bool:
+        """Whether the array is known to hold this value throughout; False where finding out is not possible."""
+        return False
+
+
+def permute(arrays: Arrays, x: Array, axes: Axes) -> Array:
+    """The last axes in this order, those before them as they are."""
+    if axes is None:
+        return x
+    rank = x.ndim
+    return arrays.permute_dims(x, _ORDERS.get((axes, rank)) or _order(axes, rank))
+
+
+class Steps:
+    """The steps of the exact implementation."""
+
+    #: `precision` values that change nothing here, since products are computed in full precision anyway.
+    full_precision = (
+        "default",
+        "high",
+        "highest",
+        "float32",
+        "tensorfloat32",
+        "bfloat16",
+        "bfloat16_3x",
+        "fastest",
+    )
+
+    def __init__(self, arrays: Arrays) -> None:
+        self.arrays, self.xp = arrays, arrays.xp
+
+    def scale(self, query: Array, depth: int, dtype: str) -> Array:
+        """``query / sqrt(depth)``, the root rounded to the compute dtype."""
+        if unknown(depth):
+            raise ValueError(f"attention needs a known depth, got the query's shape {tuple(query.shape)}")
+        return self.divide_by_scalar(query, depth**0.5, dtype)
+
+    def divide(self, x: Array, y: Array) -> Array:
+        """``x / y``; in float16 ``x`` times the rounded reciprocal, which is how XLA divides there."""
+        return x * (1.0 / y) if self.arrays.dtype_name(y) == "float16" else x / y
+
+    def divide_by_scalar(self, x: Array, value: Any, dtype: str) -> Array:
+        """The same, with a scalar that is first rounded to the dtype of `x`."""
+        value = float(value)
+        if dtype not in ("float32", "float64"):  # those round a scalar so themselves
+            value = dtypes.round_to(value, dtype)
+        if dtype == "float16" and value:
+            return x * dtypes.round_to(1.0 / value, dtype)
+        return x / value
+
+    def contract(self, equation: str, x: Array, y: Array, precision: Any = None, dot_general: Any = None) -> Array:
+        """The einsum of a product in `PRODUCTS`, as a matrix product: the standard has no einsum."""
+        arrays = self.arrays
+        if precision is not None or dot_general is not None:
+            self.check_precision(precision, dot_general, x)
+        if x.dtype != y.dtype:
+            x, y = arrays.join(x, y)
+        left, right, result = PRODUCTS[equation]
+        x, y = permute(arrays, x, left), permute(arrays, y, right)
+        if y.shape[-2] == 1 and x.shape[-1] != 1:
+            x = self.xp.sum(x, axis=-1, keepdims=True)  # as einsum: one value serves all the weights
+        return permute(arrays, arrays.matmul(x, y), result)
+
+    def check_precision(self, precision: Any, dot_general: Any, x: Array) -> None:
+        """Raise where these cannot be honoured for a product with `x`; the classic levels ask for full precision."""
+        name = self.arrays.name
+        if dot_general:
+            raise ValueError(
+                f"einsum_dot_general is called as jax.lax.dot_general is, which {name} cannot do: pass "
+                "qk_attn_weights_einsum and attn_weights_value_einsum instead"
+            )
+        for level in precision if isinstance(precision, tuple | list) else (precision,):
+            if level is not None and str(getattr(level, "name", level)).lower() not in self.full_precision:
+                raise ValueError(
+                    f"precision={precision!r} cannot be honoured by {name}, which computes products in the "
+                    f"compute dtype; pass None or one of {', '.join(self.full_precision)}"
+                )
+
+    def where(self, mask: Array, x: Array, fill: float) -> Array:
+        """`x` where the mask is truthy (any nonzero, NaN too), `fill` elsewhere."""
+        return self.xp.where(self.arrays.truth(mask), x, fill)
+
+    def softmax(self, logits: Array) -> Array:
+        """Softmax over the last axis, each step rounded to the logits' dtype."""
+        xp = self.xp
+        if 0 in logits.shape:
+            return logits  # the standard has no maximum of nothing
+        weights = xp.exp(logits - xp.max(logits, axis=-1, keepdims=True))
+        return self.divide(weights, xp.sum(weights, axis=-1, keepdims=True))
+
+    def keep(self, key: Any, keep_prob: Any, shape: tuple[int, ...], like: Array) -> Array:
+        """The dropout mask of this key: True with probability `keep_prob`."""
+        if any(map(unknown, shape)):
+            raise ValueError(f"dropout needs known lengths, got the weights' shape {shape}")
+        return threefry.keep(self.xp, key, keep_prob, shape)
+
+
+class Tiles:
+    """The products, row statistics and loops of the tiled implementation."""
+
+    #: What exponents are multiplied by before `power`.
+    power_unit = 1.0
+    #: Into how many groups of rows a mask by rule may divide the queries.
+    most_groups = 2**31
+
+    def __init__(self, arrays: Arrays) -> None:
+        self.arrays, self.xp = arrays, arrays.xp
+
+    def sizes(self, block: Block, ruled: bool) -> tuple[int, int]:
+        """How many queries and keys to take at a time; `ruled` says that rows see different keys by the mask's rule."""
+        return 256, 1024
+
+    def transpose(self, x: Array) -> Array:
+        """The last two axes swapped."""
+        return permute(self.arrays, x, (-1, -2))
+
+    def product(self, x: Array, y: Array, precision: Any = None, scratch: str = "") -> Array:
+        """Matrix product over the last two axes, in one dtype.
+
+        Where `scratch` has a name, the next product of that name on this thread may overwrite the result.
+        """
+        return self.arrays.matmul(x, y)
+
+    def logits(self, query: Array, key: Array, precision: Any, precise: bool) -> Array:
+        """The product of each query with each key, to be overwritten by the next; `precise` asks for better sums."""
+        return self.product(query, self.transpose(key), precision, scratch="logits")
+
+    def row_max(self, x: Array) -> Array:
+        """The largest of each row, ``[..., rows, 1]``."""
+        return self.xp.max(x, axis=-1, keepdims=True)
+
+    def row_sum(self, x: Array) -> Array:
+        """The sum of each row, ``[..., rows, 1]``."""
+        return self.xp.sum(x, axis=-1, keepdims=True)
+
+    def column_sum(self, x: Array) -> Array:
+        """The sum of each column, ``[..., 1, columns]``."""
+        return self.xp.sum(x, axis=-2, keepdims=True)
+
+    def exp_minus(self, x: Array, shift: Array | None) -> Array:
+        """``exp(x - shift)``; may overwrite `x`."""
+        return self.xp.exp(x if shift is None else x - shift)
+
+    def power(self, x: Array) -> Array:
+        """``exp(x / power_unit)``; may overwrite `x`."""
+        return self.xp.exp(x)
+
+    def times_minus(self, x: Array, y: Array, shift: Array) -> Array:
+        """``x * (y - shift)``; may overwrite `y`."""
+        return x * (y - shift)
+
+    def fill(self, x: Array, visible: Array, value: float) -> Array:
+        """`x` where visible, else the value; may overwrite `x`."""
+        return self.xp.where(visible, x, value)
+
+    def key_words(self, key: Any, like: Array) -> Array:
+        """A dropout key of this library as raw words, beside `like`."""
+        return key
+
+    def no_keep(self, key: Any, keep_prob: Any) -> str:
+        """Why dropout bits of this key cannot be drawn tile by tile; empty where they can."""
+        return ""
+
+    def span(self, visible: Array) -> tuple[int, int]:
+        """The columns from the first to the last with something visible, where `Arrays.inspects`."""
+        return 0, visible.shape[-1]
+
+    def map_rows(
+        self,
+        function: Callable[[tuple[Block, ...]], tuple[Any, Any]],
+        block: Block,
+        groups: Sequence[Group],
+        sizes: tuple[int, int],
+        like: tuple[Any, Any],
+    ) -> tuple[Any, Any]:
+        """Call the function with tiles of rows of each group, each with the columns that it sees, in parts.
+
+        Join its first results along rows, add up the second.
+
+        `like` are arrays with the lead axes that the results have.
+        """
+        rows, total = [], None
+        for part in (part for group in groups for part in group.split(sizes[0])):
+            row, sums = function(cut_group(block, part))
+            rows.append(row)
+            total = sums if total is None else tree_map(operator.add, total, sums)
+        return join_rows(self.xp, rows), total
+
+    def scan_columns(
+        self, step: Callable[[Any, Block], tuple[Any, Any]], state: Any, block: Block, sizes: tuple[int, int]
+    ) -> tuple[Any, Any]:
+        """Carry a state through every tile of columns; join what else the step returns along rows."""
+        length, size = block.lengths[1], sizes[1]
+        results = []
+        for i in range(0, length, size):
+            state, result = step(state, cut_columns(block, i, min(i + size, length)))
+            results.append(result)
+        return state, join_rows(self.xp, results)
+
+    def compiled(self, function: Callable[..., Any], tiling: Any, *arrays: Any) -> Any:
+        """``function(tiling, *arrays)``; `tiling` is hashable."""
+        return function(tiling, *arrays)
+
+    def differentiable(
+        self, forward: Callable[..., Any], backward: Callable[..., Any], tiling: Any, block: Block
+    ) -> Array:
+        """The output of the block, with its gradient where the library differentiates."""
+        return forward(tiling, block)[0]
+
+
+def join_rows(xp: Any, trees: Sequence[Any]) -> Any:
+    """Trees of arrays as one, joined along rows."""
+    return tree_map(lambda *x: x[0] if len(x) == 1 else xp.concat(x, axis=-2), *trees)
+
+
+class Backend:
+    """One array library, as attention sees it."""
+
+    def __init__(
+        self, xp: Any, arrays: type[Arrays] = Arrays, steps: type[Steps] = Steps, tiles: type[Tiles] = Tiles
+    ) -> None:
+        self.xp = xp
+        self.arrays = arrays(xp)
+        self.steps, self.tiles = steps(self.arrays), tiles(self.arrays)
+        self.name = self.arrays.name
+        #: Kernels of vendors, the best first: see `anyattention.extend.Fused`.
+        self.engines: tuple[Any, ...] = ()
+
+
+def positions(arrays: Arrays, x: Array, axis: int = -1) -> Array:
+    """0, 1, 2, ... along the last axis, or -3, int32: ``[length]``, or ``[..., length]`` where that is unknown."""
+    xp, length = arrays.xp, x.shape[axis]
+    if unknown(length):
+        if axis == -3:  # one head serves all, since queries may have more of them than keys
+            x = permute(arrays, x[..., :1, 0], (-1, -2))
+        ones = xp.ones_like(x, dtype=xp.int32)
+        return xp.cumulative_sum(ones, axis=-1, dtype=xp.int32) - 1
+    return xp.arange(length, dtype=xp.int32, **arrays.beside(x))
+
+
+def causal(arrays: Arrays, query: Array, key: Array) -> Array:
+    """True where the key's position is at most the query's: ``[q_length, kv_length]``.
+
+    Lengths known at run time only are counted there, which keeps the batch axes, and one head.
+    """
+    rows, columns = (positions(arrays, x, axis=-3) for x in (query, key))
+    return arrays.xp.expand_dims(rows, axis=-1) >= arrays.xp.expand_dims(columns, axis=-2)

@@ -1,0 +1,189 @@
+"""Which implementation serves a call, and why: the one place where that is decided.
+
+The choice depends on nothing but shapes, dtypes, the library, its platform, the arguments and the settings, so that a
+traced call and an eager one are served alike.
+"""
+
+from collections.abc import Sequence
+from math import prod
+from typing import NamedTuple
+
+from anyattention._src import registry, settings
+from anyattention._src.call import Call
+from anyattention._src.implementations.base import Implementation
+
+
+class Rule(NamedTuple):
+    """An implementation, and which calls it is for: the least logits of the call, and of a head; bounds of q_length."""
+
+    implementation: str
+    logits: int = 0
+    of_a_head: int = 0
+    least_queries: int = 0
+    most_queries: int = 2**63
+
+
+#: The rules for ``implementation=None``, by library and platform: the first that fits, where nothing speaks against
+#: it; exact everywhere else.
+RULES = {
+    ("numpy", "cpu"): (Rule("tiled", of_a_head=2**16, least_queries=64),),
+    ("jax", "cpu"): (
+        Rule("tiled", logits=2**22, of_a_head=2**18),
+        Rule("tiled", logits=2**16, most_queries=1),
+    ),
+    ("jax", "gpu"): (Rule("fused", logits=2**16), Rule("tiled", logits=2**30)),
+    ("jax", "tpu"): (Rule("fused", logits=2**16), Rule("tiled", logits=2**30)),
+    ("torch", "cpu"): (
+        Rule("fused", logits=2**16),
+        Rule("tiled", logits=2**22, of_a_head=2**18),
+    ),
+    ("torch", "cuda"): (Rule("fused", logits=2**16), Rule("tiled", logits=2**30)),
+    ("mlx", "gpu"): (Rule("fused", logits=2**16),),
+}
+_RULED = {library for library, _ in RULES}
+
+#: Engines that None may choose on an accelerator, by library, platform and engine, with the dtypes in which both their
+#: outputs and their gradients have run on such a device: the runs under ``benchmarks/results``. Others run by name or
+#: by `config(engines=...)`. Engines on CPUs are tested with every change.
+RUN_ON_A_DEVICE = {
+    ("jax", "gpu", "cudnn"): ("bfloat16", "float16"),
+    ("torch", "cuda", "sdpa"): ("bfloat16", "float16"),
+}
+_CHECK = "check it with `python -m benchmarks.gpu`, then pass implementation='fused' or name it in config(engines=...)"
+
+
+class Plan(NamedTuple):
+    """The decision for one call, in names: what runs, on which library, with which engine, and the reasons."""
+
+    implementation: str | None  # None where the one that was asked for by name cannot serve the call
+    library: str
+    reasons: tuple[str, ...]
+    engine: str | None = None  # of "fused"
+
+    def __str__(self) -> str:
+        rows = [("implementation", self.implementation or "none: the call raises"), ("library", self.library)]
+        rows += [("engine", self.engine)] if self.engine else []
+        rows += [("reason", reason) for reason in self.reasons]
+        return "\n".join(f"{name:<16}{text}" for name, text in rows)
+
+
+def choose(call: Call, name: str | None = None) -> Implementation:
+    """The implementation that serves a call: the one of this name, or by rule.
+
+    Raises:
+        ValueError: a name that no implementation has.
+        NotImplementedError: the implementation of this name cannot serve the call.
+    """
+    name = settings.check_implementation(name) or settings.current().implementation
+    _, found = _decide(call, name, None)
+    if found is None:
+        told: list[str] = []
+        _decide(call, name, told)
+        raise NotImplementedError(
+            f"implementation={name or 'exact'!r} cannot serve this call: {'; '.join(told)}. Pass None for one that "
+            "can, or its name"
+        )
+    return found
+
+
+def explain(call: Call, name: str | None = None) -> Plan:
+    """What `choose` does, in words."""
+    told: list[str] = []
+    name = settings.check_implementation(name) or settings.current().implementation
+    kind, found = _decide(call, name, told)
+    library = call.backend.name
+    if found is None:
+        return Plan(None, library, tuple(told))
+    return Plan(kind, library, (*told, *found.remarks(call)), found.name if kind == "fused" else None)
+
+
+def _decide(call: Call, name: str | None, told: list[str] | None) -> tuple[str, Implementation | None]:
+    """The name of the implementation, and what computes it, if anything; `told` takes the reasons, where wanted."""
+    if name is not None:
+        found = _able(call, name, told, by_rule=False)
+        if told is not None and found is not None:
+            told[:] = ["asked for by name"]
+        return name, found
+    for rule in _rules(call, told):
+        found = _able(call, rule.implementation, told, by_rule=True)
+        if found is not None:
+            return rule.implementation, found
+    return "exact", _able(call, "exact", told, by_rule=True)
+
+
+def _rules(call: Call, told: list[str] | None) -> Sequence[Rule]:
+    """The rules that fit the size of the call, in order."""
+    library, query = call.backend.name, call.operands.query
+    if library not in _RULED:
+        return () if told is None else _told(told, "exact is the default of this library")
+    *batch, queries, heads, _ = query.shape
+    of_a_head = queries * call.operands.key.shape[-3]
+    logits = of_a_head * heads * prod(batch)
+    if not isinstance(logits, int):
+        return () if told is None else _told(told, "lengths are symbols")
+    platform = call.backend.arrays.platform(query)
+    rules = RULES.get((library, platform), ())
+    fitting = [
+        rule
+        for rule in rules
+        if logits >= rule.logits and of_a_head >= rule.of_a_head and rule.least_queries <= queries <= rule.most_queries
+    ]
+    if told is not None:
+        told.append(f"{logits} logits, {of_a_head} of a head, {queries} queries")
+        told += [_bounds(rule) for rule in rules if rule not in fitting]
+        told += [] if rules else [f"there is no rule for {platform}"]
+    return fitting
+
+
+def _bounds(rule: Rule) -> str:
+    """From which sizes a rule fits: "tiled from 4194304 logits, 262144 of a head"."""
+    bounds = [f"{rule.logits} logits"] if rule.logits else []
+    bounds += [f"{rule.of_a_head} of a head"] if rule.of_a_head else []
+    bounds += [f"{rule.least_queries} queries"] if rule.least_queries else []
+    text = f"{rule.implementation} from {', '.join(bounds)}"
+    return text if rule.most_queries == Rule("").most_queries else f"{text}, to {rule.most_queries} queries"
+
+
+def _told(told: list[str], reason: str) -> Sequence[Rule]:
+    told.append(reason)
+    return ()
+
+
+def _able(call: Call, name: str, told: list[str] | None, by_rule: bool) -> Implementation | None:
+    """The implementation of this name that serves the call, of several the one of the least rank; None if none can."""
+    chosen = settings.current().engines if name == "fused" else None
+    candidates = registry.named(call.backend, name, chosen)
+    best, least = None, 0
+    prefix = f"not {name}: " if by_rule else ""
+    for implementation in candidates:
+        reasons = _reasons(call, implementation, name, by_rule and chosen is None, all_of_them=told is not None)
+        if reasons:
+            if told is not None:
+                engine = f"{implementation.name}: " if name == "fused" else ""
+                told.append(prefix + engine + ", ".join(reasons))
+            continue
+        rank = implementation.rank(call)
+        if best is None or rank < least:  # not `min(..., key=...)`, which torch.compile cannot trace
+            best, least = implementation, rank
+        if chosen is not None or rank == 0:  # there is none before it
+            break
+    if best is None and told is not None and name == "fused":
+        known = registry.engines(call.backend)
+        told += [f"{prefix}{x.name}: it is switched off" for x in known if x not in candidates]
+        told += [] if known else [f"{prefix}there is no engine for {call.backend.name}"]
+    return best
+
+
+def _reasons(call: Call, implementation: Implementation, name: str, by_rule: bool, all_of_them: bool) -> list[str]:
+    """Why the implementation does not serve the call: the first reason, or all."""
+    found = []
+    for reason in implementation.refusals(call):
+        found.append(reason)
+        if not all_of_them:
+            return found
+    if by_rule and name == "fused" and not found:
+        library, platform = call.backend.name, call.backend.arrays.platform(call.operands.query)
+        ran = RUN_ON_A_DEVICE.get((library, platform, implementation.name), ())
+        if platform != "cpu" and call.options.dtype not in ran:
+            found.append(f"no run of it in {call.options.dtype} on a {platform} is on record: {_CHECK}")
+    return found

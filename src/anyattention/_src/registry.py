@@ -1,0 +1,250 @@
+"""From arrays to the backend of their library: the one room that knows which libraries and implementations there are.
+
+No library is imported before an array of it is seen. query, key and value decide. NumPy arrays, Python scalars and
+lists are guests of any other library for bias, mask and dropout key, and for query, key and value beside JAX, as in
+Flax. Two other libraries in one call are an error.
+
+Other packages add a library by an entry point of the group ``anyattention.backends``, whose name is the root module of
+the array type, and an engine by one of the group ``anyattention.implementations``, whose name is "library.engine".
+"""
+
+import sys
+from functools import cache
+from importlib import metadata
+from typing import Any
+
+import array_api_compat
+
+from anyattention._src.implementations.base import Broken, Implementation
+from anyattention._src.implementations.exact import Exact
+from anyattention._src.implementations.tiled import TILED
+from anyattention._src.interfaces import Backend
+from anyattention._src.rules import Mask
+
+Array = Any
+#: Every implementation there is; "fused" is one of the engines.
+IMPLEMENTATIONS = ("exact", "tiled", "fused")
+#: The project's own engines, each a vendor's kernel for "fused".
+ENGINES = ("cudnn", "tokamax", "splash", "sdpa", "flex", "mlx")
+EXACT = Exact()
+
+
+def _numpy() -> Backend:
+    from anyattention_backends.numpy import backend
+
+    return backend
+
+
+def _jax() -> Backend:
+    from anyattention_backends.jax import backend
+
+    return backend
+
+
+def _torch() -> Backend:
+    from anyattention_backends.torch import backend
+
+    for kind in backend.arrays.guests:  # torch.compile cannot take the names of these types apart, as `_find` does
+        _BY_TYPE.setdefault(kind, _numpy())
+    return backend
+
+
+def _mlx() -> Backend:
+    from anyattention_backends.mlx import backend
+
+    return backend
+
+
+def _ndonnx() -> Backend:
+    from anyattention_backends.ndonnx import backend
+
+    return backend
+
+
+# The project's own libraries, by the root module of an array type. Import statements, since torch.compile traces those,
+# and since a checkout that is not installed has no entry points.
+_LOADERS = {"numpy": _numpy, "jax": _jax, "jaxlib": _jax, "torch": _torch, "mlx": _mlx, "ndonnx": _ndonnx}
+_BY_TYPE: dict[type, Backend | None] = dict.fromkeys((type(None), bool, int, float, complex, list, tuple))
+
+
+def backend_of(x: Any) -> Backend | None:
+    """The backend of an array's library; None for what has no library: None, Python scalars, lists and tuples.
+
+    Raises:
+        TypeError: something that is no array.
+    """
+    kind = type(x)
+    if kind not in _BY_TYPE:
+        _BY_TYPE[kind] = _find(x)
+    return _BY_TYPE[kind]
+
+
+def _find(x: Any) -> Backend:
+    root = type(x).__module__.partition(".")[0]
+    if root in _LOADERS:
+        return _LOADERS[root]()
+    roots = [kind.__module__.partition(".")[0] for kind in type(x).__mro__]
+    for root in roots:
+        if root in _LOADERS:
+            return _LOADERS[root]()
+    if hasattr(type(x), "__jax_array__"):
+        return _jax()
+    for entry in metadata.entry_points(group="anyattention.backends"):
+        if entry.name in roots:
+            return entry.load()
+    try:
+        return _standard(array_api_compat.array_namespace(x))
+    except TypeError:
+        raise TypeError(
+            f"{type(x).__module__}.{type(x).__qualname__} is not an array of a library that follows the array API "
+            "standard: convert it first, for example with numpy.asarray"
+        ) from None
+
+
+@cache
+def _standard(xp: Any) -> Backend:
+    """The backend of a library that has none of its own: the standard's terms alone."""
+    return Backend(xp)
+
+
+@cache
+def _elsewhere() -> tuple[Any, ...]:
+    """The entry points of engines; reading those of all packages takes 10 ms, so that they are read once."""
+    return tuple(metadata.entry_points(group="anyattention.implementations"))
+
+
+def engine_names() -> tuple[str, ...]:
+    """The names of all engines, those of other packages too, none of which is imported."""
+    return (*ENGINES, *(entry.name.partition(".")[2] for entry in _elsewhere()))
+
+
+@cache
+def _load(library: str) -> tuple[Implementation, ...]:
+    found: list[Implementation] = []
+    for entry in _elsewhere():
+        home, _, name = entry.name.partition(".")
+        if home == library:
+            try:
+                found.append(entry.load()())
+            except Exception as error:
+                found.append(Broken(name, f"{entry.value} cannot be imported: {type(error).__name__}: {error}"))
+    return tuple(found)
+
+
+def _engines_elsewhere(library: str) -> tuple[Implementation, ...]:
+    return _load(library)
+
+
+# As `torch.compiler.assume_constant_result` marks it: torch.compile cannot trace entry points, nor caches.
+vars(_engines_elsewhere)["_dynamo_marked_constant"] = True
+
+
+def engines(backend: Backend) -> tuple[Implementation, ...]:
+    """The engines of a library, the best first, those of other packages last."""
+    return backend.engines + _engines_elsewhere(backend.name)
+
+
+def named(backend: Backend, name: str, chosen: tuple[str, ...] | None = None) -> tuple[Implementation, ...]:
+    """The implementations of this name: for "fused" the engines, `chosen` ones in this order."""
+    if name == "exact":
+        return (EXACT,)
+    if name == "tiled":
+        return (TILED,)
+    found = engines(backend)
+    return found if chosen is None else tuple([x for name in chosen for x in found if x.name == name])
+
+
+def backend_for(**arrays: Any) -> Backend:
+    """The one backend that serves these arguments, named for the error message.
+
+    Raises:
+        TypeError: arrays of two libraries of which neither is NumPy, or NumPy query, key or value beside a
+            library other than JAX.
+    """
+    found = None
+    mixed = False
+    for x in arrays.values():
+        backend = backend_of(x)
+        if backend is None or backend is found:
+            continue
+        mixed = mixed or found is not None
+        if found is None or found.name == "numpy":
+            found = backend
+        elif backend.name != "numpy":
+            raise _mixed(arrays)
+    if mixed and found is not None and found.name != "jax":
+        for name in ("query", "key", "value"):
+            other = backend_of(arrays.get(name))
+            if other is not None and other is not found:
+                raise _mixed(arrays)
+    return found or _numpy()
+
+
+def _mixed(arrays: dict[str, Any]) -> TypeError:
+    kinds = ", ".join(
+        f"{name} is {type(x).__module__.partition('.')[0]}.{type(x).__name__}"
+        for name, x in arrays.items()
+        if backend_of(x) is not None
+    )
+    return TypeError(f"arrays of different libraries in one call: {kinds}. Convert them to one library first")
+
+
+def array_of(backend: Backend, name: str, x: Any) -> Array:
+    """A query, key or value as an array of the backend's library."""
+    if x is None:
+        raise TypeError(f"{name} must be an array, got None")
+    return backend.arrays.check_array(x) if backend_of(x) is backend else backend.arrays.adopt(x, None)
+
+
+def guest_of(backend: Backend, name: str, x: Any, like: Array) -> Array:
+    """A bias or dense mask as an array of the backend's library, beside `like`."""
+    if isinstance(x, list | tuple):
+        raise TypeError(f"{name} must be an array or a scalar, got a {type(x).__name__}: convert it first")
+    home = backend_of(x)
+    if home is not None:
+        x = home.arrays.check_array(x)
+    if home is not backend:
+        return backend.arrays.adopt(x, like)
+    backend.arrays.check_dtype(backend.arrays.dtype_name(x))
+    return x
+
+
+def mask_of(backend: Backend, mask: Any, like: Array) -> Any:
+    """A mask, by rule or dense, with its arrays in the backend's library, beside `like`."""
+    if not isinstance(mask, Mask):
+        return guest_of(backend, "mask", mask, like)
+    return mask.with_arrays(lambda x: x if backend_of(x) is backend else backend.arrays.adopt(x, like))
+
+
+def key_of(backend: Backend, key: Any) -> Any:
+    """A dropout key as the backend takes it. A key never changes the library of the call.
+
+    Raises:
+        TypeError: no key, or a key whose bits the library cannot reproduce.
+    """
+    home = backend_of(key)
+    if home is None or not hasattr(key, "shape"):
+        raise TypeError(
+            f"dropout_rng must be a key, got {type(key).__name__}: make one with anyattention.random.key(seed)"
+        )
+    return key if home is backend else backend.arrays.adopt_key(home.arrays.key_data(key))
+
+
+def _home(mask: Mask) -> tuple[Backend, Mask, Any]:
+    """The backend of a mask's arrays, the mask in its library, and an array of it, if any."""
+    arrays = mask.arrays()
+    backend = backend_for(**{f"mask[{i}]": x for i, x in enumerate(arrays)})
+    like = next((x for x in arrays if backend_of(x) is backend), None)
+    return backend, mask_of(backend, mask, like), like
+
+
+def _made(kind: type) -> None:
+    """Make a class of masks known to JAX's transformations, if JAX is in use; torch.compile cannot trace that."""
+    torch = sys.modules.get("torch")
+    if "jax" in sys.modules and not (torch and torch.compiler.is_compiling()):
+        from anyattention_backends.jax.arrays import register
+
+        register(kind)
+
+
+Mask._home, Mask._made = staticmethod(_home), staticmethod(_made)

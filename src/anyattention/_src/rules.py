@@ -1,0 +1,302 @@
+"""Masks by rule, and what they become in a call: comparisons of what its queries know with what its keys know."""
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar
+
+from anyattention._src.errors import ShapeError
+from anyattention._src.interfaces import Arrays
+
+Array = Any
+# A mask in terms of arrays by their numbers: ("array", i), ("<=", i, j), ("&", expression, expression), ...
+Expression = tuple[Any, ...]
+_COMPARE = {"<=": operator.le, "<": operator.lt, "==": operator.eq}
+_JOIN = {"&": operator.and_, "|": operator.or_}
+
+
+def visible(arrays: Arrays, expression: Expression, operands: tuple[Array, ...]) -> Array:
+    """Where the mask is truthy: bool, of the broadcast shape of the operands, which may be those of a tile."""
+    name, *parts = expression
+    if name == "array":
+        return arrays.truth(operands[parts[0]])
+    if name in _COMPARE:
+        return _COMPARE[name](*(operands[i] for i in parts))
+    if name == "~":
+        return arrays.xp.logical_not(visible(arrays, parts[0], operands))
+    return _JOIN[name](*(visible(arrays, part, operands) for part in parts))
+
+
+class Lowering:
+    """The call that a mask is lowered for, and its operands, ``[batch..., 1, q_length or 1, kv_length or 1]``.
+
+    `origin` is the position of the call's first query and key in the whole, of which the call may be a shard.
+    """
+
+    def __init__(
+        self, arrays: Arrays, batch: tuple[Any, ...] | None, lengths: tuple[int, int], like: Any, origin: Any = None
+    ) -> None:
+        self.arrays, self.batch, self.lengths, self.like, self.origin = arrays, batch, lengths, like, origin or (0, 0)
+        self.operands: list[Array] = []
+
+    def add(self, x: Array) -> int:
+        """The number of an operand in expressions."""
+        self.operands.append(x)
+        return len(self.operands) - 1
+
+    def position(self, axis: int, offset: int = 0) -> int:
+        """Positions in the whole of queries (axis -2) or keys (-1), int32, plus an offset."""
+        length, first, xp = self.lengths[axis], self.origin[axis], self.arrays.xp
+        start = offset + first if isinstance(first, int) else offset  # else known at run time only
+        start = start if abs(start) < 2**30 else min(max(start, -(2**31)), 2**31 - length)  # sees all or nothing
+        x = xp.arange(start, start + length, dtype=xp.int32, **self.arrays.beside(self.like))
+        x = x if isinstance(first, int) else x + first
+        return self.add(xp.reshape(x, (length, 1) if axis == -2 else (1, length)))
+
+    def ids(self, mask: "Mask", name: str, axis: int) -> int:
+        """Ids ``[batch..., length]`` of queries (axis -2) or keys (-1)."""
+        x = self.operand(mask, name)
+        if x.ndim < 1 or x.shape[-1] != self.lengths[axis]:
+            which = "q_length" if axis == -2 else "kv_length"
+            raise ShapeError(f"{name} of {mask} has shape {tuple(x.shape)}, but {which} is {self.lengths[axis]}")
+        self.check(mask, name, x.shape[:-1], x)
+        column = (1, x.shape[-1]) if axis == -1 else (x.shape[-1], 1)
+        return self.add(self.arrays.xp.reshape(x, (*x.shape[:-1], 1, *column)))
+
+    def each(self, mask: "Mask", name: str) -> int:
+        """One number for each batch entry, ``[batch...]``."""
+        x = self.operand(mask, name)
+        self.check(mask, name, x.shape, x)
+        return self.add(self.arrays.xp.reshape(x, (*x.shape, 1, 1, 1)))
+
+    def operand(self, mask: "Mask", name: str) -> Array:
+        """Lengths or ids as an array; a Python integer is one for all batch entries."""
+        x = getattr(mask, name)
+        return x if hasattr(x, "shape") else self.arrays.adopt(x, self.like)
+
+    def check(self, mask: "Mask", name: str, batch: tuple[Any, ...], x: Array) -> None:
+        """Raise ShapeError where the array's batch axes do not fit those of the call."""
+        if self.batch is None:
+            return
+        fits = len(batch) <= len(self.batch) and all(
+            a == b or a == 1 for a, b in zip(reversed(batch), reversed(self.batch), strict=False)
+        )
+        if not fits:
+            raise ShapeError(
+                f"{name} of {mask} has shape {tuple(x.shape)}, which does not fit the batch axes {self.batch} of query"
+            )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Mask:
+    """A mask by rule. Subclasses say what queries know, what keys know, and what is compared."""
+
+    #: Set by the registry, which stands above: what finds the library of arrays, what makes them this library's, and
+    #: what hears of each class of masks when one is made.
+    _home: ClassVar[Callable[..., Any]]
+    _made: ClassVar[Callable[[type], None]]
+
+    def __post_init__(self) -> None:
+        Mask._made(type(self))
+
+    def lower(self, to: Lowering) -> Expression:
+        """The mask as an expression over operands, which are added to `to`."""
+        raise NotImplementedError
+
+    def key_range(self, start: int, stop: int, kv_length: int) -> tuple[int, int]:
+        """Bounds, known without a look at any array, of the keys that the queries from start to stop may see."""
+        return 0, kv_length
+
+    def sure_range(self, start: int, stop: int, kv_length: int) -> tuple[int, int]:
+        """The same of some keys that all these queries see for certain."""
+        return 0, 0
+
+    def __and__(self, other: Any) -> "Mask":
+        return _Join("&", self, as_mask(other))
+
+    def __or__(self, other: Any) -> "Mask":
+        return _Join("|", self, as_mask(other))
+
+    __rand__, __ror__ = __and__, __or__
+    __array_ufunc__ = None  # so that NumPy leaves `array & mask` to us
+
+    def __invert__(self) -> "Mask":
+        return _Not(self)
+
+    def __repr__(self) -> str:
+        values = (getattr(self, field.name) for field in fields(self))
+        shown = (f"array{tuple(x.shape)}" if hasattr(x, "shape") else repr(x) for x in values)
+        return f"{type(self).__name__.strip('_')}({', '.join(shown)})"
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError(f"{type(self).__name__} is no array: expand it with to_array(q_length, kv_length) first")
+
+    __array__ = __bool__ = __len__ = __iter__ = _refuse
+    ndim = property(_refuse)  # asked for by Flax's combine_masks, as in its decode path
+
+    def arrays(self) -> list[Array]:
+        """The arrays that the mask was made from."""
+        found: list[Array] = []
+        self.with_arrays(found.append)
+        return found
+
+    def with_arrays(self, function: Callable[[Array], Array]) -> "Mask":
+        """The mask with the function applied to each of its arrays; to lengths and ids given as lists too."""
+        changed = {}
+        for field in fields(self):
+            x = getattr(self, field.name)
+            if isinstance(x, Mask):
+                changed[field.name] = x.with_arrays(function)
+            elif x is not None and not isinstance(x, int | str):
+                changed[field.name] = function(x)
+        return replace(self, **changed) if changed else self
+
+    def to_array(self, q_length: int, kv_length: int) -> Array:
+        """The mask expanded: bool, ``[batch..., 1, q_length, kv_length]``, or the last two where there is no batch.
+
+        Of the library of its ids or lengths; NumPy's without any.
+
+        >>> CausalMask().to_array(2, 3).tolist()
+        [[True, False, False], [True, True, False]]
+        """
+        backend, mask, like = Mask._home(self)
+        return mask.on(backend.arrays, None, (q_length, kv_length), like)
+
+    def on(self, arrays: Arrays, batch: tuple[Any, ...] | None, lengths: tuple[int, int], like: Any) -> Array:
+        """The mask expanded for a call."""
+        to = Lowering(arrays, batch, lengths, like)
+        expression = self.lower(to)
+        full = visible(arrays, expression, tuple(to.operands))
+        sizes = (length if size == 1 else size for size, length in zip(full.shape[-2:], lengths, strict=True))
+        return arrays.xp.broadcast_to(full, (*full.shape[:-2], *sizes))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class CausalMask(Mask):
+    """Key j is visible to query i where ``j <= i + offset``; offset is an integer."""
+
+    offset: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_integer("offset", self.offset)
+
+    def lower(self, to: Lowering) -> Expression:
+        return "<=", to.position(-1), to.position(-2, self.offset)
+
+    def key_range(self, start: int, stop: int, kv_length: int) -> tuple[int, int]:
+        return 0, min(max(stop + self.offset, 0), kv_length)
+
+    def sure_range(self, start: int, stop: int, kv_length: int) -> tuple[int, int]:
+        return 0, min(max(start + self.offset + 1, 0), kv_length)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LocalMask(Mask):
+    """Key j is visible to query i where ``i - left <= j <= i + right``; both are integers."""
+
+    left: int
+    right: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_integer("left", self.left)
+        _check_integer("right", self.right)
+
+    def lower(self, to: Lowering) -> Expression:
+        column = to.position(-1)
+        return "&", ("<=", to.position(-2, -self.left), column), ("<=", column, to.position(-2, self.right))
+
+    def key_range(self, start: int, stop: int, kv_length: int) -> tuple[int, int]:
+        last = min(max(stop + self.right, 0), kv_length)
+        return min(max(start - self.left, 0), last), last
+
+    def sure_range(self, start: int, stop: int, kv_length: int) -> tuple[int, int]:
+        return max(stop - 1 - self.left, 0), min(max(start + self.right + 1, 0), kv_length)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SegmentMask(Mask):
+    """Visible where the ids are equal: integers ``[batch..., q_length]`` and ``[batch..., kv_length]``."""
+
+    query_ids: Array
+    kv_ids: Array
+
+    def lower(self, to: Lowering) -> Expression:
+        return "==", to.ids(self, "query_ids", -2), to.ids(self, "kv_ids", -1)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LengthMask(Mask):
+    """Key j is visible where ``j < kv_length`` of its batch entry, and to query i where ``i < query_length``.
+
+    Lengths are integers ``[batch...]``; None for queries of full length.
+    """
+
+    kv_lengths: Array
+    query_lengths: Array | None = None
+
+    def lower(self, to: Lowering) -> Expression:
+        keys = "<", to.position(-1), to.each(self, "kv_lengths")
+        if self.query_lengths is None:
+            return keys
+        return "&", keys, ("<", to.position(-2), to.each(self, "query_lengths"))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class _Array(Mask):
+    """A dense mask beside others: any dtype, broadcastable like `mask`."""
+
+    array: Array
+
+    def lower(self, to: Lowering) -> Expression:
+        return "array", to.add(self.array)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class _Not(Mask):
+    mask: Mask
+
+    def lower(self, to: Lowering) -> Expression:
+        return "~", self.mask.lower(to)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class _Join(Mask):
+    how: str
+    one: Mask
+    two: Mask
+
+    def lower(self, to: Lowering) -> Expression:
+        return self.how, self.one.lower(to), self.two.lower(to)
+
+    def key_range(self, start: int, stop: int, kv_length: int) -> tuple[int, int]:
+        (a, b), (c, d) = (mask.key_range(start, stop, kv_length) for mask in (self.one, self.two))
+        if self.how == "|":
+            return min(a, c), max(b, d)
+        return min(max(a, c), min(b, d)), min(b, d)
+
+    def sure_range(self, start: int, stop: int, kv_length: int) -> tuple[int, int]:
+        (a, b), (c, d) = (mask.sure_range(start, stop, kv_length) for mask in (self.one, self.two))
+        if self.how == "|":
+            return (a, b) if b - a >= d - c else (c, d)
+        return max(a, c), min(b, d)
+
+
+def as_mask(x: Any) -> Any:
+    """A dense mask as one by rule, so that they mix; None stays."""
+    return x if x is None or isinstance(x, Mask) else _Array(x)
+
+
+def conjunction(mask: Any) -> list[Any]:
+    """The masks by rule and the arrays of which a mask is the logical and; nothing of None."""
+    if mask is None:
+        return []
+    if isinstance(mask, _Join) and mask.how == "&":
+        return conjunction(mask.one) + conjunction(mask.two)
+    return [mask.array if isinstance(mask, _Array) else mask]
+
+
+def _check_integer(name: str, value: Any) -> None:
+    if not isinstance(value, int):
+        raise TypeError(f"{name} must be a Python integer, known when the mask is made, got {type(value).__name__}")

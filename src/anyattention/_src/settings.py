@@ -1,0 +1,101 @@
+"""Defaults of the calls: which implementation, and which engines; from the environment or a context manager."""
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import NamedTuple
+
+from anyattention._src.registry import ENGINES, IMPLEMENTATIONS, engine_names
+
+
+class Settings(NamedTuple):
+    """What calls take that say nothing themselves."""
+
+    implementation: str | None = None
+    engines: tuple[str, ...] | None = None  # in order of preference; None for all
+
+
+def check_implementation(name: str | None) -> str | None:
+    """The name. ValueError if no implementation has it."""
+    if name is not None and name not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation={name!r} is unknown: pass None or one of {', '.join(IMPLEMENTATIONS)}")
+    return name
+
+
+def check_engines(names: Iterable[str] | None) -> tuple[str, ...] | None:
+    """Names of engines in order of preference, where names such as "-cudnn" mean all but these.
+
+    Raises:
+        TypeError: a string in place of several.
+        ValueError: an unknown name, or names with and without "-".
+    """
+    if isinstance(names, str):
+        raise TypeError(f"engines={names!r} is one string: pass several names, as in engines=({names!r},)")
+    if names is None:
+        return None
+    names = tuple(names)
+    plain = [name.removeprefix("-") for name in names]
+    for name in plain:
+        if name not in ENGINES and name not in engine_names():
+            raise ValueError(f"there is no engine {name!r}: pass some of {', '.join(engine_names())}")
+    without = [name.startswith("-") for name in names]
+    if not any(without):
+        return names
+    if not all(without):
+        raise ValueError(f"engines={names!r} mixes names with and without '-': use one form")
+    return tuple(name for name in engine_names() if name not in plain)
+
+
+def from_environment() -> Settings:
+    """``ANYATTENTION_IMPLEMENTATION`` and ``ANYATTENTION_ENGINES``, names parted by commas, read once at import."""
+    try:
+        engines = os.environ.get("ANYATTENTION_ENGINES", "").replace(" ", "")
+        return Settings(
+            check_implementation(os.environ.get("ANYATTENTION_IMPLEMENTATION") or None),
+            check_engines(engines.split(",")) if engines else None,
+        )
+    except ValueError as error:
+        raise ValueError(f"environment variable ANYATTENTION_IMPLEMENTATION or ANYATTENTION_ENGINES: {error}") from None
+
+
+_DEFAULT = from_environment()
+_settings: ContextVar[Settings] = ContextVar("anyattention", default=_DEFAULT)
+
+
+def current() -> Settings:
+    """The settings in force."""
+    return _settings.get()
+
+
+# As `torch.compiler.assume_constant_result` marks it: torch.compile cannot trace a ContextVar.
+vars(current)["_dynamo_marked_constant"] = True
+
+
+@contextmanager
+def config(implementation: str | None = None, engines: Iterable[str] | None = None) -> Iterator[None]:
+    """Settings for the calls inside, where they do not say it themselves; None leaves a setting as it is.
+
+    They are read when a function is called, or traced: what was compiled before does not change.
+
+    Args:
+        implementation: "exact", "tiled" or "fused", as if passed by name.
+        engines: those that may serve "fused", in order of preference; ("-cudnn",) means all but this one, () none.
+
+    >>> import numpy as np, anyattention
+    >>> x = np.ones((2, 1, 4))
+    >>> with config(implementation="tiled"):
+    ...     print(anyattention.explain(x, x, x).implementation)
+    tiled
+    """
+    before = current()
+    token = _settings.set(
+        Settings(
+            check_implementation(implementation) or before.implementation,
+            before.engines if engines is None else check_engines(engines),
+        )
+    )
+    try:
+        yield
+    finally:
+        _settings.reset(token)

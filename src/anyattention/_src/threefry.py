@@ -1,0 +1,249 @@
+"""JAX's threefry2x32 random numbers, bit for bit, in plain int32 array arithmetic.
+
+The layout is JAX's partitionable one (its default since 0.5.0): the bits of an element depend on the key and on
+the element's row-major flat index alone, a 64-bit count. So a tile of a mask can be drawn without the rest.
+
+A key is two 32-bit words: ``uint32[2]`` in any library, or ``int64[2]`` in PyTorch, whose uint32 has no
+arithmetic. Keys may be passed to `dot_product_attention` with arrays of any library, and raw uint32 keys to JAX.
+
+Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (SC 2011), and JAX's documentation.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import array_api_compat
+
+from anyattention._src import dtypes
+
+Array = Any
+
+_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+_PARITY = 0x1BD11BDA
+# dtype of the probability: (bits drawn, of which this many are shifted out, leaving its mantissa bits)
+_UNIFORM = {"float32": (9, 23), "float16": (6, 10), "bfloat16": (1, 7)}
+_WORD_BITS = {"float32": 32, "float16": 16, "bfloat16": 8}
+
+
+def _int32(word: int) -> int:
+    """The Python integer that int32 arithmetic uses for this word."""
+    return (word + 2**31) % 2**32 - 2**31
+
+
+def _rotate_left(x: Array, distance: int) -> Array:
+    # `>>` copies the sign in, so the copies are masked away.
+    return (x << distance) | ((x >> (32 - distance)) & (2**distance - 1))
+
+
+def threefry2x32(key: tuple[Array, Array], high: Array, low: Array) -> tuple[Array, Array]:
+    """Twenty rounds of Threefry-2x32: int32 words in, two int32 words out, of the broadcast shape."""
+    schedule = (*key, key[0] ^ key[1] ^ _PARITY)
+    x, y = high + schedule[0], low + schedule[1]
+    for block in range(5):
+        for rotation in _ROTATIONS[block % 2]:
+            x = x + y
+            y = _rotate_left(y, rotation) ^ x
+        x = x + schedule[(block + 1) % 3]
+        y = y + schedule[(block + 2) % 3] + (block + 1)
+    return x, y
+
+
+def _key_words(key: Array, xp: Any) -> tuple[Array, Array]:
+    """Both words of a raw key as int32[1]: one axis, since NumPy warns when a 0-d integer wraps around."""
+    shape, name = tuple(key.shape), dtypes.name_of(key.dtype)
+    allowed = ("uint32", "int64") if xp.__name__.endswith("torch") else ("uint32",)
+    if name not in allowed:
+        raise TypeError(
+            f"a dropout key must have dtype {' or '.join(allowed)}, got {name}: make one with "
+            "anyattention.random.key(seed) or jax.random.key(seed)"
+        )
+    if shape[-1:] != (2,):
+        raise TypeError(f"a dropout key must be two words, shape (2,), got shape {shape}")
+    if len(shape) != 1:
+        raise ValueError(f"one key is needed, got an array of keys of shape {shape[:-1]}: pass one of them")
+    words = xp.astype(key, xp.int32)
+    return words[:1], words[1:]
+
+
+def _like_key(words: Array, key: Array, xp: Any) -> Array:
+    """int32 words as the unsigned words that the key has."""
+    if dtypes.name_of(key.dtype) == "int64":
+        return xp.astype(words, xp.int64) & 0xFFFFFFFF
+    return xp.astype(words, key.dtype)
+
+
+def device_of(x: Array) -> dict[str, Any]:
+    """The `device` argument that creates an array beside `x`; none where arrays have none (MLX, Dask)."""
+    return {"device": x.device} if hasattr(x, "device") else {}
+
+
+def _arange(xp: Any, like: Array, start: int, stop: int) -> Array:
+    return xp.arange(start, stop, dtype=xp.int32, **device_of(like))
+
+
+def _times(xp: Any, index: Array, factor: int) -> tuple[Array, Array]:
+    """(high, low) words of the 64-bit product of int32 indices >= 0 and an integer: shifts, added with carry."""
+    high = low = xp.zeros_like(index)
+    for bit in range(factor.bit_length()):
+        if factor >> bit & 1:
+            if bit == 0:
+                part = xp.zeros_like(index), index
+            elif bit < 32:
+                part = index >> (32 - bit), index << bit
+            else:
+                part = index << (bit - 32), xp.zeros_like(index)
+            high, low = _add((high, low), part, xp)
+    return high, low
+
+
+def _add(a: tuple[Array, Array], b: tuple[Array, Array], xp: Any) -> tuple[Array, Array]:
+    """64-bit sum of (high, low) words; the low sum carries where, unsigned, it is less than what went in."""
+    low = a[1] + b[1]
+    sign = _int32(2**31)
+    carry = xp.astype((low ^ sign) < (a[1] ^ sign), xp.int32)
+    return a[0] + b[0] + carry, low
+
+
+def flat_index(
+    xp: Any, like: Array, shape: Sequence[int], start: Sequence[int], stop: Sequence[int]
+) -> tuple[Array, Array]:
+    """(high, low) int32 words of the row-major flat indices, in an array of `shape`, of the box from start to stop."""
+    wide = math.prod(shape) > 2**32
+    total = (xp.reshape(_arange(xp, like, 0, 1), (1,) * len(shape)),) * 2
+    for axis, (first, last) in enumerate(zip(start, stop, strict=True)):
+        if last - first == 1 and first == 0:
+            continue
+        stride = math.prod(shape[axis + 1 :])
+        index = xp.reshape(_arange(xp, like, first, last), tuple(-1 if a == axis else 1 for a in range(len(shape))))
+        if wide:
+            total = _add(total, _times(xp, index, stride), xp)
+        else:
+            total = total[0], total[1] + (index if stride == 1 else index * _int32(stride))
+    return total
+
+
+def random_bits(
+    xp: Any,
+    key: Array,
+    shape: Sequence[int],
+    start: Sequence[int] | None = None,
+    stop: Sequence[int] | None = None,
+) -> Array:
+    """32 random bits an element, as int32, for the box from `start` to `stop` (default: all) of an array of `shape`."""
+    shape = tuple(shape)
+    start, stop = start or (0,) * len(shape), shape if stop is None else stop
+    high, low = flat_index(xp, key, shape, start, stop)
+    if not shape:
+        high, low = xp.reshape(high, (1,)), xp.reshape(low, (1,))
+    x, y = threefry2x32(_key_words(key, xp), high, low)
+    return xp.reshape(x ^ y, tuple(last - first for first, last in zip(start, stop, strict=True)))
+
+
+def counts(xp: Any, key: Array, shape: Sequence[int], origin: Any = None, whole: Any = None) -> tuple[Any, ...]:
+    """What `keep_at` needs for every element of ``[lead..., rows, columns]``, in arrays that cut as its tiles do.
+
+    The words of the key, the (high, low) count at the start of each row, high None if all are zero, and the column.
+    Of a shard, `origin` is the row and column of its first element in the `whole`, which has so many of both.
+    """
+    *lead, rows, columns = shape
+    whole = (*lead, *(whole or (rows, columns)))
+    # A position that is known at run time only is added to arrays that count from zero.
+    (row, row_later), (column, column_later) = ((x, 0) if isinstance(x, int) else (0, x) for x in origin or (0, 0))
+    words = tuple(xp.reshape(word, (1,) * len(shape)) for word in _key_words(key, xp))
+    start, stop = (*(0 for _ in lead), row, 0), (*lead, row + rows, 1)
+    high, low = flat_index(xp, key, whole, start, stop)
+    columns = xp.reshape(_arange(xp, key, column, column + columns), (*(1 for _ in lead), 1, columns))
+    if origin is not None:
+        high, low = _add((high, low), _times(xp, low * 0 + row_later, whole[-1]), xp)
+        columns = columns + column_later
+    return *words, high if math.prod(whole) > 2**32 else None, low, columns
+
+
+def keep_at(xp: Any, p: Any, counts: tuple[Any, ...]) -> Array:
+    """`bernoulli` with probability `p` at some `counts`."""
+    one, two, high, low, column = counts
+    if high is None:
+        high, low = low * 0, low + column
+    else:
+        high, low = _add((high, low), (column * 0, column), xp)
+    x, y = threefry2x32((one, two), high, low)
+    return _below(x ^ y, p)
+
+
+def keep(xp: Any, key: Array, p: Any, shape: Sequence[int]) -> Array:
+    """`bernoulli` for an array of this shape."""
+    return _below(random_bits(xp, key, shape), p)
+
+
+def _below(bits: Array, p: Any) -> Array:
+    """True where the uniform number that JAX makes of these bits is below `p`.
+
+    A uniform number is ``(bits >> shift) * 2**-mantissa``, so it is below p where ``bits >> shift`` is below
+    ``ceil(p * 2**mantissa)``: a comparison in integers, with no rounding to differ in.
+    """
+    # JAX draws in the dtype of p. A Python float and a float64 are float32 there, unless x64 is on.
+    name = dtypes.name_of(p.dtype) if hasattr(p, "dtype") else "float32"
+    name = name if name in _UNIFORM else "float32"
+    shift, mantissa = _UNIFORM[name]
+    if _WORD_BITS[name] < 32:
+        bits = bits & (2 ** _WORD_BITS[name] - 1)
+    drawn = (bits >> shift) & (2**mantissa - 1)
+    return drawn < math.ceil(dtypes.round_to(float(p), name) * 2**mantissa)
+
+
+def key(seed: int) -> Array:
+    """The key that ``jax.random.key(seed)`` holds with x64 off, as a NumPy ``uint32[2]``.
+
+    >>> key(12345).tolist(), key(-1).tolist()
+    ([0, 12345], [0, 4294967295])
+
+    Raises:
+        TypeError: a seed that is not an integer.
+    """
+    import array_api_compat.numpy as xp  # a key is data of the host; NumPy is the one library always there
+
+    if not hasattr(seed, "__index__"):
+        raise TypeError(f"a seed must be an integer, got {type(seed).__name__}")
+    return xp.asarray([0, seed.__index__() % 2**32], dtype=xp.uint32)
+
+
+def split(key: Array, num: int = 2) -> Array:
+    """`num` new keys, ``[num, 2]``, of the library and dtype of `key`; equal to ``jax.random.split``.
+
+    >>> split(key(0)).tolist()
+    [[1797259609, 2579123966], [928981903, 3453687069]]
+    """
+    xp = array_api_compat.array_namespace(key)
+    counts = _arange(xp, key, 0, num)
+    x, y = threefry2x32(_key_words(key, xp), counts * 0, counts)
+    return _like_key(xp.stack((x, y), axis=1), key, xp)
+
+
+def fold_in(key: Array, data: int) -> Array:
+    """A new key from a key and a 32-bit unsigned integer; equal to ``jax.random.fold_in``.
+
+    >>> fold_in(key(0), 5).tolist()
+    [1524306142, 1887795613]
+
+    Raises:
+        OverflowError: `data` outside [0, 2**32).
+    """
+    if not 0 <= data < 2**32:
+        raise OverflowError(f"data must be in [0, 2**32), got {data}")
+    xp = array_api_compat.array_namespace(key)
+    zero = _arange(xp, key, 0, 1)
+    x, y = threefry2x32(_key_words(key, xp), zero, zero + _int32(data))
+    return _like_key(xp.concat((x, y)), key, xp)
+
+
+def bernoulli(key: Array, p: Any = 0.5, shape: Sequence[int] = ()) -> Array:
+    """True with probability `p`: a bool array of `shape` and of the key's library; equal to ``jax.random.bernoulli``.
+
+    The dtype of `p` counts, as in JAX: a Python float draws as float32, a ``numpy.float16`` as float16. The
+    bits are those of JAX with x64 off.
+
+    >>> bernoulli(key(0), 0.5, (3, 5))[0].tolist()
+    [False, False, True, True, False]
+    """
+    return keep(array_api_compat.array_namespace(key), key, p, shape)

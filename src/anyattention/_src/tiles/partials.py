@@ -1,0 +1,69 @@
+"""Attention over some of the keys, in a form that can be joined with attention over the others.
+
+A softmax need not see a whole row at once. Over any set of keys it is enough to know, for each query, the largest
+logit, the sum of the exponentials relative to it, and the sum of the values weighted by them. Two such partials of
+disjoint sets merge into that of their union, in any order and grouping.
+
+Source: Milakov and Gimelshein, Online normalizer calculation for softmax (2018); Rabe and Staats, Self-attention
+does not need O(n^2) memory (2021).
+"""
+
+from typing import Any, NamedTuple
+
+from anyattention._src.interfaces import Tiles
+
+Array = Any
+
+
+class Partial(NamedTuple):
+    """Attention over a set of keys, not yet divided by its normalizer."""
+
+    base: Array | None  # [..., rows, 1], subtracted from logits before exp: the largest of them; None for zero
+    total: Array  # [..., rows, 1], sum of exp(logit - base)
+    output: Array  # [..., rows, v_depth], sum of exp(logit - base) * value
+
+
+def nothing(xp: Any, rows: Array, v_depth: int) -> Partial:
+    """The partial of no keys for some rows ``[..., rows, *]``: what a compiled loop starts from."""
+    total = xp.zeros_like(rows[..., :1])
+    return Partial(total - float("inf"), total, xp.broadcast_to(total, (*total.shape[:-1], v_depth)))
+
+
+def of_weights(
+    tiles: Tiles, base: Array | None, weights: Array, keep: Array | None, value: Array, precision: Any
+) -> Partial:
+    """The partial of a tile, from exp of its logits ``[..., rows, columns]``, which it may overwrite.
+
+    Dropout takes weights out of the output, never out of the normalizer.
+    """
+    total = tiles.row_sum(weights)
+    if keep is not None:
+        weights = tiles.fill(weights, keep, 0.0)
+    return Partial(base, total, tiles.product(weights, value, precision))
+
+
+def of_hidden(tiles: Tiles, rows: Array, fill: float, values: tuple[Array, ...]) -> Partial:
+    """The partial of keys, given by their values, that none of the rows may see: all their logits are the fill."""
+    ones = tiles.xp.ones_like(rows[..., :1])
+    sums = [tiles.column_sum(x) for x in values]
+    return Partial(ones * fill, ones * sum(x.shape[-2] for x in values), ones * sum(sums[1:], sums[0]))
+
+
+def merge(tiles: Tiles, a: Partial, b: Partial) -> Partial:
+    """The partial of the union of two disjoint sets of keys, whose bases it may overwrite."""
+    if a.base is None and b.base is None:
+        return Partial(None, a.total + b.total, a.output + b.output)
+    bases = [tiles.xp.zeros_like(x.total) if x.base is None else x.base for x in (a, b)]
+    base = tiles.xp.maximum(*bases)
+    left, right = (tiles.exp_minus(x, finite(tiles, base)) for x in bases)
+    return Partial(base, a.total * left + b.total * right, a.output * left + b.output * right)
+
+
+def finish(partial: Partial, keep_prob: float) -> Array:
+    """The output, ``[..., rows, v_depth]``; NaN where every logit was minus infinity, as a softmax gives."""
+    return partial.output / (partial.total * keep_prob)
+
+
+def finite(tiles: Tiles, base: Array | None) -> Array | None:
+    """The base to subtract before exp: zero where it is -inf, since -inf - -inf is NaN."""
+    return None if base is None else tiles.xp.where(base == -float("inf"), 0.0, base)

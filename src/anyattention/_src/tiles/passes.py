@@ -1,0 +1,312 @@
+"""Attention a tile at a time: the same numbers within Flax's own error, in memory that grows with the lengths alone.
+
+Forward, for some queries at a time: the `partials` of their tiles of keys are merged into one, then normalized.
+Backward, from the row statistics that the forward pass leaves: tile by tile, with weights = exp(logits - base)
+recomputed, doutput already divided by total, and delta the row sums of doutput * output,
+
+    dvalue = weights^T . doutput      dlogits = weights * (doutput . value^T - delta), zero where masked
+    dquery = dlogits . key            dkey = dlogits^T . query            dbias = dlogits
+
+How tiles are cut, looped over and shared among threads is the backend's part: `map_rows` and `scan_columns`.
+
+Source of the backward formulas: Dao et al., FlashAttention (2022). Base (the maximum) and total are kept apart,
+because the base of a row that sees nothing is finfo.min, which would absorb the logarithm of the total.
+"""
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+from anyattention._src import rules, threefry
+from anyattention._src.call import Options
+from anyattention._src.interfaces import Backend
+from anyattention._src.tiles.blocks import Block, Group, cut_columns, everything, tree_map
+from anyattention._src.tiles.partials import Partial, finish, finite, merge, of_hidden, of_weights
+
+Array = Any
+Gradients = tuple[Array, Array, Array, Array | None]
+BOUND = 20.0  # exp(20) is 5e8: sums over any length, times values, stay in the range of float32
+
+
+class Tiling(NamedTuple):
+    """What is the same in every tile; hashable."""
+
+    backend: Backend
+    options: Options  # of the call
+    dtype: str  # of logits and accumulators: at least float32
+    expression: rules.Expression | None  # the mask, over the arrays in `Pairs.mask`
+    root: float  # of the depth, which divides queries
+    fill: float  # the logit of a masked key: finfo.min of the compute dtype
+    sizes: tuple[int, int]  # rows and columns of a tile
+    bias_axes: tuple[bool, bool]  # whether the bias has rows, and columns, of its own
+    groups: tuple[Group, ...]
+    precise: bool  # sum logits in float64, which float32 needs where they are large
+    # Shortcuts, which are right where every row sees a key: see `_sound`.
+    skip: bool  # leave out what is hidden
+    bounded: bool = False  # take exp of logits as they are
+
+    @property
+    def keep_prob(self) -> Any:
+        """The probability that dropout keeps a weight."""
+        return 1.0 if self.options.dropout is None else self.options.dropout.keep_prob
+
+
+def tiling(
+    backend: Backend, options: Options, dtype: str, expression: rules.Expression | None, block: Block, mask: Any = None
+) -> Tiling:
+    """How a block is cut; `mask` is by rule, and tells which rows see which columns where its positions are these."""
+    rows, columns = block.lengths
+    ruled = mask is not None and mask.key_range(0, 1, columns) != mask.key_range(rows - 1, rows, columns)
+    sizes, bias = backend.tiles.sizes(block, ruled), block.pairs.bias
+    return Tiling(
+        backend=backend,
+        options=options,
+        dtype=dtype,
+        expression=expression,
+        root=max(block.rows[0].shape[-1], 1) ** 0.5,
+        fill=float(backend.arrays.lowest(options.dtype)),
+        sizes=sizes,
+        bias_axes=(False, False) if bias is None else tuple(size != 1 for size in bias.shape[-2:]),
+        groups=_groups(mask, block, sizes[0], backend.tiles.most_groups) if ruled else (everything(block),),
+        precise=options.dtype == "float32",
+        skip=expression is not None and backend.arrays.inspects(block.rows[0]),
+    )
+
+
+def _groups(mask: rules.Mask, block: Block, size: int, most: int) -> tuple[Group, ...]:
+    """Groups of rows that see different columns, `most` at most, of whole tiles; `sure` at multiples of 64."""
+    rows, columns = block.lengths
+    groups = []
+    for part in everything(block).split(max(size, -(-rows // (most * size)) * size)):
+        first, last = mask.sure_range(*part.rows, columns)
+        groups.append(Group(part.rows, mask.key_range(*part.rows, columns), (-(-first // 64) * 64, last // 64 * 64)))
+    return tuple(groups)
+
+
+# --- forward ---
+
+
+def forward(tiling: Tiling, block: Block) -> tuple[Array, Array, Array]:
+    """Output, base and total of every query, ``[lead..., rows, *]``."""
+    xp = tiling.backend.xp
+    if block.empty:
+        query, shape = block.rows[0], (*block.lead, block.lengths[0])
+        beside = tiling.backend.arrays.beside(query)
+        sizes = (block.columns[1].shape[-1], 1, 1)
+        return tuple(xp.zeros((*shape, size), dtype=query.dtype, **beside) for size in sizes)
+    tiling = _inspected(tiling, block)
+    like = (block.rows[0],) * 3, ()
+    return tiling.backend.tiles.map_rows(partial(attend, tiling), block, tiling.groups, tiling.sizes, like)[0]
+
+
+def partial_of(tiling: Tiling, block: Block) -> Partial:
+    """The partial of every query over the keys of a block, which may be some of many; hidden keys count in it."""
+    tiling = tiling._replace(skip=False)
+    like = (block.rows[0],) * 3, ()
+
+    def of_rows(parts: tuple[Block, ...]) -> tuple[tuple[Array, ...], tuple[()]]:
+        return tuple(absorbed(tiling, parts)), ()
+
+    rows, _ = tiling.backend.tiles.map_rows(of_rows, block, tiling.groups, tiling.sizes, like)
+    return Partial(*rows)
+
+
+def attend(tiling: Tiling, parts: tuple[Block, ...]) -> tuple[tuple[Array, ...], tuple[()]]:
+    """Output, base and total of some queries, over all their keys, which are in several blocks."""
+    state = absorbed(tiling, parts)
+    if (tiling.skip or tiling.bounded) and (state is None or not _sound(tiling, state)):
+        state = absorbed(tiling._replace(skip=False, bounded=False), parts)
+    base = tiling.backend.xp.zeros_like(state.total) if state.base is None else state.base
+    return (finish(state, tiling.keep_prob), base, state.total), ()
+
+
+def absorbed(tiling: Tiling, parts: tuple[Block, ...]) -> Any:
+    """The partial of some queries over the keys of all the blocks; None where all of them are left out."""
+    tiles = tiling.backend.tiles
+    unit = tiles.power_unit if tiling.bounded else 1.0
+    query, hidden = parts[0].rows[0], parts[0].hidden
+    scaled = query / (tiling.root / unit)
+    state: Any = None
+    for part in parts:
+        if part.lengths[1]:
+            part = part._replace(rows=(scaled,))
+            state, _ = tiles.scan_columns(partial(absorb, tiling), state, part, tiling.sizes)
+    if hidden and not (tiling.skip or tiling.bounded):
+        closed = of_hidden(tiles, query, tiling.fill, hidden)
+        state = closed if state is None else merge(tiles, state, closed)
+    return state
+
+
+def absorb(tiling: Tiling, state: Partial | None, tile: Block) -> tuple[Partial | None, tuple[()]]:
+    """The partial of the keys so far, with those of the tile."""
+    tiles, visible = tiling.backend.tiles, tile_visible(tiling, tile)
+    if tiling.skip and visible is not None:
+        start, stop = tiles.span(visible)
+        if start == stop:
+            return state, ()
+        if stop - start < visible.shape[-1]:
+            tile = cut_columns(tile, start, stop)
+            visible = tile_visible(tiling, tile)
+    base, weights = tile_weights(tiling, tile, visible)
+    new = of_weights(tiles, base, weights, tile_keep(tiling, tile), tile.columns[1], tiling.options.precision)
+    return (new if state is None else merge(tiles, state, new)), ()
+
+
+def tile_visible(tiling: Tiling, tile: Block) -> Array | None:
+    """Where the mask lets a query see a key; None for everywhere."""
+    if tiling.expression is None or tile.pairs.mask is None:
+        return None
+    arrays = tiling.backend.arrays
+    visible = rules.visible(arrays, tiling.expression, tile.pairs.mask)
+    return None if arrays.surely(visible, True) else visible
+
+
+def tile_weights(tiling: Tiling, tile: Block, visible: Array | None) -> tuple[Array | None, Array]:
+    """The largest logit of each row, and exp of the logits relative to it; without one where they are bounded."""
+    tiles = tiling.backend.tiles
+    if tiling.bounded:
+        weights = tiles.power(tile_logits(tiling, tile))
+        return None, weights if visible is None else tiles.fill(weights, visible, 0.0)
+    logits = tile_logits(tiling, tile)
+    if visible is not None:
+        logits = tiles.fill(logits, visible, tiling.fill)
+    base = tiles.row_max(logits)
+    return base, tiles.exp_minus(logits, finite(tiles, base))
+
+
+def tile_logits(tiling: Tiling, tile: Block) -> Array:
+    """The logits of a tile, ``[lead..., rows, columns]``, before the mask."""
+    backend, bias = tiling.backend, tile.pairs.bias
+    logits = backend.tiles.logits(tile.rows[0], tile.columns[0], tiling.options.precision, tiling.precise)
+    return logits if bias is None else logits + backend.arrays.cast(bias, tiling.dtype)
+
+
+def tile_keep(tiling: Tiling, tile: Block) -> Array | None:
+    """Which weights of a tile dropout keeps, from their counts or, drawn before, as they are; None for all."""
+    counts = tile.pairs.counts
+    if isinstance(counts, tuple):
+        return threefry.keep_at(tiling.backend.xp, tiling.keep_prob, counts)
+    return counts
+
+
+def _sound(tiling: Tiling, state: Partial) -> bool:
+    """Whether the shortcuts that were taken were right for all rows."""
+    if tiling.bounded:
+        xp = tiling.backend.xp
+        return tiling.backend.arrays.surely((state.total > 0.0) & xp.isfinite(state.output), True)
+    return _sees(tiling, state.base)
+
+
+def _sees(tiling: Tiling, base: Array) -> bool:
+    """Whether every row has a logit beside which the fill vanishes; False where it cannot be known."""
+    return tiling.backend.arrays.surely(base > tiling.fill + 800.0, True)  # exp(-800) is zero in float64 too
+
+
+def _inspected(tiling: Tiling, block: Block) -> Tiling:
+    """The tiling with what is known of the logits by Cauchy and Schwarz, a bias apart.
+
+    Those that are small need no maximum, since exp is far from overflow and underflow, and lose less than Flax's in
+    a sum in float32.
+    """
+    (arrays, xp), query, key = (tiling.backend.arrays, tiling.backend.xp), block.rows[0], block.columns[0]
+    if not arrays.inspects(query):
+        return tiling
+    largest = (xp.max(xp.vecdot(x, x)) for x in (query, key))
+    small = arrays.surely(math.prod(largest) <= (BOUND * tiling.root) ** 2, True)
+    return tiling._replace(bounded=small and block.pairs.bias is None, precise=tiling.precise and not small)
+
+
+# --- backward ---
+
+
+def backward(tiling: Tiling, block: Block, output: Array, base: Array, total: Array, doutput: Array) -> Gradients:
+    """The gradients of query, key, value and bias, each in its own shape, from that of the output."""
+    backend, bias = tiling.backend, block.pairs.bias
+    if block.empty:
+        return tree_map(backend.xp.zeros_like, (block.rows[0], *block.columns, bias))
+    tiling = _inspected(tiling, block)
+    unbased = backend.arrays.surely(base == 0.0, True)
+    # What was rounded in the forward pass is rounded alike here: in the weights of large logits errors then cancel.
+    tiling = tiling._replace(skip=tiling.skip and _sees(tiling, base), bounded=tiling.bounded and unbased)
+    statistics = None if unbased else base, total
+    whole = Block((block.rows[0], doutput, output), block.columns, block.pairs._replace(statistics=statistics))
+    by_row = tiling.bias_axes[0]
+    like = (block.rows[0], bias if by_row else None), (*block.columns, None if by_row else bias)
+    results = backend.tiles.map_rows(partial(pull_back, tiling), whole, (everything(block),), tiling.sizes, like)
+    (dquery, dbias_rows), (dkey, dvalue, dbias) = results
+    gradients = (dquery, dkey, dvalue, dbias_rows if by_row else dbias)
+    wanted = (block.rows[0], *block.columns, bias)
+    return tree_map(lambda x, gradient: sum_to(backend.xp, gradient, x.shape), wanted, gradients)
+
+
+def prologue(tiling: Tiling, block: Block) -> Block:
+    """What every tile of some queries needs: scaled queries, doutput over total; base and delta as statistics."""
+    tiles = tiling.backend.tiles
+    query, doutput, output = block.rows
+    base, total = block.pairs.statistics
+    delta = tiles.row_sum(doutput * output) / total
+    unit = tiles.power_unit if tiling.bounded else 1.0
+    rows = (query / (tiling.root / unit), doutput / (total * tiling.keep_prob))
+    return Block(rows, block.columns, block.pairs._replace(statistics=(finite(tiles, base), delta)))
+
+
+def pull_back(
+    tiling: Tiling, parts: tuple[Block, ...]
+) -> tuple[tuple[Array, Array | None], tuple[Array, Array, Array | None]]:
+    """For some queries: the gradients that have rows, and what they add to those that have none."""
+    (block,), tiles = parts, tiling.backend.tiles
+    step = partial(pull_tile, tiling)
+    dquery, (dkey, dvalue, dbias) = tiles.scan_columns(step, None, prologue(tiling, block), tiling.sizes)
+    unit = tiles.power_unit if tiling.bounded else 1.0
+    dquery, dkey = dquery / tiling.root, dkey if unit == 1.0 else dkey / unit
+    if dbias is None:
+        return (dquery, None), (dkey, dvalue, None)
+    dbias = tiles.transpose(dbias)
+    by_row, by_column = tiling.bias_axes
+    if not by_column:
+        dbias = tiles.row_sum(dbias)
+    return (dquery, dbias if by_row else None), (dkey, dvalue, None if by_row else dbias)
+
+
+def pull_tile(tiling: Tiling, dquery: Array | None, tile: Block) -> tuple[Array, tuple[Array, Array, Array | None]]:
+    """One tile of the formulas above: dquery so far; dkey, dvalue and dbias of the tile, columns first."""
+    (tiles, xp), bias = (tiling.backend.tiles, tiling.backend.xp), tile.pairs.bias
+    (query, doutput), (key, value) = tile.rows, tile.columns
+    base, delta = tile.pairs.statistics
+    visible, keep = tile_visible(tiling, tile), tile_keep(tiling, tile)
+    if tiling.skip and bias is None and tiling.backend.arrays.surely(visible, False):  # every weight is zero
+        zeros = [xp.zeros_like(x) for x in (query, key, value)]
+        return zeros[0] if dquery is None else dquery, (zeros[1], zeros[2], None)
+
+    product = partial(tiles.product, precision=tiling.options.precision)
+    if tiling.bounded:
+        _, weights = tile_weights(tiling, tile, visible)
+    else:
+        logits = tile_logits(tiling, tile)
+        if visible is not None:
+            logits = tiles.fill(logits, visible, tiling.fill)
+        weights = tiles.exp_minus(logits, base)
+    dweights = product(doutput, tiles.transpose(value), scratch="" if bias is not None else "dweights")
+    kept = weights
+    if keep is not None:
+        kept, dweights = xp.where(keep, weights, 0.0), tiles.fill(dweights, keep, 0.0)
+    dvalue = sum_to(xp, product(tiles.transpose(kept), doutput), value.shape)
+    dlogits = tiles.times_minus(weights, dweights, delta)
+    if visible is not None:
+        dlogits = tiles.fill(dlogits, visible, 0.0)
+    more = sum_to(xp, product(dlogits, key), query.shape)
+    dkey = sum_to(xp, product(tiles.transpose(dlogits), query), key.shape)
+    dbias = None
+    if bias is not None:
+        shape = (*bias.shape[:-2], dlogits.shape[-2] if tiling.bias_axes[0] else 1, dlogits.shape[-1])
+        dbias = tiles.transpose(sum_to(xp, dlogits, shape))
+    return more if dquery is None else dquery + more, (dkey, dvalue, dbias)
+
+
+def sum_to(xp: Any, x: Array, shape: tuple[int, ...]) -> Array:
+    """`x` summed over the axes along which an array of `shape` was broadcast to it."""
+    extra = x.ndim - len(shape)
+    if extra:
+        x = xp.sum(x, axis=tuple(range(extra)))
+    axes = tuple(axis for axis, size in enumerate(shape) if size == 1 != x.shape[axis])
+    return xp.sum(x, axis=axes, keepdims=True) if axes else x

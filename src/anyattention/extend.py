@@ -1,0 +1,35 @@
+"""What other packages import to add an array library or an engine; DESIGN.md has a recipe for each.
+
+A library is a `Backend`, found by an entry point of the group ``anyattention.backends`` whose name is the root module
+of its arrays' type. An engine is a subclass of `Implementation`, mostly of `Fused`, found by an entry point of the
+group ``anyattention.implementations`` whose name is "library.engine", for example "torch.mine".
+"""
+
+from anyattention._src.call import Call, Dropout, Operands, Options
+from anyattention._src.implementations.base import Implementation
+from anyattention._src.implementations.fused import Fused, four_axes
+from anyattention._src.implementations.tiled import TILED as tiled
+from anyattention._src.interfaces import Arrays, Backend, Steps, Tiles
+from anyattention._src.rules import CausalMask, Mask
+from anyattention._src.structure import Structure
+from anyattention._src.tiles.blocks import Block, Group
+
+__all__ = [
+    "Arrays",
+    "Backend",
+    "Block",
+    "Call",
+    "CausalMask",
+    "Dropout",
+    "Fused",
+    "Group",
+    "Implementation",
+    "Mask",
+    "Operands",
+    "Options",
+    "Steps",
+    "Structure",
+    "Tiles",
+    "four_axes",
+    "tiled",
+]
