@@ -22,8 +22,6 @@ from anyattention._src.interfaces import Backend
 from anyattention._src.rules import Mask
 
 Array = Any
-#: Every implementation there is; "fused" is one of the engines.
-IMPLEMENTATIONS = ("exact", "tiled", "fused")
 #: The project's own engines, each a vendor's kernel for "fused".
 ENGINES = ("cudnn", "tokamax", "splash", "sdpa", "flex", "mlx")
 EXACT = Exact()
