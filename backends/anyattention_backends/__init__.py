@@ -1,1 +1,1 @@
-"""The libraries that deviate from the agnostic default, a module each; every override states its reason."""
+"""The libraries that deviate from the agnostic default, a folder each; every override states its reason."""

@@ -22,21 +22,17 @@ class MLXFast(Fused):
     dtypes = ("float32", "bfloat16", "float16")
     broadcasts = True
     most_elements = 0
+    low_biases = True
 
     def limits(self, call: Call, mask: Structure) -> Iterator[str]:
         if call.operands.bias is not None and call.operands.mask is not None:
             yield "beside a bias, finfo.min is no mask"
 
     def lacks(self, call: Call, mask: Structure) -> dict[str, str]:
-        alone = mask.causal and mask.kv_lengths is None and mask.kv_ids is None and not mask.rest
-        found = {} if not mask.banded else {"band": "its causal mask ends with the last key, and stands alone"}
-        if alone and call.lengths[0] == call.lengths[1]:
-            found = {}
-        found |= {} if mask.kv_lengths is None else {"lengths": "it has no lengths"}
-        return found | ({} if mask.kv_ids is None else {"segments": "it has no segments"})
-
-    def remarks(self, call: Call) -> list[str]:
-        return []
+        found = super().lacks(call, mask)
+        if mask.causal and list(found) == ["band"] and not mask.rest and call.lengths[0] == call.lengths[1]:
+            return {}
+        return found | ({"band": "its causal mask ends with the last key, and stands alone"} if mask.banded else {})
 
     def kernel(
         self, query: Array, key: Array, value: Array, bias: Array | None, mask: Structure, scale: float

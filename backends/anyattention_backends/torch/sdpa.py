@@ -52,12 +52,10 @@ class SDPA(TorchKernel):
             yield "the bias needs a gradient"
 
     def lacks(self, call: Call, mask: Structure) -> dict[str, str]:
-        alone = mask.causal and not mask.rest and mask.kv_lengths is mask.kv_ids is call.operands.bias is None
-        return {
-            **({"band": "of bands it has CausalMask() alone"} if mask.banded and not alone else {}),
-            **({"lengths": "it has no lengths"} if mask.kv_lengths is not None else {}),
-            **({"segments": "it has no segments"} if mask.kv_ids is not None else {}),
-        }
+        found = super().lacks(call, mask)
+        if mask.causal and list(found) == ["band"] and not mask.rest and call.operands.bias is None:
+            return {}
+        return found | ({"band": "of bands it has CausalMask() alone"} if mask.banded else {})
 
     def depths(self, call: Call) -> list[int]:
         multiple = 8 if call.backend.arrays.platform(call.operands.query) == "cuda" else 1

@@ -2,37 +2,27 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from anyattention._src import plan, registry
 from anyattention._src.call import Call, Operands, make_call
 from anyattention._src.implementations.tiled import TILED
 from anyattention._src.plan import Plan
-from anyattention._src.rules import Mask
+from anyattention._src.rules import AnyArray, Convertible, Mask
+from anyattention._src.settings import Name
 
-
-class _Array(Protocol):
-    """An array of any library, as type checkers see it."""
-
-    @property
-    def shape(self) -> Any: ...
-
-    @property
-    def dtype(self) -> Any: ...
-
-
-Array = TypeVar("Array", bound=_Array)  # what comes in comes out
-Implementation = Literal["exact", "tiled", "fused"]
+Array = TypeVar("Array", bound=AnyArray)  # what comes in comes out
+Guest = AnyArray | Convertible | complex | None  # beside the arrays of a call
 
 
 def dot_product_attention(
     query: Array,
     key: Array,
     value: Array,
-    bias: Any = None,
-    mask: Any = None,
+    bias: Guest = None,
+    mask: Guest | Mask = None,
     broadcast_dropout: bool = True,
-    dropout_rng: Any = None,
+    dropout_rng: AnyArray | None = None,
     dropout_rate: float = 0.0,
     deterministic: bool = False,
     dtype: Any = None,
@@ -44,7 +34,7 @@ def dot_product_attention(
     attn_weights_value_einsum: Callable[..., Array] | None = None,
     *,
     is_causal: bool = False,
-    implementation: Implementation | None = None,
+    implementation: Name | None = None,
 ) -> Array:
     """Attention of queries over keys and values, with the numbers of ``flax.linen.dot_product_attention``.
 
@@ -113,10 +103,10 @@ def dot_product_attention(
 def dot_product_attention_weights(
     query: Array,
     key: Array,
-    bias: Any = None,
-    mask: Any = None,
+    bias: Guest = None,
+    mask: Guest | Mask = None,
     broadcast_dropout: bool = True,
-    dropout_rng: Any = None,
+    dropout_rng: AnyArray | None = None,
     dropout_rate: float = 0.0,
     deterministic: bool = False,
     dtype: Any = None,
@@ -127,7 +117,7 @@ def dot_product_attention_weights(
     einsum: Callable[..., Array] | None = None,
     *,
     is_causal: bool = False,
-    implementation: Implementation | None = None,
+    implementation: Name | None = None,
 ) -> Array:
     """The attention weights, ``[batch..., num_heads, q_length, kv_length]``; arguments as `dot_product_attention`.
 
@@ -161,10 +151,10 @@ def dot_product_attention_vjp(
     query: Array,
     key: Array,
     value: Array,
-    bias: Any = None,
-    mask: Any = None,
+    bias: Guest = None,
+    mask: Guest | Mask = None,
     broadcast_dropout: bool = True,
-    dropout_rng: Any = None,
+    dropout_rng: AnyArray | None = None,
     dropout_rate: float = 0.0,
     deterministic: bool = False,
     dtype: Any = None,
@@ -214,10 +204,10 @@ def explain(
     query: Array,
     key: Array,
     value: Array,
-    bias: Any = None,
-    mask: Any = None,
+    bias: Guest = None,
+    mask: Guest | Mask = None,
     broadcast_dropout: bool = True,
-    dropout_rng: Any = None,
+    dropout_rng: AnyArray | None = None,
     dropout_rate: float = 0.0,
     deterministic: bool = False,
     dtype: Any = None,
@@ -229,7 +219,7 @@ def explain(
     attn_weights_value_einsum: Callable[..., Array] | None = None,
     *,
     is_causal: bool = False,
-    implementation: Implementation | None = None,
+    implementation: Name | None = None,
 ) -> Plan:
     """The plan that `dot_product_attention` follows for these very arguments; prints as a table.
 

@@ -149,7 +149,7 @@ class Arrays:
         return False
 
     def surely(self, x: Any, value: bool) -> bool:
-        """Whether the array is known to hold this value throughout; False where finding out is not possible."""
+        """Whether the array is known to hold this value throughout; False where that cannot be known, and of None."""
         return False
 
 

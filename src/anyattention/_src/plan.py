@@ -11,12 +11,13 @@ from typing import NamedTuple
 from anyattention._src import registry, settings
 from anyattention._src.call import Call
 from anyattention._src.implementations.base import Implementation
+from anyattention._src.settings import Name
 
 
 class Rule(NamedTuple):
     """An implementation, and which calls it is for: the least logits of the call, and of a head; bounds of q_length."""
 
-    implementation: str
+    implementation: Name
     logits: int = 0
     of_a_head: int = 0
     least_queries: int = 0
@@ -55,7 +56,7 @@ _CHECK = "check it with `python -m benchmarks.gpu`, then pass implementation='fu
 class Plan(NamedTuple):
     """The decision for one call, in names: what runs, on which library, with which engine, and the reasons."""
 
-    implementation: str | None  # None where the one that was asked for by name cannot serve the call
+    implementation: Name | None  # None where the one that was asked for by name cannot serve the call
     library: str
     reasons: tuple[str, ...]
     engine: str | None = None  # of "fused"
@@ -97,7 +98,7 @@ def explain(call: Call, name: str | None = None) -> Plan:
     return Plan(kind, library, (*told, *found.remarks(call)), found.name if kind == "fused" else None)
 
 
-def _decide(call: Call, name: str | None, told: list[str] | None) -> tuple[str, Implementation | None]:
+def _decide(call: Call, name: Name | None, told: list[str] | None) -> tuple[Name, Implementation | None]:
     """The name of the implementation, and what computes it, if anything; `told` takes the reasons, where wanted."""
     if name is not None:
         found = _able(call, name, told, by_rule=False)
@@ -141,7 +142,7 @@ def _bounds(rule: Rule) -> str:
     bounds += [f"{rule.of_a_head} of a head"] if rule.of_a_head else []
     bounds += [f"{rule.least_queries} queries"] if rule.least_queries else []
     text = f"{rule.implementation} from {', '.join(bounds)}"
-    return text if rule.most_queries == Rule("").most_queries else f"{text}, to {rule.most_queries} queries"
+    return text if rule.most_queries == Rule("exact").most_queries else f"{text}, to {rule.most_queries} queries"
 
 
 def _told(told: list[str], reason: str) -> Sequence[Rule]:

@@ -22,8 +22,6 @@ from anyattention._src.interfaces import Backend
 from anyattention._src.rules import Mask
 
 Array = Any
-#: Every implementation there is; "fused" is one of the engines.
-IMPLEMENTATIONS = ("exact", "tiled", "fused")
 #: The project's own engines, each a vendor's kernel for "fused".
 ENGINES = ("cudnn", "tokamax", "splash", "sdpa", "flex", "mlx")
 EXACT = Exact()
@@ -115,7 +113,7 @@ def _elsewhere() -> tuple[Any, ...]:
 
 def engine_names() -> tuple[str, ...]:
     """The names of all engines, those of other packages too, none of which is imported."""
-    return (*ENGINES, *(entry.name.partition(".")[2] for entry in _elsewhere()))
+    return tuple(dict.fromkeys([*ENGINES, *(entry.name.partition(".")[2] for entry in _elsewhere())]))
 
 
 @cache
@@ -125,7 +123,9 @@ def _load(library: str) -> tuple[Implementation, ...]:
         home, _, name = entry.name.partition(".")
         if home == library:
             try:
-                found.append(entry.load()())
+                engine = entry.load()()
+                engine.name = name
+                found.append(engine)
             except Exception as error:
                 found.append(Broken(name, f"{entry.value} cannot be imported: {type(error).__name__}: {error}"))
     return tuple(found)
@@ -146,10 +146,8 @@ def engines(backend: Backend) -> tuple[Implementation, ...]:
 
 def named(backend: Backend, name: str, chosen: tuple[str, ...] | None = None) -> tuple[Implementation, ...]:
     """The implementations of this name: for "fused" the engines, `chosen` ones in this order."""
-    if name == "exact":
-        return (EXACT,)
-    if name == "tiled":
-        return (TILED,)
+    if name != "fused":
+        return (EXACT,) if name == "exact" else (TILED,)
     found = engines(backend)
     return found if chosen is None else tuple([x for name in chosen for x in found if x.name == name])
 

@@ -3,7 +3,7 @@
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 from anyattention._src.errors import ShapeError
 from anyattention._src.interfaces import Arrays
@@ -13,6 +13,19 @@ Array = Any
 Expression = tuple[Any, ...]
 _COMPARE = {"<=": operator.le, "<": operator.lt, "==": operator.eq}
 _JOIN = {"&": operator.and_, "|": operator.or_}
+
+
+class AnyArray(Protocol):
+    """An array of any library, as type checkers see it."""
+
+    @property
+    def shape(self) -> Any: ...
+    @property
+    def dtype(self) -> Any: ...
+
+
+class Convertible(Protocol):  # what JAX takes for an array, such as a parameter of Flax
+    def __jax_array__(self) -> Any: ...
 
 
 def visible(arrays: Arrays, expression: Expression, operands: tuple[Array, ...]) -> Array:
@@ -111,10 +124,10 @@ class Mask:
         """The same of some keys that all these queries see for certain."""
         return 0, 0
 
-    def __and__(self, other: Any) -> "Mask":
+    def __and__(self, other: "Mask | AnyArray") -> "Mask":
         return _Join("&", self, as_mask(other))
 
-    def __or__(self, other: Any) -> "Mask":
+    def __or__(self, other: "Mask | AnyArray") -> "Mask":
         return _Join("|", self, as_mask(other))
 
     __rand__, __ror__ = __and__, __or__

@@ -4,19 +4,22 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
-from anyattention._src.registry import ENGINES, IMPLEMENTATIONS, engine_names
+from anyattention._src.registry import ENGINES, engine_names
+
+Name = Literal["exact", "tiled", "fused"]  # every implementation there is; "fused" is one of the engines
+IMPLEMENTATIONS: tuple[Name, ...] = get_args(Name)
 
 
 class Settings(NamedTuple):
     """What calls take that say nothing themselves."""
 
-    implementation: str | None = None
+    implementation: Name | None = None
     engines: tuple[str, ...] | None = None  # in order of preference; None for all
 
 
-def check_implementation(name: str | None) -> str | None:
+def check_implementation(name: str | None) -> Name | None:
     """The name. ValueError if no implementation has it."""
     if name is not None and name not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={name!r} is unknown: pass None or one of {', '.join(IMPLEMENTATIONS)}")
@@ -73,7 +76,7 @@ vars(current)["_dynamo_marked_constant"] = True
 
 
 @contextmanager
-def config(implementation: str | None = None, engines: Iterable[str] | None = None) -> Iterator[None]:
+def config(implementation: Name | None = None, engines: list[str] | tuple[str, ...] | None = None) -> Iterator[None]:
     """Settings for the calls inside, where they do not say it themselves; None leaves a setting as it is.
 
     They are read when a function is called, or traced: what was compiled before does not change.

@@ -24,7 +24,7 @@ _SILENT = {"dropout_key": "dropout", "whole": "origin"}  # words that come with 
 class Implementation:
     """One way to compute attention. Subclasses hold no state of a call."""
 
-    name: str
+    name = ""  # of an engine of another package, as its entry point says
     #: The words of `Call.needs` that the implementation honours: names of operands and options, and "grouped heads".
     serves: frozenset[str] = frozenset()
 

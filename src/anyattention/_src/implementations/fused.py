@@ -14,6 +14,7 @@ from typing import Any
 from anyattention._src import dtypes
 from anyattention._src.call import Call
 from anyattention._src.implementations.base import Implementation
+from anyattention._src.implementations.tiled import TILED
 from anyattention._src.rules import LengthMask, Mask
 from anyattention._src.structure import Structure
 
@@ -39,6 +40,7 @@ class Fused(Implementation):
     broadcasts = False  # leaves axes of size 1 of such an array as they are, so that lengths cost nothing
     most_elements = 2**30  # of an array that stands for a mask by rule
     wider = ""  # dtype of a bias that may be wider than the call's
+    low_biases = False  # has right gradients where all biases of a row are far below zero
 
     # --- what a subclass says ---
 
@@ -52,8 +54,9 @@ class Fused(Implementation):
         return iter(())
 
     def lacks(self, call: Call, mask: Structure) -> dict[str, str]:
-        """Which of "band", "lengths" and "segments" the kernel does not have, and why: arrays stand for them."""
-        return {}
+        """Which of "band", "lengths" and "segments" of the mask the kernel lacks, and why: arrays stand for them."""
+        parts = {"band": mask.banded, "lengths": mask.kv_lengths is not None, "segments": mask.kv_ids is not None}
+        return {name: f"it has no {name}" for name, there in parts.items() if there}
 
     def kernel(
         self, query: Array, key: Array, value: Array, bias: Array | None, mask: Structure, scale: float
@@ -62,8 +65,11 @@ class Fused(Implementation):
         raise NotImplementedError
 
     def attend(self, call: Call) -> Array:
-        """The output, with the derivatives that the kernel has."""
-        return self.mended(call)
+        """The output, with the derivatives that the kernel has; tiled's where low biases cannot be ruled out."""
+        sound = call.operands.bias is None or self.low_biases
+        if sound or call.backend.arrays.surely(self.reaches(call), True):
+            return self.mended(call)
+        return TILED.compute(call)
 
     # --- what holds for all ---
 
@@ -117,7 +123,7 @@ class Fused(Implementation):
         size = self.elements(call, mask)
         array = f"the mask is an array of {size} elements" if size else "the mask is an array"
         found = [f"{array}: {reason}" for reason in expanded.values()]
-        return found if call.operands.bias is None else [*found, _LOW]
+        return found if call.operands.bias is None or self.low_biases else [*found, _LOW]
 
     def elements(self, call: Call, mask: Structure) -> int:
         """How many an array has that stands for masks by rule, one for all heads; none where they are small."""

@@ -27,8 +27,8 @@ class Pairs(NamedTuple):
     """What belongs to a query and a key at once: arrays ``[lead..., rows or 1, columns or 1]``, or None."""
 
     bias: Array | None = None
-    mask: Any = None  # see `masks.visible`
-    counts: Any = None  # of the dropout bits, see `random.counts`
+    mask: Any = None  # see `rules.visible`
+    counts: Any = None  # of the dropout bits, see `threefry.counts`
     statistics: Any = None  # backward only: base, total; then base, delta
 
 
