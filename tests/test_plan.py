@@ -1,0 +1,194 @@
+"""What serves a call, and that nothing which a call asks for is ignored."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+import anyattention as aa
+from anyattention._src import api, plan, registry
+from anyattention._src.call import Call, Operands, Options
+from anyattention.extend import Fused, Implementation
+
+ROOT = Path(__file__).parents[1]
+X = np.random.default_rng(0).standard_normal((1, 300, 2, 16), dtype=np.float32)
+BACKENDS = {"numpy": X, "jax": jnp.asarray(X), "torch": torch.tensor(X)}
+MORE = dataclasses.make_dataclass(
+    "MoreOptions", [("soft_cap", float, None)], bases=(Options,), frozen=True, kw_only=True
+)
+
+
+def call_of(x, options=None, **operands):
+    backend = registry.backend_of(x)
+    return Call(
+        backend=backend,
+        operands=Operands(x, x, x, **operands),
+        options=options or Options(dtype=backend.arrays.dtype_name(x)),
+    )
+
+
+def implementations():
+    yield from ((name, x) for x in BACKENDS.values() for name in ("exact", "tiled"))
+    for library in ("jax", "torch", "mlx"):
+        x = BACKENDS.get(library)
+        yield from ((engine, x) for engine in registry.engines(registry._LOADERS[library]()))
+
+
+@pytest.mark.parametrize(("which", "x"), [(which, x) for which, x in implementations() if x is not None])
+def test_an_option_that_nobody_knows_is_refused(which, x, monkeypatch):
+    """By every implementation: an option is a word, and words are served by name."""
+    call = call_of(x, MORE(dtype="float32", soft_cap=30.0))
+    if isinstance(which, Implementation):
+        monkeypatch.setattr(type(call.backend.arrays), "platform", lambda self, x: which.platforms[0])
+        monkeypatch.setitem(vars(which), "absent", "") if "absent" not in vars(Fused) else None
+        assert "it does not know 'soft_cap'" in list(which.refusals(call))
+    else:
+        with pytest.raises(NotImplementedError, match="does not know 'soft_cap'"):
+            plan.choose(call, which)
+
+
+@pytest.mark.parametrize("x", BACKENDS.values(), ids=BACKENDS)
+def test_neither_does_none_ignore_it(x):
+    with pytest.raises(NotImplementedError, match="does not know 'soft_cap'"):
+        plan.choose(call_of(x, MORE(dtype="float32", soft_cap=30.0)))
+    assert plan.explain(call_of(x, MORE(dtype="float32", soft_cap=30.0))).implementation is None
+    assert plan.explain(call_of(x, MORE(dtype="float32"))).implementation is not None
+
+
+def test_every_operand_and_option_is_a_word():
+    """Whatever is not at its default, so that a new field cannot be forgotten."""
+    for name in Operands._fields[3:]:
+        assert name in call_of(X, **{name: X}).needs
+    for field in dataclasses.fields(Options):
+        if field.name != "dtype":
+            assert Options(dtype="float32", **{field.name: object()}).needs == {field.name}
+    assert call_of(X).needs == frozenset()
+
+
+def test_options_are_frozen_hashable_and_by_keyword():
+    options = Options(dtype="float32", precision="highest")
+    assert hash(options) == hash(Options(dtype="float32", precision="highest"))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        options.precision = None
+    with pytest.raises(TypeError):
+        Options("float32")
+    with pytest.raises(TypeError):
+        Call(None, None, None)
+
+
+@pytest.mark.parametrize("name", ["dot_product_attention", "explain"])
+def test_every_argument_reaches_the_call(name, monkeypatch):
+    """The functions spell their arguments out; none is lost on the way."""
+    import inspect
+
+    parameters = inspect.signature(getattr(aa, name)).parameters
+    given = {}
+    monkeypatch.setattr(api, "_call", lambda **arguments: given.update(arguments) or call_of(X))
+    getattr(aa, name)(X, X, X)
+    assert set(given) == set(parameters) - {"implementation"}
+
+
+# --- explain ---
+
+
+def test_explain_explains_what_would_raise():
+    refused = aa.explain(X, X, X, module=object(), implementation="tiled")
+    assert refused.implementation is None
+    assert refused.reasons == ("module is given the weights, which tiled never has all at once",)
+    assert "the call raises" in str(refused)
+
+
+def test_explain_gives_sizes_and_thresholds():
+    small = np.zeros((1, 12, 2, 4), np.float32)
+    assert "288 logits, 144 of a head, 12 queries" in aa.explain(small, small, small).reasons
+    assert "tiled from 65536 of a head, 64 queries" in aa.explain(small, small, small).reasons
+
+
+def test_explain_takes_shapes():
+    """Of JAX, with masks of shapes too, and without a device."""
+    shape = jax.ShapeDtypeStruct((2, 4096, 8, 64), jnp.bfloat16)
+    assert aa.explain(shape, shape, shape).implementation == "tiled"
+    lengths = jax.ShapeDtypeStruct((2,), jnp.int32)
+    assert aa.explain(shape, shape, shape, mask=aa.masks.LengthMask(lengths)).implementation == "tiled"
+    with pytest.raises(aa.ShapeError):
+        aa.explain(shape, jax.ShapeDtypeStruct((2, 4096, 7, 64), jnp.bfloat16), shape)
+
+
+def test_a_plan_holds_names():
+    x = BACKENDS["torch"]
+    found = aa.explain(x, x, x)
+    assert found == ("fused", "torch", found.reasons, "sdpa")
+    assert {type(part) for part in (*found.reasons, found.implementation, found.library, found.engine)} == {str}
+
+
+# --- accelerators ---
+
+
+def test_none_picks_what_ran_on_a_device(monkeypatch):
+    """The table is no wider than the committed runs: outputs and gradients of a dtype, none of them wrong but known."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.gpu import correctness
+
+    from anyattention_conformance import Golden
+
+    ran, golden = set(), Golden()
+    for path in (ROOT / "benchmarks/results").glob("gpu-*.json"):
+        for framework, by_engine in json.loads(path.read_text())["correctness"].items():
+            for engine, verdicts in by_engine.items():
+                for case, dtype, gradients, _ in correctness.tasks(engine, quick=False):
+                    verdict = verdicts.get(f"{case.id} {dtype}", {"verdict": "not run"})
+                    by_rule = isinstance(case, correctness.rules.Ruled)
+                    refused = not by_rule and isinstance(golden.answer(case, dtype), str)  # Flax raises: no kernel ran
+                    if verdict["verdict"] == "conforms" and not refused and gradients and not verdict["why"]:
+                        ran.add((framework, engine, case.compute_dtype(dtype)))
+    assert plan.RUN_ON_A_DEVICE
+    for (library, platform, engine), dtypes in plan.RUN_ON_A_DEVICE.items():
+        assert platform in ("gpu", "cuda")
+        assert {(library, engine, dtype) for dtype in dtypes} <= ran
+    assert ("torch", "sdpa", "float32") not in {(a, c, x) for (a, _, c), y in plan.RUN_ON_A_DEVICE.items() for x in y}
+
+
+def test_others_run_by_name_or_by_config(monkeypatch):
+    class Other(Fused):
+        name = "sdpa"
+        platforms = ("cuda",)
+        dtypes = ("float32", "bfloat16")
+
+    x = BACKENDS["torch"]
+    backend = registry.backend_of(x)
+    monkeypatch.setattr(backend, "engines", (Other(),))
+    monkeypatch.setattr(type(backend.arrays), "platform", lambda self, x: "cuda")
+    assert "no run of it in float32 on a cuda is on record" in str(aa.explain(x, x, x))
+    assert aa.explain(x, x, x).implementation == "exact"
+    assert aa.explain(x, x, x, implementation="fused").engine == "sdpa"
+    with aa.config(engines=["sdpa"]):
+        assert aa.explain(x, x, x).engine == "sdpa"
+    assert aa.explain(*[x.bfloat16()] * 3).engine == "sdpa"
+
+
+def test_the_platform_of_jax():
+    """Of a concrete array its own device; of a tracer that of `jax.default_device`, else of the default backend."""
+    code = """
+import jax, jax.numpy as jnp
+from anyattention_backends.jax import backend
+platform, seen = backend.arrays.platform, []
+class Device:
+    platform = "tpu"
+x = jnp.ones(1)
+assert platform(x) == "cpu" == jax.default_backend()
+jax.jit(lambda x: seen.append(platform(x)))(x)
+jax.default_backend = lambda: "gpu"
+assert platform(x) == "cpu"
+jax.jit(lambda x: seen.append(platform(x)))(x)
+with jax.default_device(jax.devices("cpu")[0]):
+    jax.jit(lambda x: seen.append(platform(x)))(x)
+assert seen == ["cpu", "gpu", "cpu"], seen
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
