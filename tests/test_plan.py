@@ -38,7 +38,7 @@ def implementations():
     yield from ((name, x) for x in BACKENDS.values() for name in ("exact", "tiled"))
     for library in ("jax", "torch", "mlx"):
         x = BACKENDS.get(library)
-        yield from ((engine, x) for engine in registry.engines(registry._LOADERS[library]()))
+        yield from ((engine, x) for engine in registry.engines(registry.load(library)))
 
 
 @pytest.mark.parametrize(("which", "x"), [(which, x) for which, x in implementations() if x is not None])

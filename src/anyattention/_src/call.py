@@ -147,12 +147,7 @@ def make_call(
     dropout_rate: Any,
     deterministic: Any,
     dtype: Any,
-    precision: Any = None,
-    module: Any = None,
-    force_fp32_for_softmax: bool = False,
-    einsum_dot_general: Any = None,
-    qk_attn_weights_einsum: Any = None,
-    attn_weights_value_einsum: Any = None,
+    **options: Any,
 ) -> Call:
     """The call for operands of one library, with query, key and value promoted to one dtype.
 
@@ -160,49 +155,33 @@ def make_call(
         ShapeError, TypeError, ValueError: as `dot_product_attention` says.
     """
     query, key, value, bias, mask, dropout_key, origin = operands
-    weights_only = value is None
-    overridden = qk_attn_weights_einsum or attn_weights_value_einsum
-    if overridden:
-        if precision or einsum_dot_general:
-            raise ValueError(
-                "precision/einsum_dot_general and einsum overrides are mutually exclusive: pass one of them"
-            )
-        if not (weights_only or (qk_attn_weights_einsum and attn_weights_value_einsum)):
-            raise ValueError("qk_attn_weights_einsum and attn_weights_value_einsum must be specified together")
-    if weights_only:
+    asked = {name: option for name, option in options.items() if option}
+    einsums = [name for name in ("qk_attn_weights_einsum", "attn_weights_value_einsum") if name in asked]
+    if einsums and ("precision" in asked or "einsum_dot_general" in asked):
+        raise ValueError("precision/einsum_dot_general and einsum overrides are mutually exclusive: pass one of them")
+    if value is None:
+        asked["weights_only"] = True
         (query, key), name = backend.arrays.promote([query, key], dtype)
     else:
+        if len(einsums) == 1:
+            raise ValueError("qk_attn_weights_einsum and attn_weights_value_einsum must be specified together")
         (query, key, value), name = backend.arrays.promote([query, key, value], dtype)
-    _check_shapes(query, key, value, grouped=not (overridden or (einsum_dot_general and not weights_only)))
+    whole_products = einsums or ("einsum_dot_general" in asked and value is not None)
+    _check_shapes(query, key, value, grouped=not whole_products)
     if bias is not None or mask is not None:
         _check_broadcast(query, key, bias, mask)
-    dropout = None
-    if not deterministic and dropout_rate != 0.0:
-        dropout = Dropout(_keep_prob(dropout_rate, dropout_key), bool(broadcast_dropout))
-    else:
+    if deterministic or dropout_rate == 0.0:
         dropout_key = None
+    else:
+        asked["dropout"] = Dropout(_keep_prob(dropout_rate, dropout_key), bool(broadcast_dropout))
     if is_causal:
         mask = _with_causality(backend, query, key, mask)
-    operands = Operands(query, key, value, bias, mask, dropout_key, origin)
-    if dropout is precision is module is einsum_dot_general is None and not (
-        force_fp32_for_softmax or overridden or weights_only
-    ):
-        options = _PLAIN.get(name)
-        if options is None:
-            options = _PLAIN[name] = Options(dtype=name)
-        return Call(backend=backend, operands=operands, options=options)
-    options = Options(
-        dtype=name,
-        dropout=dropout,
-        precision=precision,
-        force_fp32_for_softmax=bool(force_fp32_for_softmax),
-        module=module or None,
-        einsum_dot_general=einsum_dot_general or None,
-        qk_attn_weights_einsum=qk_attn_weights_einsum or None,
-        attn_weights_value_einsum=attn_weights_value_einsum or None,
-        weights_only=weights_only,
+    if not asked and name not in _PLAIN:
+        _PLAIN[name] = Options(dtype=name)
+    found = Options(dtype=name, **asked) if asked else _PLAIN[name]
+    return Call(
+        backend=backend, operands=Operands(query, key, value, bias, mask, dropout_key, origin), options=found
     )
-    return Call(backend=backend, operands=operands, options=options)
 
 
 def _with_causality(backend: Backend, query: Array, key: Array, mask: Any) -> Any:
@@ -221,9 +200,7 @@ def _keep_prob(rate: Any, key: Any) -> Any:
     if not 0.0 <= rate < 1.0:
         raise ValueError(f"dropout_rate must be in [0, 1), got {rate}; deterministic=True switches dropout off")
     if key is None:
-        raise ValueError(
-            "dropout needs a key: pass dropout_rng=anyattention.random.key(seed), or deterministic=True for none"
-        )
+        raise ValueError("dropout needs a key: pass dropout_rng=anyattention.random.key(seed), or deterministic=True")
     keep_prob = 1.0 - rate
     return keep_prob.__array__()[()] if is_array and hasattr(rate, "aval") else keep_prob  # of JAX's, a NumPy scalar
 
@@ -245,9 +222,8 @@ def _check_shapes(query: Array, key: Array, value: Array | None, grouped: bool) 
         raise fail("{} need at least three axes, [batch..., length, num_heads, depth].")
     if not (_same(q[:-3], k[:-3]) and _same(k[:-3], v[:-3])):
         raise fail("{} batch dims must match.")
-    if not _same(k[-2:-1], v[-2:-1]) or (
-        not _same(q[-2:-1], k[-2:-1]) and not (grouped and k[-2] and q[-2] % k[-2] == 0)
-    ):
+    groups = _same(q[-2:-1], k[-2:-1]) or (grouped and k[-2] and q[-2] % k[-2] == 0)
+    if not (_same(k[-2:-1], v[-2:-1]) and groups):
         raise fail("{} num_heads must match.")
     if not _same(k[-3:-2], v[-3:-2]):
         raise fail("k, v lengths must match.")

@@ -23,21 +23,26 @@ class Rule(NamedTuple):
     least_queries: int = 0
     most_queries: int = 2**63
 
+    def fits(self, logits: int, of_a_head: int, queries: int) -> bool:
+        """Whether a call of this size is one that the rule is for."""
+        bounded = self.least_queries <= queries <= self.most_queries
+        return logits >= self.logits and of_a_head >= self.of_a_head and bounded
+
+    def __str__(self) -> str:
+        """From which sizes on: "tiled from 4194304 logits, 262144 of a head"."""
+        bounds = ((self.logits, "logits"), (self.of_a_head, "of a head"), (self.least_queries, "queries"))
+        text = f"{self.implementation} from {', '.join(f'{least} {unit}' for least, unit in bounds if least)}"
+        return text if self.most_queries == 2**63 else f"{text}, to {self.most_queries} queries"
+
 
 #: The rules for ``implementation=None``, by library and platform: the first that fits, where nothing speaks against
 #: it; exact everywhere else.
 RULES = {
     ("numpy", "cpu"): (Rule("tiled", of_a_head=2**16, least_queries=64),),
-    ("jax", "cpu"): (
-        Rule("tiled", logits=2**22, of_a_head=2**18),
-        Rule("tiled", logits=2**16, most_queries=1),
-    ),
+    ("jax", "cpu"): (Rule("tiled", logits=2**22, of_a_head=2**18), Rule("tiled", logits=2**16, most_queries=1)),
     ("jax", "gpu"): (Rule("fused", logits=2**16), Rule("tiled", logits=2**30)),
     ("jax", "tpu"): (Rule("fused", logits=2**16), Rule("tiled", logits=2**30)),
-    ("torch", "cpu"): (
-        Rule("fused", logits=2**16),
-        Rule("tiled", logits=2**22, of_a_head=2**18),
-    ),
+    ("torch", "cpu"): (Rule("fused", logits=2**16), Rule("tiled", logits=2**22, of_a_head=2**18)),
     ("torch", "cuda"): (Rule("fused", logits=2**16), Rule("tiled", logits=2**30)),
     ("mlx", "gpu"): (Rule("fused", logits=2**16),),
 }
@@ -78,11 +83,9 @@ def choose(call: Call, name: str | None = None) -> Implementation:
     name = settings.check_implementation(name) or settings.current().implementation
     _, found = _decide(call, name, None)
     if found is None:
-        told: list[str] = []
-        _decide(call, name, told)
+        reasons = "; ".join(explain(call, name).reasons)
         raise NotImplementedError(
-            f"implementation={name or 'exact'!r} cannot serve this call: {'; '.join(told)}. Pass None for one that "
-            "can, or its name"
+            f"implementation={name or 'exact'!r} cannot serve this call: {reasons}. Pass None for one that can, or its name"
         )
     return found
 
@@ -90,12 +93,10 @@ def choose(call: Call, name: str | None = None) -> Implementation:
 def explain(call: Call, name: str | None = None) -> Plan:
     """What `choose` does, in words."""
     told: list[str] = []
-    name = settings.check_implementation(name) or settings.current().implementation
-    kind, found = _decide(call, name, told)
-    library = call.backend.name
+    kind, found = _decide(call, settings.check_implementation(name) or settings.current().implementation, told)
     if found is None:
-        return Plan(None, library, tuple(told))
-    return Plan(kind, library, (*told, *found.remarks(call)), found.name if kind == "fused" else None)
+        return Plan(None, call.backend.name, tuple(told))
+    return Plan(kind, call.backend.name, (*told, *found.remarks(call)), found.name if kind == "fused" else None)
 
 
 def _decide(call: Call, name: Name | None, told: list[str] | None) -> tuple[Name, Implementation | None]:
@@ -115,76 +116,59 @@ def _decide(call: Call, name: Name | None, told: list[str] | None) -> tuple[Name
 def _rules(call: Call, told: list[str] | None) -> Sequence[Rule]:
     """The rules that fit the size of the call, in order."""
     library, query = call.backend.name, call.operands.query
-    if library not in _RULED:
-        return () if told is None else _told(told, "exact is the default of this library")
     *batch, queries, heads, _ = query.shape
-    of_a_head = queries * call.operands.key.shape[-3]
-    logits = of_a_head * heads * prod(batch)
-    if not isinstance(logits, int):
-        return () if told is None else _told(told, "lengths are symbols")
-    platform = call.backend.arrays.platform(query)
-    rules = RULES.get((library, platform), ())
-    fitting = [
-        rule
-        for rule in rules
-        if logits >= rule.logits and of_a_head >= rule.of_a_head and rule.least_queries <= queries <= rule.most_queries
-    ]
+    fitting: Sequence[Rule] = ()
+    if library not in _RULED:
+        reasons = ["exact is the default of this library"]
+    elif not isinstance(logits := (of_a_head := queries * call.operands.key.shape[-3]) * heads * prod(batch), int):
+        reasons = ["lengths are symbols"]
+    else:
+        platform = call.backend.arrays.platform(query)
+        rules = RULES.get((library, platform), ())
+        fitting = [x for x in rules if x.fits(logits, of_a_head, queries)]
+        if told is None:
+            return fitting
+        reasons = [f"{logits} logits, {of_a_head} of a head, {queries} queries"]
+        reasons += [str(x) for x in rules if x not in fitting] if rules else [f"there is no rule for {platform}"]
     if told is not None:
-        told.append(f"{logits} logits, {of_a_head} of a head, {queries} queries")
-        told += [_bounds(rule) for rule in rules if rule not in fitting]
-        told += [] if rules else [f"there is no rule for {platform}"]
+        told += reasons
     return fitting
 
 
-def _bounds(rule: Rule) -> str:
-    """From which sizes a rule fits: "tiled from 4194304 logits, 262144 of a head"."""
-    bounds = [f"{rule.logits} logits"] if rule.logits else []
-    bounds += [f"{rule.of_a_head} of a head"] if rule.of_a_head else []
-    bounds += [f"{rule.least_queries} queries"] if rule.least_queries else []
-    text = f"{rule.implementation} from {', '.join(bounds)}"
-    return text if rule.most_queries == Rule("exact").most_queries else f"{text}, to {rule.most_queries} queries"
-
-
-def _told(told: list[str], reason: str) -> Sequence[Rule]:
-    told.append(reason)
-    return ()
-
-
-def _able(call: Call, name: str, told: list[str] | None, by_rule: bool) -> Implementation | None:
+def _able(call: Call, name: Name, told: list[str] | None, by_rule: bool) -> Implementation | None:
     """The implementation of this name that serves the call, of several the one of the least rank; None if none can."""
     chosen = settings.current().engines if name == "fused" else None
     candidates = registry.named(call.backend, name, chosen)
     best, least = None, 0
-    prefix = f"not {name}: " if by_rule else ""
+    refused: list[str] = []
     for implementation in candidates:
-        reasons = _reasons(call, implementation, name, by_rule and chosen is None, all_of_them=told is not None)
+        reasons = _reasons(call, implementation, by_rule and chosen is None and name == "fused", told is not None)
         if reasons:
-            if told is not None:
-                engine = f"{implementation.name}: " if name == "fused" else ""
-                told.append(prefix + engine + ", ".join(reasons))
+            refused.append(f"{implementation.name}: {', '.join(reasons)}" if name == "fused" else ", ".join(reasons))
             continue
         rank = implementation.rank(call)
         if best is None or rank < least:  # not `min(..., key=...)`, which torch.compile cannot trace
             best, least = implementation, rank
         if chosen is not None or rank == 0:  # there is none before it
             break
-    if best is None and told is not None and name == "fused":
-        known = registry.engines(call.backend)
-        told += [f"{prefix}{x.name}: it is switched off" for x in known if x not in candidates]
-        told += [] if known else [f"{prefix}there is no engine for {call.backend.name}"]
+    if told is not None:
+        if best is None and name == "fused":
+            known = registry.engines(call.backend)
+            refused += [f"{x.name}: it is switched off" for x in known if x not in candidates]
+            refused += [] if known else [f"there is no engine for {call.backend.name}"]
+        told += [f"not {name}: {reason}" for reason in refused] if by_rule else refused
     return best
 
 
-def _reasons(call: Call, implementation: Implementation, name: str, by_rule: bool, all_of_them: bool) -> list[str]:
-    """Why the implementation does not serve the call: the first reason, or all."""
+def _reasons(call: Call, implementation: Implementation, on_record: bool, all_of_them: bool) -> list[str]:
+    """Why the implementation does not serve the call, `on_record` if its run on a device has to be; the first, or all."""
     found = []
     for reason in implementation.refusals(call):
         found.append(reason)
         if not all_of_them:
             return found
-    if by_rule and name == "fused" and not found:
-        library, platform = call.backend.name, call.backend.arrays.platform(call.operands.query)
-        ran = RUN_ON_A_DEVICE.get((library, platform, implementation.name), ())
-        if platform != "cpu" and call.options.dtype not in ran:
-            found.append(f"no run of it in {call.options.dtype} on a {platform} is on record: {_CHECK}")
+    platform = call.backend.arrays.platform(call.operands.query) if on_record and not found else "cpu"
+    ran = RUN_ON_A_DEVICE.get((call.backend.name, platform, implementation.name), ())
+    if platform != "cpu" and call.options.dtype not in ran:
+        found.append(f"no run of it in {call.options.dtype} on a {platform} is on record: {_CHECK}")
     return found

@@ -27,41 +27,8 @@ ENGINES = ("cudnn", "tokamax", "splash", "sdpa", "flex", "mlx")
 EXACT = Exact()
 
 
-def _numpy() -> Backend:
-    from anyattention_backends.numpy import backend
-
-    return backend
-
-
-def _jax() -> Backend:
-    from anyattention_backends.jax import backend
-
-    return backend
-
-
-def _torch() -> Backend:
-    from anyattention_backends.torch import backend
-
-    for kind in backend.arrays.guests:  # torch.compile cannot take the names of these types apart, as `_find` does
-        _BY_TYPE.setdefault(kind, _numpy())
-    return backend
-
-
-def _mlx() -> Backend:
-    from anyattention_backends.mlx import backend
-
-    return backend
-
-
-def _ndonnx() -> Backend:
-    from anyattention_backends.ndonnx import backend
-
-    return backend
-
-
-# The project's own libraries, by the root module of an array type. Import statements, since torch.compile traces those,
-# and since a checkout that is not installed has no entry points.
-_LOADERS = {"numpy": _numpy, "jax": _jax, "jaxlib": _jax, "torch": _torch, "mlx": _mlx, "ndonnx": _ndonnx}
+#: The root modules of the array types of the project's own libraries.
+LIBRARIES = ("numpy", "jax", "jaxlib", "torch", "mlx", "ndonnx")
 _BY_TYPE: dict[type, Backend | None] = dict.fromkeys((type(None), bool, int, float, complex, list, tuple))
 
 
@@ -77,16 +44,34 @@ def backend_of(x: Any) -> Backend | None:
     return _BY_TYPE[kind]
 
 
+def load(library: str) -> Backend:
+    """The backend of a library of the project's own.
+
+    Import statements, since torch.compile traces those, and since a checkout that is not installed has no entry points.
+    """
+    if library == "torch":
+        from anyattention_backends.torch import backend
+
+        for kind in backend.arrays.guests:  # torch.compile cannot take the names of these types apart, as `_find` does
+            _BY_TYPE.setdefault(kind, load("numpy"))
+    elif library in ("jax", "jaxlib"):
+        from anyattention_backends.jax import backend
+    elif library == "mlx":
+        from anyattention_backends.mlx import backend
+    elif library == "ndonnx":
+        from anyattention_backends.ndonnx import backend
+    else:
+        from anyattention_backends.numpy import backend
+    return backend
+
+
 def _find(x: Any) -> Backend:
-    root = type(x).__module__.partition(".")[0]
-    if root in _LOADERS:
-        return _LOADERS[root]()
-    roots = [kind.__module__.partition(".")[0] for kind in type(x).__mro__]
+    roots = [kind.__module__.partition(".")[0] for kind in (type(x), *type(x).__mro__)]
     for root in roots:
-        if root in _LOADERS:
-            return _LOADERS[root]()
+        if root in LIBRARIES:
+            return load(root)
     if hasattr(type(x), "__jax_array__"):
-        return _jax()
+        return load("jax")
     for entry in metadata.entry_points(group="anyattention.backends"):
         if entry.name in roots:
             return entry.load()
@@ -107,7 +92,7 @@ def _standard(xp: Any) -> Backend:
 
 @cache
 def _elsewhere() -> tuple[Any, ...]:
-    """The entry points of engines; reading those of all packages takes 10 ms, so that they are read once."""
+    """The entry points of engines, read once."""
     return tuple(metadata.entry_points(group="anyattention.implementations"))
 
 
@@ -175,7 +160,7 @@ def backend_for(**arrays: Any) -> Backend:
             other = backend_of(arrays.get(name))
             if other is not None and other is not found:
                 raise _mixed(arrays)
-    return found or _numpy()
+    return found or load("numpy")
 
 
 def _mixed(arrays: dict[str, Any]) -> TypeError:
