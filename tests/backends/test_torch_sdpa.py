@@ -1,10 +1,13 @@
 """PyTorch's own kernel as an engine: within C3 wherever it serves, and a reason wherever it does not."""
 
+import gc
+import weakref
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import anyattention as aa
 from anyattention import masks
@@ -182,6 +185,145 @@ def test_gradient_twice_from_one_graph_and_of_some_arguments():
     assert torch.equal(first, second)
     exact = aa.dot_product_attention(query, key, value, implementation="exact")
     torch.testing.assert_close(first, torch.autograd.grad(exact.sum(), query)[0], rtol=1e-5, atol=1e-6)
+
+
+def differentiated_twice(attend, arrays):
+    """Output, first and second derivatives."""
+    output = attend(*arrays)
+    first = torch.autograd.grad((output * normal(*output.shape, dtype=torch.float64, seed=9)).sin().sum(), arrays, create_graph=True)
+    return output, *first, *torch.autograd.grad(sum(x.sin().sum() for x in first), arrays)
+
+
+@pytest.mark.parametrize("options", KERNELS.values(), ids=KERNELS)
+@pytest.mark.parametrize("within", ["", "checkpoint", "reentrant checkpoint", "saved on CPU"])
+def test_second_derivatives_are_those_of_exact(options, within):
+    """Within a checkpoint too, which lets a saved tensor be unpacked once."""
+    options = {name: x.double() if name == "bias" and isinstance(x, torch.Tensor) else x for name, x in options.items()}
+    arrays = [normal(2, *s, dtype=torch.float64, seed=i) for i, s in enumerate(((5, 4, 8), (7, 2, 8), (7, 2, 8)))]
+    arrays = [x.requires_grad_() for x in arrays]
+
+    def attend(query, key, value):
+        return fused(query * 1, key * 1, value * 1, **options)
+
+    def inside(*arrays):
+        if within == "saved on CPU":
+            with torch.autograd.graph.save_on_cpu():
+                return attend(*arrays)
+        return checkpoint(attend, *arrays, use_reentrant=False) if within else attend(*arrays)
+
+    if within == "reentrant checkpoint":  # which PyTorch itself differentiates once, by `backward`
+        checkpoint(attend, *arrays, use_reentrant=True).sin().sum().backward()
+        expected = torch.autograd.grad(aa.dot_product_attention(*arrays, **options, implementation="exact").sin().sum(), arrays)
+        torch.testing.assert_close([x.grad for x in arrays], list(expected), rtol=1e-10, atol=1e-10)
+        return
+    actual = differentiated_twice(inside, arrays)
+    exact = partial(aa.dot_product_attention, **options, implementation="exact")
+    torch.testing.assert_close(actual, differentiated_twice(exact, arrays), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script(_method)?` is deprecated:DeprecationWarning")  # PyTorch's own
+@pytest.mark.parametrize("mask", [None, masks.CausalMask(), masks.LengthMask(torch.tensor([3])), HIDDEN[1:]], ids=str)
+@pytest.mark.parametrize("name", ["grad", "vjp", "vmap", "vmap of grad", "grad of vmap", "jacrev"])
+def test_transformations_that_the_kernel_has(name, mask):
+    """Of `torch.func`, by name, with the kernel's own gradient."""
+    func = torch.func
+    query, key, value = (normal(3, 1, n, 2, 4, dtype=torch.float64, seed=n) for n in (5, 7, 7))
+
+    def transformed(implementation):
+        def attend(query, key, value):
+            return aa.dot_product_attention(query, key, value, mask=mask, implementation=implementation)
+
+        def loss(query, key, value):
+            return attend(query, key, value).sin().sum()
+
+        one = query[0], key[0], value[0]
+        return {
+            "grad": lambda: func.grad(loss, argnums=(0, 1, 2))(*one),
+            "vjp": lambda: func.vjp(attend, *one)[1](one[0]),
+            "vmap": lambda: func.vmap(attend)(query, key, value),
+            "vmap of grad": lambda: func.vmap(func.grad(loss))(query, key, value),
+            "grad of vmap": lambda: func.grad(lambda x: func.vmap(attend)(x, key, value).sin().sum())(query),
+            "jacrev": lambda: func.jacrev(attend)(*one),
+        }[name]()
+
+    torch.testing.assert_close(transformed("fused"), transformed("exact"), rtol=1e-10, atol=1e-10)
+
+
+def test_no_switch_of_the_process_is_set(monkeypatch):
+    """Threads would leave it behind; and the caller's own choice of kernels counts."""
+    flags = torch.backends.cuda.math_sdp_enabled, torch.backends.cuda.flash_sdp_enabled
+    monkeypatch.setattr(TorchArrays, "platform", lambda self, x: "cuda")
+    monkeypatch.setattr(torch.backends.cuda, "enable_math_sdp", None)
+    monkeypatch.setattr(torch._C, "_set_sdp_use_math", None)
+    x = normal(2, 5, 4, 8, dtype=torch.bfloat16)
+    before = [flag() for flag in flags]
+    fused(x, x, x, mask=HIDDEN[..., :5])
+    assert [flag() for flag in flags] == before
+    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *_, **__: torch.nn.attention.SDPBackend.MATH.value)
+    with pytest.raises(RuntimeError, match="all logits") as error:
+        fused(x, x, x)
+    assert "ANYATTENTION_ENGINES=-sdpa" in error.value.__notes__[0]
+
+
+def kept_for_backward(attend):
+    """Bytes of what autograd keeps, each storage once."""
+    seen = {}
+    x = normal(1, 256, 4, 16).requires_grad_()
+
+    def pack(y):
+        seen[y.untyped_storage().data_ptr()] = y.untyped_storage().nbytes()
+        return y
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda y: y):
+        attend(x * 1, x * 2, x * 3)
+    return sum(seen.values())
+
+
+def by_hand(query, key, value, **options):
+    four = (x.transpose(1, 2) for x in (query, key, value))
+    return torch.nn.functional.scaled_dot_product_attention(*four, **options).transpose(1, 2)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_what_is_kept_for_backward_is_what_the_kernel_keeps(causal):
+    ours = kept_for_backward(partial(fused, is_causal=causal))
+    assert ours == kept_for_backward(partial(by_hand, is_causal=causal))
+    mask = torch.arange(256) < 200
+    ours, theirs = (kept_for_backward(f) for f in (partial(fused, mask=mask), partial(by_hand, attn_mask=mask[None, None, None])))
+    assert ours <= theirs + 2 * 256  # which keys are hidden
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 3e38], ids=str)
+@pytest.mark.parametrize("dense", [False, True])
+def test_hidden_padding_does_not_show(bad, dense):
+    """Of keys and values; a fully masked row averages all values, as Flax does."""
+    lengths = torch.tensor([4, 7, 0])
+    hidden = torch.arange(7) >= lengths[:, None]
+    arrays = [normal(3, n, 2, 8, seed=n) for n in (5, 6, 7)]
+    query, key, value = arrays[0], normal(3, 7, 2, 8, seed=1), normal(3, 7, 2, 8, seed=2)
+    mask = ~hidden[:, None, None] if dense else masks.LengthMask(lengths)
+    expected = aa.dot_product_attention(query, key, value, mask=mask, implementation="exact")
+    padded = [query, *(torch.where(hidden[..., None, None], bad, x) for x in (key, value))]
+    padded = [x.requires_grad_() for x in padded]
+    output = fused(*padded, mask=mask)
+    torch.testing.assert_close(output[:2], expected[:2], rtol=1e-5, atol=1e-6)
+    for gradient in torch.autograd.grad(output[:2].sin().sum(), padded):
+        assert torch.isfinite(gradient).all()
+    mean = padded[2][2].mean(dim=0).expand(5, 2, 8)
+    torch.testing.assert_close(output[2], mean, equal_nan=True)
+
+
+def test_nothing_is_left_to_the_garbage_collector():
+    """The hook on the kernel's node makes no cycle."""
+    gc.disable()
+    try:
+        x = normal(1, 64, 2, 8).requires_grad_()
+        alive = weakref.ref(x)
+        fused(x, x, x).sum().backward()
+        del x
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 # --- CUDA, as far as it goes without: the kernel for CPU takes the calls ---
