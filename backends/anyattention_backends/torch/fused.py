@@ -26,7 +26,7 @@ class TorchKernel(Fused):
 def beyond(call: Call) -> str:
     """Why the derivatives that a transformation is to take are not there; empty where they are.
 
-    PyTorch's kernels have one derivative in reverse mode, mapped or not, within `torch.func` too.
+    PyTorch's kernels have one derivative in reverse mode, within `torch.func` too.
     """
     if torch.compiler.is_compiling() or not compat.is_transformed():
         return ""
@@ -35,6 +35,8 @@ def beyond(call: Call) -> str:
         forward_ad.unpack_dual(x).tangent is not None for x in arrays
     ):
         return "forward mode needs a derivative that it lacks"
+    if "Vmap" in kinds and arrays[0].is_cpu:
+        return "PyTorch has no rule to map it on CPU, and would call it for each entry"
     outside = torch.is_grad_enabled() and any(compat.unwrapped(x).requires_grad for x in arrays)
     if kinds.count("Grad") + outside > 1:
         return "it has no second derivative within torch.func"

@@ -179,9 +179,7 @@ def make_call(
     if not asked and name not in _PLAIN:
         _PLAIN[name] = Options(dtype=name)
     found = Options(dtype=name, **asked) if asked else _PLAIN[name]
-    return Call(
-        backend=backend, operands=Operands(query, key, value, bias, mask, dropout_key, origin), options=found
-    )
+    return Call(backend=backend, operands=Operands(query, key, value, bias, mask, dropout_key, origin), options=found)
 
 
 def _with_causality(backend: Backend, query: Array, key: Array, mask: Any) -> Any:

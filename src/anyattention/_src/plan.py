@@ -85,7 +85,8 @@ def choose(call: Call, name: str | None = None) -> Implementation:
     if found is None:
         reasons = "; ".join(explain(call, name).reasons)
         raise NotImplementedError(
-            f"implementation={name or 'exact'!r} cannot serve this call: {reasons}. Pass None for one that can, or its name"
+            f"implementation={name or 'exact'!r} cannot serve this call: {reasons}. Pass None for one that can, or its "
+            "name"
         )
     return found
 
@@ -161,7 +162,7 @@ def _able(call: Call, name: Name, told: list[str] | None, by_rule: bool) -> Impl
 
 
 def _reasons(call: Call, implementation: Implementation, on_record: bool, all_of_them: bool) -> list[str]:
-    """Why the implementation does not serve the call, `on_record` if its run on a device has to be; the first, or all."""
+    """Why the implementation does not serve the call: the first reason or all, one that its run is not `on_record`."""
     found = []
     for reason in implementation.refusals(call):
         found.append(reason)
