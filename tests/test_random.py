@@ -42,9 +42,11 @@ def test_indices_beyond_32_bits():
     start = tuple(size - side for size in shape)
     import array_api_compat.numpy as xp
 
-    actual = threefry.random_bits(xp, aa.random.key(3), shape, start, shape).astype(np.uint32)
+    counts = threefry.counts(xp, aa.random.key(3), (side, side), start, shape)
     index = np.ravel_multi_index(np.indices((side, side)).reshape(2, -1) + np.reshape(start, (2, 1)), shape)
     assert index.max() == 2**34 - 1
-    counts = np.concatenate([index >> 32, index & 0xFFFFFFFF]).astype(np.uint32)
-    words = jax.extend.random.threefry_2x32(jax.random.key_data(jax.random.key(3)), counts)
-    np.testing.assert_array_equal(actual.ravel(), words[:9] ^ words[9:])
+    words = np.concatenate([index >> 32, index & 0xFFFFFFFF]).astype(np.uint32)
+    bits = np.asarray(jax.extend.random.threefry_2x32(jax.random.key_data(jax.random.key(3)), words))
+    uniform = ((bits[:9] ^ bits[9:]) >> 9) * 2.0**-23
+    for p in (*uniform, *(uniform + 2.0**-23)):  # at the number itself and the next, so that every bit of it counts
+        np.testing.assert_array_equal(threefry.keep_at(xp, float(p), counts).ravel(), uniform < p)

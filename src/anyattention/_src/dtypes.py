@@ -30,14 +30,8 @@ _ABOVE: dict[str, tuple[str, ...]] = {
     "complex128": (),
 }
 
-# Explicit mantissa bits and the most negative finite value, which is what Flax puts in place of a masked logit.
-_MANTISSA_BITS = {"bfloat16": 7, "float16": 10, "float32": 23, "float64": 52}
-_LOWEST = {
-    "bfloat16": -((2 - 2.0**-7) * 2.0**127),
-    "float16": -65504.0,
-    "float32": -((2 - 2.0**-23) * 2.0**127),
-    "float64": -((2 - 2.0**-52) * 2.0**1023),
-}
+# Explicit mantissa bits and largest exponent.
+_FORMATS = {"bfloat16": (7, 127), "float16": (10, 15), "float32": (23, 127), "float64": (52, 1023)}
 _PART = {"complex64": "float32", "complex128": "float64"}
 # NumPy's other names of floating and complex dtypes.
 _ALIASES = {
@@ -67,8 +61,7 @@ def name_of(dtype: Any) -> str:
     if isinstance(dtype, str) and dtype in _ALIASES:
         return _ALIASES[dtype]
     if isinstance(dtype, type):
-        wide = {float: "float64", complex: "complex128", int: "int64", bool: "bool"}
-        name = wide.get(dtype) or dtype.__name__
+        name = {float: "float64", complex: "complex128", int: "int64"}.get(dtype) or dtype.__name__
     else:
         name = str(dtype).rpartition(".")[2]  # "torch.float32", "mlx.core.float32"
     return name.removesuffix("_")  # "bool_"
@@ -96,7 +89,7 @@ def promote(*names: str) -> str:
 
 def is_inexact(name: str) -> bool:
     """Whether the name is of a floating or complex dtype that attention computes in."""
-    return name in _MANTISSA_BITS or name in _PART
+    return name in _FORMATS or name in _PART
 
 
 def compute_dtype(names: tuple[str, ...], dtype: Any = None) -> str:
@@ -124,8 +117,9 @@ def scalar_dtype(value: Any) -> str | None:
 
 
 def lowest(name: str) -> float:
-    """The most negative finite value: ``finfo(dtype).min``."""
-    return _LOWEST[_PART.get(name, name)]
+    """The most negative finite value, which is what Flax puts in place of a masked logit: ``finfo(dtype).min``."""
+    bits, largest = _FORMATS[_PART.get(name, name)]
+    return -((2 - 2.0**-bits) * 2.0**largest)
 
 
 def round_to(value: float, name: str) -> float:
@@ -137,11 +131,10 @@ def round_to(value: float, name: str) -> float:
     >>> round_to(96**0.5, "bfloat16"), round_to(1e5, "float16")
     (9.8125, inf)
     """
-    bits = _MANTISSA_BITS[_PART.get(name, name)]
+    bits, largest = _FORMATS[_PART.get(name, name)]
     if bits == 52 or value == 0 or not math.isfinite(value):
         return value
     mantissa, exponent = math.frexp(value)
-    least = -14 if name == "float16" else -126  # exponent of the smallest normal number
-    bits = min(bits, bits + exponent - 1 - least)
+    bits = min(bits, bits + exponent - 2 + largest)  # below the smallest normal number, 2**(1 - largest), fewer
     rounded = math.ldexp(round(math.ldexp(mantissa, bits + 1)), exponent - bits - 1)
     return rounded if abs(rounded) <= -lowest(name) else math.copysign(math.inf, value)

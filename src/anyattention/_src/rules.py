@@ -7,10 +7,12 @@ from typing import Any, ClassVar, Protocol
 
 from anyattention._src.errors import ShapeError
 from anyattention._src.interfaces import Arrays
+from anyattention._src.tiles.blocks import Sizes
 
 Array = Any
 # A mask in terms of arrays by their numbers: ("array", i), ("<=", i, j), ("&", expression, expression), ...
 Expression = tuple[Any, ...]
+Batch = tuple[Any, ...] | None  # axes; None where there is no query to have any
 _COMPARE = {"<=": operator.le, "<": operator.lt, "==": operator.eq}
 _JOIN = {"&": operator.and_, "|": operator.or_}
 
@@ -46,9 +48,7 @@ class Lowering:
     `origin` is the position of the call's first query and key in the whole, of which the call may be a shard.
     """
 
-    def __init__(
-        self, arrays: Arrays, batch: tuple[Any, ...] | None, lengths: tuple[int, int], like: Any, origin: Any = None
-    ) -> None:
+    def __init__(self, arrays: Arrays, batch: Batch, lengths: Sizes, like: Any, origin: Any = None) -> None:
         self.arrays, self.batch, self.lengths, self.like, self.origin = arrays, batch, lengths, like, origin or (0, 0)
         self.operands: list[Array] = []
 
@@ -64,40 +64,33 @@ class Lowering:
         start = start if abs(start) < 2**30 else min(max(start, -(2**31)), 2**31 - length)  # sees all or nothing
         x = xp.arange(start, start + length, dtype=xp.int32, **self.arrays.beside(self.like))
         x = x if isinstance(first, int) else x + first
-        return self.add(xp.reshape(x, (length, 1) if axis == -2 else (1, length)))
+        return self.add(xp.reshape(x, _along(axis, length)))
 
-    def ids(self, mask: "Mask", name: str, axis: int) -> int:
-        """Ids ``[batch..., length]`` of queries (axis -2) or keys (-1)."""
-        x = self.operand(mask, name)
-        if x.ndim < 1 or x.shape[-1] != self.lengths[axis]:
-            which = "q_length" if axis == -2 else "kv_length"
-            raise ShapeError(f"{name} of {mask} has shape {tuple(x.shape)}, but {which} is {self.lengths[axis]}")
-        self.check(mask, name, x.shape[:-1], x)
-        column = (1, x.shape[-1]) if axis == -1 else (x.shape[-1], 1)
-        return self.add(self.arrays.xp.reshape(x, (*x.shape[:-1], 1, *column)))
+    def given(self, mask: "Mask", name: str, axis: int | None = None) -> int:
+        """Numbers that a mask has, ``[batch...]``, or ids ``[batch..., length]`` of queries (axis -2) or keys (-1).
 
-    def each(self, mask: "Mask", name: str) -> int:
-        """One number for each batch entry, ``[batch...]``."""
-        x = self.operand(mask, name)
-        self.check(mask, name, x.shape, x)
-        return self.add(self.arrays.xp.reshape(x, (*x.shape, 1, 1, 1)))
-
-    def operand(self, mask: "Mask", name: str) -> Array:
-        """Lengths or ids as an array; a Python integer is one for all batch entries."""
+        A Python integer is one for all batch entries.
+        """
         x = getattr(mask, name)
-        return x if hasattr(x, "shape") else self.arrays.adopt(x, self.like)
+        x = x if hasattr(x, "shape") else self.arrays.adopt(x, self.like)
+        batch, sizes = tuple(x.shape), (1, 1)
+        if axis is not None:
+            length = self.lengths[axis]
+            if not batch or batch[-1] != length:
+                which = "q_length" if axis == -2 else "kv_length"
+                raise ShapeError(f"{name} of {mask} has shape {batch}, but {which} is {length}")
+            batch, sizes = batch[:-1], _along(axis, length)
+        if self.batch is not None:
+            pairs = zip(reversed(batch), reversed(self.batch), strict=False)
+            if len(batch) > len(self.batch) or not all(a == b or a == 1 for a, b in pairs):
+                where = f"the batch axes {self.batch} of query"
+                raise ShapeError(f"{name} of {mask} has shape {tuple(x.shape)}, which does not fit {where}")
+        return self.add(self.arrays.xp.reshape(x, (*batch, 1, *sizes)))
 
-    def check(self, mask: "Mask", name: str, batch: tuple[Any, ...], x: Array) -> None:
-        """Raise ShapeError where the array's batch axes do not fit those of the call."""
-        if self.batch is None:
-            return
-        fits = len(batch) <= len(self.batch) and all(
-            a == b or a == 1 for a, b in zip(reversed(batch), reversed(self.batch), strict=False)
-        )
-        if not fits:
-            raise ShapeError(
-                f"{name} of {mask} has shape {tuple(x.shape)}, which does not fit the batch axes {self.batch} of query"
-            )
+
+def _along(axis: int, length: Any) -> tuple[Any, Any]:
+    """The shape of what belongs to queries (axis -2) or keys (-1)."""
+    return (length, 1) if axis == -2 else (1, length)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -108,21 +101,26 @@ class Mask:
     #: what hears of each class of masks when one is made.
     _home: ClassVar[Callable[..., Any]]
     _made: ClassVar[Callable[[type], None]]
+    #: The fields that are integers.
+    _integers: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         Mask._made(type(self))
+        for name in self._integers:
+            if not isinstance(x := getattr(self, name), int):
+                known = "known when the mask is made"
+                raise TypeError(f"{name} must be a Python integer, {known}, got {type(x).__name__}")
 
     def lower(self, to: Lowering) -> Expression:
         """The mask as an expression over operands, which are added to `to`."""
         raise NotImplementedError
 
-    def key_range(self, start: int, stop: int, kv_length: int) -> tuple[int, int]:
-        """Bounds, known without a look at any array, of the keys that the queries from start to stop may see."""
-        return 0, kv_length
+    def ranges(self, start: int, stop: int, kv_length: int) -> tuple[Sizes, Sizes]:
+        """Bounds, known without a look at any array, of the keys that the queries from start to stop may see.
 
-    def sure_range(self, start: int, stop: int, kv_length: int) -> tuple[int, int]:
-        """The same of some keys that all these queries see for certain."""
-        return 0, 0
+        Then those of some keys that all these queries see for certain.
+        """
+        return (0, kv_length), (0, 0)
 
     def __and__(self, other: "Mask | AnyArray") -> "Mask":
         return _Join("&", self, as_mask(other))
@@ -175,7 +173,7 @@ class Mask:
         backend, mask, like = Mask._home(self)
         return mask.on(backend.arrays, None, (q_length, kv_length), like)
 
-    def on(self, arrays: Arrays, batch: tuple[Any, ...] | None, lengths: tuple[int, int], like: Any) -> Array:
+    def on(self, arrays: Arrays, batch: Batch, lengths: Sizes, like: Any) -> Array:
         """The mask expanded for a call."""
         to = Lowering(arrays, batch, lengths, like)
         expression = self.lower(to)
@@ -189,19 +187,14 @@ class CausalMask(Mask):
     """Key j is visible to query i where ``j <= i + offset``; offset is an integer."""
 
     offset: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_integer("offset", self.offset)
+    _integers = ("offset",)
 
     def lower(self, to: Lowering) -> Expression:
         return "<=", to.position(-1), to.position(-2, self.offset)
 
-    def key_range(self, start: int, stop: int, kv_length: int) -> tuple[int, int]:
-        return 0, min(max(stop + self.offset, 0), kv_length)
-
-    def sure_range(self, start: int, stop: int, kv_length: int) -> tuple[int, int]:
-        return 0, min(max(start + self.offset + 1, 0), kv_length)
+    def ranges(self, start: int, stop: int, kv_length: int) -> tuple[Sizes, Sizes]:
+        seen, sure = (min(max(row + self.offset, 0), kv_length) for row in (stop, start + 1))
+        return (0, seen), (0, sure)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -210,22 +203,15 @@ class LocalMask(Mask):
 
     left: int
     right: int
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_integer("left", self.left)
-        _check_integer("right", self.right)
+    _integers = ("left", "right")
 
     def lower(self, to: Lowering) -> Expression:
         column = to.position(-1)
         return "&", ("<=", to.position(-2, -self.left), column), ("<=", column, to.position(-2, self.right))
 
-    def key_range(self, start: int, stop: int, kv_length: int) -> tuple[int, int]:
-        last = min(max(stop + self.right, 0), kv_length)
-        return min(max(start - self.left, 0), last), last
-
-    def sure_range(self, start: int, stop: int, kv_length: int) -> tuple[int, int]:
-        return max(stop - 1 - self.left, 0), min(max(start + self.right + 1, 0), kv_length)
+    def ranges(self, start: int, stop: int, kv_length: int) -> tuple[Sizes, Sizes]:
+        seen, sure = (min(max(row + self.right, 0), kv_length) for row in (stop, start + 1))
+        return (min(max(start - self.left, 0), seen), seen), (max(stop - 1 - self.left, 0), sure)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -236,7 +222,7 @@ class SegmentMask(Mask):
     kv_ids: Array
 
     def lower(self, to: Lowering) -> Expression:
-        return "==", to.ids(self, "query_ids", -2), to.ids(self, "kv_ids", -1)
+        return "==", to.given(self, "query_ids", -2), to.given(self, "kv_ids", -1)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -250,10 +236,10 @@ class LengthMask(Mask):
     query_lengths: Array | None = None
 
     def lower(self, to: Lowering) -> Expression:
-        keys = "<", to.position(-1), to.each(self, "kv_lengths")
+        keys = "<", to.position(-1), to.given(self, "kv_lengths")
         if self.query_lengths is None:
             return keys
-        return "&", keys, ("<", to.position(-2), to.each(self, "query_lengths"))
+        return "&", keys, ("<", to.position(-2), to.given(self, "query_lengths"))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -283,17 +269,12 @@ class _Join(Mask):
     def lower(self, to: Lowering) -> Expression:
         return self.how, self.one.lower(to), self.two.lower(to)
 
-    def key_range(self, start: int, stop: int, kv_length: int) -> tuple[int, int]:
-        (a, b), (c, d) = (mask.key_range(start, stop, kv_length) for mask in (self.one, self.two))
+    def ranges(self, start: int, stop: int, kv_length: int) -> tuple[Sizes, Sizes]:
+        (one, sure), (two, surely) = (mask.ranges(start, stop, kv_length) for mask in (self.one, self.two))
         if self.how == "|":
-            return min(a, c), max(b, d)
-        return min(max(a, c), min(b, d)), min(b, d)
-
-    def sure_range(self, start: int, stop: int, kv_length: int) -> tuple[int, int]:
-        (a, b), (c, d) = (mask.sure_range(start, stop, kv_length) for mask in (self.one, self.two))
-        if self.how == "|":
-            return (a, b) if b - a >= d - c else (c, d)
-        return max(a, c), min(b, d)
+            return (min(one[0], two[0]), max(one[1], two[1])), max(sure, surely, key=lambda ends: ends[1] - ends[0])
+        last = min(one[1], two[1])
+        return (min(max(one[0], two[0]), last), last), (max(sure[0], surely[0]), min(sure[1], surely[1]))
 
 
 def as_mask(x: Any) -> Any:
@@ -308,8 +289,3 @@ def conjunction(mask: Any) -> list[Any]:
     if isinstance(mask, _Join) and mask.how == "&":
         return conjunction(mask.one) + conjunction(mask.two)
     return [mask.array if isinstance(mask, _Array) else mask]
-
-
-def _check_integer(name: str, value: Any) -> None:
-    if not isinstance(value, int):
-        raise TypeError(f"{name} must be a Python integer, known when the mask is made, got {type(value).__name__}")

@@ -18,12 +18,12 @@ import array_api_compat
 from anyattention._src import dtypes
 
 Array = Any
+Words = tuple[Array, Array]  # the high and the low one, int32
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = 0x1BD11BDA
-# dtype of the probability: (bits drawn, of which this many are shifted out, leaving its mantissa bits)
+# dtype of the probability: how many of the bits drawn (32, 16 and 8) are shifted out, leaving its mantissa bits
 _UNIFORM = {"float32": (9, 23), "float16": (6, 10), "bfloat16": (1, 7)}
-_WORD_BITS = {"float32": 32, "float16": 16, "bfloat16": 8}
 
 
 def _int32(word: int) -> int:
@@ -36,7 +36,7 @@ def _rotate_left(x: Array, distance: int) -> Array:
     return (x << distance) | ((x >> (32 - distance)) & (2**distance - 1))
 
 
-def threefry2x32(key: tuple[Array, Array], high: Array, low: Array) -> tuple[Array, Array]:
+def threefry2x32(key: Words, high: Array, low: Array) -> Words:
     """Twenty rounds of Threefry-2x32: int32 words in, two int32 words out, of the broadcast shape."""
     schedule = (*key, key[0] ^ key[1] ^ _PARITY)
     x, y = high + schedule[0], low + schedule[1]
@@ -44,12 +44,11 @@ def threefry2x32(key: tuple[Array, Array], high: Array, low: Array) -> tuple[Arr
         for rotation in _ROTATIONS[block % 2]:
             x = x + y
             y = _rotate_left(y, rotation) ^ x
-        x = x + schedule[(block + 1) % 3]
-        y = y + schedule[(block + 2) % 3] + (block + 1)
+        x, y = x + schedule[(block + 1) % 3], y + schedule[(block + 2) % 3] + (block + 1)
     return x, y
 
 
-def _key_words(key: Array, xp: Any) -> tuple[Array, Array]:
+def _key_words(key: Array, xp: Any) -> Words:
     """Both words of a raw key as int32[1]: one axis, since NumPy warns when a 0-d integer wraps around."""
     shape, name = tuple(key.shape), dtypes.name_of(key.dtype)
     allowed = ("uint32", "int64") if xp.__name__.endswith("torch") else ("uint32",)
@@ -82,62 +81,42 @@ def _arange(xp: Any, like: Array, start: int, stop: int) -> Array:
     return xp.arange(start, stop, dtype=xp.int32, **device_of(like))
 
 
-def _times(xp: Any, index: Array, factor: int) -> tuple[Array, Array]:
-    """(high, low) words of the 64-bit product of int32 indices >= 0 and an integer: shifts, added with carry."""
-    high = low = xp.zeros_like(index)
+def _times(xp: Any, index: Array, factor: int) -> Words:
+    """The 64-bit product of int32 indices >= 0 and an integer: shifts, added with carry."""
+    zero = xp.zeros_like(index)
+    total = zero, zero
     for bit in range(factor.bit_length()):
         if factor >> bit & 1:
             if bit == 0:
-                part = xp.zeros_like(index), index
+                part = zero, index
             elif bit < 32:
                 part = index >> (32 - bit), index << bit
             else:
-                part = index << (bit - 32), xp.zeros_like(index)
-            high, low = _add((high, low), part, xp)
-    return high, low
+                part = index << (bit - 32), zero
+            total = _add(total, part, xp)
+    return total
 
 
-def _add(a: tuple[Array, Array], b: tuple[Array, Array], xp: Any) -> tuple[Array, Array]:
-    """64-bit sum of (high, low) words; the low sum carries where, unsigned, it is less than what went in."""
-    low = a[1] + b[1]
-    sign = _int32(2**31)
+def _add(a: Words, b: Words, xp: Any) -> Words:
+    """64-bit sum; the low word carries where, unsigned, it is less than what went in."""
+    low, sign = a[1] + b[1], _int32(2**31)
     carry = xp.astype((low ^ sign) < (a[1] ^ sign), xp.int32)
     return a[0] + b[0] + carry, low
 
 
-def flat_index(
-    xp: Any, like: Array, shape: Sequence[int], start: Sequence[int], stop: Sequence[int]
-) -> tuple[Array, Array]:
-    """(high, low) int32 words of the row-major flat indices, in an array of `shape`, of the box from start to stop."""
-    wide = math.prod(shape) > 2**32
+def flat_index(xp: Any, like: Array, shape: Sequence[int], start: Sequence[int], stop: Sequence[int]) -> Words:
+    """The row-major flat indices, in an array of `shape`, of the box from start to stop."""
     total = (xp.reshape(_arange(xp, like, 0, 1), (1,) * len(shape)),) * 2
     for axis, (first, last) in enumerate(zip(start, stop, strict=True)):
-        if last - first == 1 and first == 0:
+        if first == 0 and last == 1:
             continue
         stride = math.prod(shape[axis + 1 :])
         index = xp.reshape(_arange(xp, like, first, last), tuple(-1 if a == axis else 1 for a in range(len(shape))))
-        if wide:
+        if math.prod(shape) > 2**32:
             total = _add(total, _times(xp, index, stride), xp)
         else:
             total = total[0], total[1] + (index if stride == 1 else index * _int32(stride))
     return total
-
-
-def random_bits(
-    xp: Any,
-    key: Array,
-    shape: Sequence[int],
-    start: Sequence[int] | None = None,
-    stop: Sequence[int] | None = None,
-) -> Array:
-    """32 random bits an element, as int32, for the box from `start` to `stop` (default: all) of an array of `shape`."""
-    shape = tuple(shape)
-    start, stop = start or (0,) * len(shape), shape if stop is None else stop
-    high, low = flat_index(xp, key, shape, start, stop)
-    if not shape:
-        high, low = xp.reshape(high, (1,)), xp.reshape(low, (1,))
-    x, y = threefry2x32(_key_words(key, xp), high, low)
-    return xp.reshape(x ^ y, tuple(last - first for first, last in zip(start, stop, strict=True)))
 
 
 def counts(xp: Any, key: Array, shape: Sequence[int], origin: Any = None, whole: Any = None) -> tuple[Any, ...]:
@@ -151,9 +130,8 @@ def counts(xp: Any, key: Array, shape: Sequence[int], origin: Any = None, whole:
     # A position that is known at run time only is added to arrays that count from zero.
     (row, row_later), (column, column_later) = ((x, 0) if isinstance(x, int) else (0, x) for x in origin or (0, 0))
     words = tuple(xp.reshape(word, (1,) * len(shape)) for word in _key_words(key, xp))
-    start, stop = (*(0 for _ in lead), row, 0), (*lead, row + rows, 1)
-    high, low = flat_index(xp, key, whole, start, stop)
-    columns = xp.reshape(_arange(xp, key, column, column + columns), (*(1 for _ in lead), 1, columns))
+    high, low = flat_index(xp, key, whole, (*(0 for _ in lead), row, 0), (*lead, row + rows, 1))
+    columns = xp.reshape(_arange(xp, key, column, column + columns), (1,) * (len(shape) - 1) + (columns,))
     if origin is not None:
         high, low = _add((high, low), _times(xp, low * 0 + row_later, whole[-1]), xp)
         columns = columns + column_later
@@ -173,7 +151,9 @@ def keep_at(xp: Any, p: Any, counts: tuple[Any, ...]) -> Array:
 
 def keep(xp: Any, key: Array, p: Any, shape: Sequence[int]) -> Array:
     """`bernoulli` for an array of this shape."""
-    return _below(random_bits(xp, key, shape), p)
+    sizes = tuple(shape) or (1,)
+    x, y = threefry2x32(_key_words(key, xp), *flat_index(xp, key, sizes, (0,) * len(sizes), sizes))
+    return _below(xp.reshape(x ^ y, tuple(shape)), p)
 
 
 def _below(bits: Array, p: Any) -> Array:
@@ -183,11 +163,9 @@ def _below(bits: Array, p: Any) -> Array:
     ``ceil(p * 2**mantissa)``: a comparison in integers, with no rounding to differ in.
     """
     # JAX draws in the dtype of p. A Python float and a float64 are float32 there, unless x64 is on.
-    name = dtypes.name_of(p.dtype) if hasattr(p, "dtype") else "float32"
+    name = dtypes.name_of(getattr(p, "dtype", "float32"))
     name = name if name in _UNIFORM else "float32"
     shift, mantissa = _UNIFORM[name]
-    if _WORD_BITS[name] < 32:
-        bits = bits & (2 ** _WORD_BITS[name] - 1)
     drawn = (bits >> shift) & (2**mantissa - 1)
     return drawn < math.ceil(dtypes.round_to(float(p), name) * 2**mantissa)
 

@@ -8,14 +8,15 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 Array = Any
+Sizes = tuple[int, int]  # of rows and of columns; or where some of one start and stop
 
 
 class Group(NamedTuple):
     """Some rows, and what is known of all of them without a look at any array; groups of a block follow one another."""
 
-    rows: tuple[int, int]
-    seen: tuple[int, int]  # columns outside which they see nothing
-    sure: tuple[int, int] = (0, 0)  # columns among those which they see for certain
+    rows: Sizes
+    seen: Sizes  # columns outside which they see nothing
+    sure: Sizes = (0, 0)  # columns among those which they see for certain
 
     def split(self, size: int) -> "list[Group]":
         """The same in groups of at most `size` rows."""
@@ -47,7 +48,7 @@ class Block(NamedTuple):
         return tuple(max(sizes) if 0 not in sizes else 0 for sizes in zip(*shapes, strict=True))
 
     @property
-    def lengths(self) -> tuple[int, int]:
+    def lengths(self) -> Sizes:
         """Number of rows and of columns."""
         return self.rows[0].shape[-2], self.columns[0].shape[-2]
 
@@ -57,7 +58,7 @@ class Block(NamedTuple):
         return 0 in (*self.lead, *self.lengths)
 
     @property
-    def grown_lengths(self) -> tuple[int, int]:
+    def grown_lengths(self) -> Sizes:
         """The same where a single query or key is grown by the pairs."""
         shapes = (self.lengths, *(x.shape[-2:] for x in leaves(self.pairs)))
         rows, columns = (next((n for n in sizes if n != 1), 1) for sizes in zip(*shapes, strict=True))
@@ -89,22 +90,15 @@ def leaves(tree: Any) -> list[Array]:
 
 def cut_rows(block: Block, start: int, stop: int) -> Block:
     """The block of these rows and all columns."""
-
-    def pair(x: Array) -> Array:
-        return x if x.shape[-2] == 1 else x[..., start:stop, :]
-
-    rows = tuple(x[..., start:stop, :] for x in block.rows)
-    return block._replace(rows=rows, pairs=tree_map(pair, block.pairs))
+    pairs = tree_map(lambda x: x if x.shape[-2] == 1 else x[..., start:stop, :], block.pairs)
+    return block._replace(rows=tuple(x[..., start:stop, :] for x in block.rows), pairs=pairs)
 
 
 def cut_columns(block: Block, start: int, stop: int) -> Block:
     """The block of all rows and these columns."""
-
-    def pair(x: Array) -> Array:
-        return x if x.shape[-1] == 1 else x[..., start:stop]
-
+    pairs = tree_map(lambda x: x if x.shape[-1] == 1 else x[..., start:stop], block.pairs)
     key, value = (x[..., start:stop, :] for x in block.columns)
-    return block._replace(columns=(key, value), pairs=tree_map(pair, block.pairs))
+    return block._replace(columns=(key, value), pairs=pairs)
 
 
 def cut_group(block: Block, group: Group) -> tuple[Block, ...]:

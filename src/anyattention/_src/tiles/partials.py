@@ -29,19 +29,6 @@ def nothing(xp: Any, rows: Array, v_depth: int) -> Partial:
     return Partial(total - float("inf"), total, xp.broadcast_to(total, (*total.shape[:-1], v_depth)))
 
 
-def of_weights(
-    tiles: Tiles, base: Array | None, weights: Array, keep: Array | None, value: Array, precision: Any
-) -> Partial:
-    """The partial of a tile, from exp of its logits ``[..., rows, columns]``, which it may overwrite.
-
-    Dropout takes weights out of the output, never out of the normalizer.
-    """
-    total = tiles.row_sum(weights)
-    if keep is not None:
-        weights = tiles.fill(weights, keep, 0.0)
-    return Partial(base, total, tiles.product(weights, value, precision))
-
-
 def of_hidden(tiles: Tiles, rows: Array, fill: float, values: tuple[Array, ...]) -> Partial:
     """The partial of keys, given by their values, that none of the rows may see: all their logits are the fill."""
     ones = tiles.xp.ones_like(rows[..., :1])

@@ -20,11 +20,12 @@ from typing import Any, NamedTuple
 from anyattention._src import rules, threefry
 from anyattention._src.call import Options
 from anyattention._src.interfaces import Backend
-from anyattention._src.tiles.blocks import Block, Group, cut_columns, everything, tree_map
-from anyattention._src.tiles.partials import Partial, finish, finite, merge, of_hidden, of_weights
+from anyattention._src.tiles.blocks import Block, Group, Sizes, cut_columns, everything, tree_map
+from anyattention._src.tiles.partials import Partial, finish, finite, merge, of_hidden
 
 Array = Any
 Gradients = tuple[Array, Array, Array, Array | None]
+Expression = rules.Expression | None
 BOUND = 20.0  # exp(20) is 5e8: sums over any length, times values, stay in the range of float32
 
 
@@ -34,10 +35,10 @@ class Tiling(NamedTuple):
     backend: Backend
     options: Options  # of the call
     dtype: str  # of logits and accumulators: at least float32
-    expression: rules.Expression | None  # the mask, over the arrays in `Pairs.mask`
+    expression: Expression  # the mask, over the arrays in `Pairs.mask`
     root: float  # of the depth, which divides queries
     fill: float  # the logit of a masked key: finfo.min of the compute dtype
-    sizes: tuple[int, int]  # rows and columns of a tile
+    sizes: Sizes  # rows and columns of a tile
     bias_axes: tuple[bool, bool]  # whether the bias has rows, and columns, of its own
     groups: tuple[Group, ...]
     precise: bool  # sum logits in float64, which float32 needs where they are large
@@ -52,11 +53,11 @@ class Tiling(NamedTuple):
 
 
 def tiling(
-    backend: Backend, options: Options, dtype: str, expression: rules.Expression | None, block: Block, mask: Any = None
+    backend: Backend, options: Options, dtype: str, expression: Expression, block: Block, mask: Any = None
 ) -> Tiling:
     """How a block is cut; `mask` is by rule, and tells which rows see which columns where its positions are these."""
     rows, columns = block.lengths
-    ruled = mask is not None and mask.key_range(0, 1, columns) != mask.key_range(rows - 1, rows, columns)
+    ruled = mask is not None and mask.ranges(0, 1, columns)[0] != mask.ranges(rows - 1, rows, columns)[0]
     sizes, bias = backend.tiles.sizes(block, ruled), block.pairs.bias
     return Tiling(
         backend=backend,
@@ -78,8 +79,8 @@ def _groups(mask: rules.Mask, block: Block, size: int, most: int) -> tuple[Group
     rows, columns = block.lengths
     groups = []
     for part in everything(block).split(max(size, -(-rows // (most * size)) * size)):
-        first, last = mask.sure_range(*part.rows, columns)
-        groups.append(Group(part.rows, mask.key_range(*part.rows, columns), (-(-first // 64) * 64, last // 64 * 64)))
+        seen, (first, last) = mask.ranges(*part.rows, columns)
+        groups.append(Group(part.rows, seen, (-(-first // 64) * 64, last // 64 * 64)))
     return tuple(groups)
 
 
@@ -90,10 +91,9 @@ def forward(tiling: Tiling, block: Block) -> tuple[Array, Array, Array]:
     """Output, base and total of every query, ``[lead..., rows, *]``."""
     xp = tiling.backend.xp
     if block.empty:
-        query, shape = block.rows[0], (*block.lead, block.lengths[0])
-        beside = tiling.backend.arrays.beside(query)
+        as_query = {"dtype": block.rows[0].dtype, **tiling.backend.arrays.beside(block.rows[0])}
         sizes = (block.columns[1].shape[-1], 1, 1)
-        return tuple(xp.zeros((*shape, size), dtype=query.dtype, **beside) for size in sizes)
+        return tuple(xp.zeros((*block.lead, block.lengths[0], size), **as_query) for size in sizes)
     tiling = _inspected(tiling, block)
     like = (block.rows[0],) * 3, ()
     return tiling.backend.tiles.map_rows(partial(attend, tiling), block, tiling.groups, tiling.sizes, like)[0]
@@ -101,13 +101,9 @@ def forward(tiling: Tiling, block: Block) -> tuple[Array, Array, Array]:
 
 def partial_of(tiling: Tiling, block: Block) -> Partial:
     """The partial of every query over the keys of a block, which may be some of many; hidden keys count in it."""
-    tiling = tiling._replace(skip=False)
-    like = (block.rows[0],) * 3, ()
-
-    def of_rows(parts: tuple[Block, ...]) -> tuple[tuple[Array, ...], tuple[()]]:
-        return tuple(absorbed(tiling, parts)), ()
-
-    rows, _ = tiling.backend.tiles.map_rows(of_rows, block, tiling.groups, tiling.sizes, like)
+    tiling, like = tiling._replace(skip=False), ((block.rows[0],) * 3, ())
+    map_rows = tiling.backend.tiles.map_rows
+    rows, _ = map_rows(lambda parts: (tuple(absorbed(tiling, parts)), ()), block, tiling.groups, tiling.sizes, like)
     return Partial(*rows)
 
 
@@ -147,8 +143,13 @@ def absorb(tiling: Tiling, state: Partial | None, tile: Block) -> tuple[Partial 
         if stop - start < visible.shape[-1]:
             tile = cut_columns(tile, start, stop)
             visible = tile_visible(tiling, tile)
-    base, weights = tile_weights(tiling, tile, visible)
-    new = of_weights(tiles, base, weights, tile_keep(tiling, tile), tile.columns[1], tiling.options.precision)
+    logits, keep = tile_logits(tiling, tile, visible), tile_keep(tiling, tile)
+    base = None if tiling.bounded else tiles.row_max(logits)
+    weights = tile_weights(tiling, logits, visible, finite(tiles, base))
+    total = tiles.row_sum(weights)
+    if keep is not None:  # dropout takes weights out of the output, never out of the normalizer
+        weights = tiles.fill(weights, keep, 0.0)
+    new = Partial(base, total, tiles.product(weights, tile.columns[1], tiling.options.precision))
     return (new if state is None else merge(tiles, state, new)), ()
 
 
@@ -161,24 +162,22 @@ def tile_visible(tiling: Tiling, tile: Block) -> Array | None:
     return None if arrays.surely(visible, True) else visible
 
 
-def tile_weights(tiling: Tiling, tile: Block, visible: Array | None) -> tuple[Array | None, Array]:
-    """The largest logit of each row, and exp of the logits relative to it; without one where they are bounded."""
-    tiles = tiling.backend.tiles
-    if tiling.bounded:
-        weights = tiles.power(tile_logits(tiling, tile))
-        return None, weights if visible is None else tiles.fill(weights, visible, 0.0)
-    logits = tile_logits(tiling, tile)
-    if visible is not None:
-        logits = tiles.fill(logits, visible, tiling.fill)
-    base = tiles.row_max(logits)
-    return base, tiles.exp_minus(logits, finite(tiles, base))
-
-
-def tile_logits(tiling: Tiling, tile: Block) -> Array:
-    """The logits of a tile, ``[lead..., rows, columns]``, before the mask."""
+def tile_logits(tiling: Tiling, tile: Block, visible: Array | None) -> Array:
+    """The logits of a tile, ``[lead..., rows, columns]``; masked, unless they are bounded: then weights are."""
     backend, bias = tiling.backend, tile.pairs.bias
     logits = backend.tiles.logits(tile.rows[0], tile.columns[0], tiling.options.precision, tiling.precise)
-    return logits if bias is None else logits + backend.arrays.cast(bias, tiling.dtype)
+    if bias is not None:
+        logits = logits + backend.arrays.cast(bias, tiling.dtype)
+    return logits if visible is None or tiling.bounded else backend.tiles.fill(logits, visible, tiling.fill)
+
+
+def tile_weights(tiling: Tiling, logits: Array, visible: Array | None, base: Array | None) -> Array:
+    """Exp of the logits, relative to a base where they are not bounded; may overwrite them."""
+    tiles = tiling.backend.tiles
+    if not tiling.bounded:
+        return tiles.exp_minus(logits, base)
+    weights = tiles.power(logits)
+    return weights if visible is None else tiles.fill(weights, visible, 0.0)
 
 
 def tile_keep(tiling: Tiling, tile: Block) -> Array | None:
@@ -250,9 +249,7 @@ def prologue(tiling: Tiling, block: Block) -> Block:
     return Block(rows, block.columns, block.pairs._replace(statistics=(finite(tiles, base), delta)))
 
 
-def pull_back(
-    tiling: Tiling, parts: tuple[Block, ...]
-) -> tuple[tuple[Array, Array | None], tuple[Array, Array, Array | None]]:
+def pull_back(tiling: Tiling, parts: tuple[Block, ...]) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
     """For some queries: the gradients that have rows, and what they add to those that have none."""
     (block,), tiles = parts, tiling.backend.tiles
     step = partial(pull_tile, tiling)
@@ -279,13 +276,7 @@ def pull_tile(tiling: Tiling, dquery: Array | None, tile: Block) -> tuple[Array,
         return zeros[0] if dquery is None else dquery, (zeros[1], zeros[2], None)
 
     product = partial(tiles.product, precision=tiling.options.precision)
-    if tiling.bounded:
-        _, weights = tile_weights(tiling, tile, visible)
-    else:
-        logits = tile_logits(tiling, tile)
-        if visible is not None:
-            logits = tiles.fill(logits, visible, tiling.fill)
-        weights = tiles.exp_minus(logits, base)
+    weights = tile_weights(tiling, tile_logits(tiling, tile, visible), visible, base)
     dweights = product(doutput, tiles.transpose(value), scratch="" if bias is not None else "dweights")
     kept = weights
     if keep is not None:
