@@ -230,7 +230,7 @@ def test_second_derivatives_are_those_of_exact(options, within):
 @pytest.mark.parametrize("mask", [None, masks.CausalMask(), masks.LengthMask(torch.tensor([3])), HIDDEN[1:]], ids=str)
 @pytest.mark.parametrize("name", ["grad", "vjp", "vmap", "vmap of grad", "grad of vmap", "jacrev"])
 def test_transformations_that_the_kernel_has(name, mask):
-    """Of `torch.func`, with the kernel's own gradient; those that map the call are refused on CPU, and tiled or exact."""
+    """Of `torch.func`, with the kernel's own gradient; those that map the call are refused on CPU."""
     func = torch.func
     query, key, value = (normal(3, 1, n, 2, 4, dtype=torch.float64, seed=n) for n in (5, 7, 7))
 

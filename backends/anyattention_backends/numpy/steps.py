@@ -28,7 +28,8 @@ class NumPySteps(Steps):
 
     def contract(self, equation: str, x: Array, y: Array, precision: Any = None, dot_general: Any = None) -> Array:
         """16-bit products accumulate in float32 and are rounded once."""
-        x, y = self.arrays.join(x, y)
+        if x.dtype != y.dtype:
+            x, y = self.arrays.join(x, y)
         if self.arrays.dtype_name(x) in HALF:
             x32, y32 = x.astype(np.float32), y.astype(np.float32)
             return super().contract(equation, x32, y32, precision, dot_general).astype(x.dtype)

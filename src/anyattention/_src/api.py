@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from anyattention._src import plan, registry
-from anyattention._src.call import Call, Operands, make_call
+from anyattention._src.call import Call, Operands, dropout_of, make_call
 from anyattention._src.implementations.tiled import TILED
 from anyattention._src.plan import Plan
 from anyattention._src.rules import AnyArray, Convertible, Mask
@@ -265,13 +265,15 @@ def _call(
     mask: Any,
     dropout_rng: Any,
     dropout_rate: Any,
+    broadcast_dropout: Any,
     deterministic: Any,
-    weights_only: bool = False,
+    dtype: Any,
     **options: Any,
 ) -> Call:
     """The call, with all arrays in the one library that serves them."""
+    asked = {name: option for name, option in options.items() if option}
     kind = type(query)
-    if bias is mask is None and kind is type(key) and (kind is type(value) or weights_only) and query is not None:
+    if bias is mask is None and kind is type(key) and (kind is type(value) or value is None) and query is not None:
         backend = registry.backend_for(query=query)
     elif isinstance(mask, Mask):
         masked_by = {f"mask[{i}]": x for i, x in enumerate(mask.arrays())}
@@ -279,12 +281,15 @@ def _call(
     else:
         backend = registry.backend_for(query=query, key=key, value=value, bias=bias, mask=mask)
     query, key = registry.array_of(backend, "query", query), registry.array_of(backend, "key", key)
-    value = None if weights_only else registry.array_of(backend, "value", value)
+    if "weights_only" not in asked:
+        value = registry.array_of(backend, "value", value)
     if bias is not None and type(bias) not in (bool, int, float, complex):
         bias = registry.guest_of(backend, "bias", bias, query)
     if mask is not None:
         mask = registry.mask_of(backend, mask, query)
-    if dropout_rng is not None and not deterministic and dropout_rate != 0.0:
+    if deterministic or dropout_rate == 0.0:
+        dropout_rng = None
+    else:
+        asked["dropout"] = dropout_of(dropout_rate, broadcast_dropout, dropout_rng)
         dropout_rng = registry.key_of(backend, dropout_rng)
-    operands = Operands(query, key, value, bias, mask, dropout_rng)
-    return make_call(backend, operands, dropout_rate=dropout_rate, deterministic=deterministic, **options)
+    return make_call(backend, Operands(query, key, value, bias, mask, dropout_rng, None), dtype, asked)

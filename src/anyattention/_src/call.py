@@ -1,6 +1,6 @@
 """A call whose arguments are checked: its operands, which are traced and differentiated, and its options."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 from typing import Any, NamedTuple
 
@@ -50,33 +50,31 @@ class Options:
     @property
     def needs(self) -> frozenset[str]:
         """The names of the options that are not at their defaults."""
-        if _PLAIN.get(self.dtype) is self:
-            return _NOTHING
         fields = [field for name, field in self.__dataclass_fields__.items() if name != "dtype"]
         return frozenset([field.name for field in fields if getattr(self, field.name) is not field.default])
 
 
 _NOTHING: frozenset[str] = frozenset()
+_ALWAYS = frozenset(("query", "key", "value"))
 _PLAIN: dict[str, Options] = {}  # with nothing asked for, by dtype: making one takes 1.5 us of a call's 12
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False)
 class Call:
-    """What an implementation computes."""
+    """What an implementation computes; not to be changed, and not frozen, which would cost 0.4 us."""
 
     backend: Backend
     operands: Operands
     options: Options
-    _memo: dict[str, Any] = field(default_factory=dict, repr=False)  # not `cached_property`: torch.compile traces this
+    _structure: Structure | None = None  # not `cached_property`, which torch.compile cannot trace
 
     @property
     def needs(self) -> frozenset[str]:
         """What the call asks for beyond query, key and value: names of operands and options, and "grouped heads"."""
-        query, key, _, *others = operands = self.operands
-        words = self.options.needs
-        if any(x is not None for x in others):
-            names = operands._fields[3:]
-            words = words.union([name for name, x in zip(names, others, strict=True) if x is not None])
+        query, key, _, bias, mask, dropout_key, origin = self.operands
+        words = _NOTHING if _PLAIN.get(self.options.dtype) is self.options else self.options.needs
+        if not (bias is mask is dropout_key is origin is None):
+            words = words.union([name for name, x in self.operands._asdict().items() if x is not None]) - _ALWAYS
         return words if query.shape[-2] == key.shape[-2] else words | {"grouped heads"}
 
     @property
@@ -110,9 +108,9 @@ class Call:
     @property
     def structure(self) -> Structure:
         """The mask as kernels know it, parsed once."""
-        if "structure" not in self._memo:
-            self._memo["structure"] = structure(self.operands.mask)
-        return self._memo["structure"]
+        if self._structure is None:
+            self._structure = structure(self.operands.mask)
+        return self._structure
 
     def lowering(self) -> rules.Lowering:
         """What a mask by rule is lowered to for this call."""
@@ -138,60 +136,38 @@ class Call:
         return True
 
 
-def make_call(
-    backend: Backend,
-    operands: Operands,
-    *,
-    is_causal: bool,
-    broadcast_dropout: bool,
-    dropout_rate: Any,
-    deterministic: Any,
-    dtype: Any,
-    **options: Any,
-) -> Call:
+def make_call(backend: Backend, operands: Operands, dtype: Any, asked: dict[str, Any]) -> Call:
     """The call for operands of one library, with query, key and value promoted to one dtype.
+
+    `asked` are the options that are not at their defaults, and "is_causal".
 
     Raises:
         ShapeError, TypeError, ValueError: as `dot_product_attention` says.
     """
     query, key, value, bias, mask, dropout_key, origin = operands
-    asked = {name: option for name, option in options.items() if option}
-    einsums = [name for name in ("qk_attn_weights_einsum", "attn_weights_value_einsum") if name in asked]
-    if einsums and ("precision" in asked or "einsum_dot_general" in asked):
-        raise ValueError("precision/einsum_dot_general and einsum overrides are mutually exclusive: pass one of them")
+    whole_products = False
+    if asked:
+        whole_products = _check_einsums(asked)
     if value is None:
-        asked["weights_only"] = True
         (query, key), name = backend.arrays.promote([query, key], dtype)
     else:
-        if len(einsums) == 1:
-            raise ValueError("qk_attn_weights_einsum and attn_weights_value_einsum must be specified together")
         (query, key, value), name = backend.arrays.promote([query, key, value], dtype)
-    whole_products = einsums or ("einsum_dot_general" in asked and value is not None)
     _check_shapes(query, key, value, grouped=not whole_products)
     if bias is not None or mask is not None:
         _check_broadcast(query, key, bias, mask)
-    if deterministic or dropout_rate == 0.0:
-        dropout_key = None
-    else:
-        asked["dropout"] = Dropout(_keep_prob(dropout_rate, dropout_key), bool(broadcast_dropout))
-    if is_causal:
+    if asked.pop("is_causal", False):
         mask = _with_causality(backend, query, key, mask)
-    if not asked and name not in _PLAIN:
-        _PLAIN[name] = Options(dtype=name)
-    found = Options(dtype=name, **asked) if asked else _PLAIN[name]
-    return Call(backend=backend, operands=Operands(query, key, value, bias, mask, dropout_key, origin), options=found)
+    operands = Operands(query, key, value, bias, mask, dropout_key, origin)
+    if asked:
+        return Call(backend=backend, operands=operands, options=Options(dtype=name, **asked))
+    options = _PLAIN.get(name)
+    if options is None:
+        options = _PLAIN[name] = Options(dtype=name)
+    return Call(backend=backend, operands=operands, options=options)
 
 
-def _with_causality(backend: Backend, query: Array, key: Array, mask: Any) -> Any:
-    """The mask and causality; by rule, but for lengths that are not known yet."""
-    if unknown(query.shape[-3]) or unknown(key.shape[-3]):
-        triangle = causal(backend.arrays, query, key)
-        return triangle if mask is None else backend.arrays.truth(mask) & triangle
-    return CausalMask() if mask is None else CausalMask() & as_mask(mask)
-
-
-def _keep_prob(rate: Any, key: Any) -> Any:
-    """Of dropout that is switched on; checked only there, since Flax's modules always pass a rate."""
+def dropout_of(rate: Any, broadcast: Any, key: Any) -> Dropout:
+    """Dropout that is switched on; checked only there, since Flax's modules always pass a rate."""
     is_array = not isinstance(rate, int | float) and hasattr(rate, "shape")
     if is_array and rate.shape:
         rate = rate.reshape(())  # of one element, or the comparison with zero would have raised
@@ -200,7 +176,27 @@ def _keep_prob(rate: Any, key: Any) -> Any:
     if key is None:
         raise ValueError("dropout needs a key: pass dropout_rng=anyattention.random.key(seed), or deterministic=True")
     keep_prob = 1.0 - rate
-    return keep_prob.__array__()[()] if is_array and hasattr(rate, "aval") else keep_prob  # of JAX's, a NumPy scalar
+    if is_array and hasattr(rate, "aval"):  # of JAX's, the NumPy scalar
+        keep_prob = keep_prob.__array__()[()]
+    return Dropout(keep_prob, bool(broadcast))
+
+
+def _check_einsums(asked: dict[str, Any]) -> bool:
+    """Whether the caller's functions take whole products, of which grouped heads are no part."""
+    one, both = asked.get("qk_attn_weights_einsum"), asked.get("weights_only") or asked.get("attn_weights_value_einsum")
+    if bool(one) != bool(both) and not asked.get("weights_only"):
+        raise ValueError("qk_attn_weights_einsum and attn_weights_value_einsum must be specified together")
+    if one and ("precision" in asked or "einsum_dot_general" in asked):
+        raise ValueError("precision/einsum_dot_general and einsum overrides are mutually exclusive: pass one of them")
+    return bool(one or ("einsum_dot_general" in asked and "weights_only" not in asked))
+
+
+def _with_causality(backend: Backend, query: Array, key: Array, mask: Any) -> Any:
+    """The mask and causality; by rule, but for lengths that are not known yet."""
+    if unknown(query.shape[-3]) or unknown(key.shape[-3]):
+        triangle = causal(backend.arrays, query, key)
+        return triangle if mask is None else backend.arrays.truth(mask) & triangle
+    return CausalMask() if mask is None else CausalMask() & as_mask(mask)
 
 
 def _check_shapes(query: Array, key: Array, value: Array | None, grouped: bool) -> None:

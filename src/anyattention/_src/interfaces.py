@@ -206,10 +206,11 @@ class Steps:
         if x.dtype != y.dtype:
             x, y = arrays.join(x, y)
         left, right, result = PRODUCTS[equation]
-        x, y = permute(arrays, x, left), permute(arrays, y, right)
+        x, y = x if left is None else permute(arrays, x, left), permute(arrays, y, right)
         if y.shape[-2] == 1 and x.shape[-1] != 1:
             x = self.xp.sum(x, axis=-1, keepdims=True)  # as einsum: one value serves all the weights
-        return permute(arrays, arrays.matmul(x, y), result)
+        product = arrays.matmul(x, y)
+        return product if result is None else permute(arrays, product, result)
 
     def check_precision(self, precision: Any, dot_general: Any, x: Array) -> None:
         """Raise where these cannot be honoured for a product with `x`; the classic levels ask for full precision."""

@@ -80,7 +80,7 @@ def choose(call: Call, name: str | None = None) -> Implementation:
         ValueError: a name that no implementation has.
         NotImplementedError: the implementation of this name cannot serve the call.
     """
-    name = settings.check_implementation(name) or settings.current().implementation
+    name = settings.check_implementation(name) if name else settings.current().implementation
     _, found = _decide(call, name, None)
     if found is None:
         reasons = "; ".join(explain(call, name).reasons)
@@ -143,7 +143,13 @@ def _able(call: Call, name: Name, told: list[str] | None, by_rule: bool) -> Impl
     best, least = None, 0
     refused: list[str] = []
     for implementation in candidates:
-        reasons = _reasons(call, implementation, by_rule and chosen is None and name == "fused", told is not None)
+        reasons = []
+        for reason in implementation.refusals(call):
+            reasons.append(reason)
+            if told is None:
+                break
+        if not reasons and by_rule and chosen is None and name == "fused":
+            reasons = _not_on_record(call, implementation)
         if reasons:
             refused.append(f"{implementation.name}: {', '.join(reasons)}" if name == "fused" else ", ".join(reasons))
             continue
@@ -161,15 +167,9 @@ def _able(call: Call, name: Name, told: list[str] | None, by_rule: bool) -> Impl
     return best
 
 
-def _reasons(call: Call, implementation: Implementation, on_record: bool, all_of_them: bool) -> list[str]:
-    """Why the implementation does not serve the call: the first reason or all, one that its run is not `on_record`."""
-    found = []
-    for reason in implementation.refusals(call):
-        found.append(reason)
-        if not all_of_them:
-            return found
-    platform = call.backend.arrays.platform(call.operands.query) if on_record and not found else "cpu"
-    ran = RUN_ON_A_DEVICE.get((call.backend.name, platform, implementation.name), ())
-    if platform != "cpu" and call.options.dtype not in ran:
-        found.append(f"no run of it in {call.options.dtype} on a {platform} is on record: {_CHECK}")
-    return found
+def _not_on_record(call: Call, engine: Implementation) -> list[str]:
+    """Why None does not pick an engine that can serve the call."""
+    platform, dtype = call.backend.arrays.platform(call.operands.query), call.options.dtype
+    if platform == "cpu" or dtype in RUN_ON_A_DEVICE.get((call.backend.name, platform, engine.name), ()):
+        return []
+    return [f"no run of it in {dtype} on a {platform} is on record: {_CHECK}"]

@@ -49,10 +49,9 @@ class Exact(Implementation):
 
 def attention(call: Call) -> Array:
     """The weighted mean of the values, ``[batch..., q_length, num_heads, v_depth]``."""
-    weights = attention_weights(call)
-    query, key, value, *_ = call.operands
+    weights, value = attention_weights(call), call.operands.value
     weights_value = _product(call, call.options.attn_weights_value_einsum)
-    if query.shape[-2] == key.shape[-2]:
+    if weights.shape[-3] == value.shape[-2]:
         return weights_value(interfaces.WEIGHTS_VALUE, weights, value)
 
     # Grouped heads: num_heads is a multiple of the key heads, each of which serves `group` query heads in a row.
@@ -67,7 +66,7 @@ def attention_weights(call: Call) -> Array:
     """The weight of each key for each query, ``[batch..., num_heads, q_length, kv_length]``."""
     backend, options = call.backend, call.options
     arrays, steps, dtype = backend.arrays, backend.steps, options.dtype
-    query, key, _, bias, mask, *_ = call.operands
+    query, key, _, bias, mask, _, _ = call.operands
     query = steps.scale(query, query.shape[-1], dtype)
     logits = attention_logits(call, query, key)
 
