@@ -67,6 +67,9 @@ class StandIn(Kernel):
         self.empty = empty
         vars(self).update(attributes)
 
+    def lacks(self, call, mask):
+        return {}
+
     def kernel(self, query, key, value, bias, mask, scale):
         assert query.ndim == key.ndim == value.ndim == 4
         assert not self.one_depth or query.shape[-1] == value.shape[-1]

@@ -32,7 +32,7 @@ class Rule(NamedTuple):
         """From which sizes on: "tiled from 4194304 logits, 262144 of a head"."""
         bounds = ((self.logits, "logits"), (self.of_a_head, "of a head"), (self.least_queries, "queries"))
         text = f"{self.implementation} from {', '.join(f'{least} {unit}' for least, unit in bounds if least)}"
-        return text if self.most_queries == 2**63 else f"{text}, to {self.most_queries} queries"
+        return text if self.most_queries == 2**63 else f"{text}, at most {self.most_queries} queries"
 
 
 #: The rules for ``implementation=None``, by library and platform: the first that fits, where nothing speaks against
