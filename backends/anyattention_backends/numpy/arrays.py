@@ -13,8 +13,6 @@ _NAMES = {np.dtype(name): name for name in ("float16", "float32", "float64", "co
 
 
 class NumPyArrays(Arrays):
-    """Overrides for NumPy arrays."""
-
     def adopt(self, guest: Any, like: Array | None) -> Array:
         """Lists of Python numbers get JAX's default dtypes, which are 32 bits wide."""
         x = np.asarray(guest)
@@ -39,7 +37,13 @@ class NumPyArrays(Arrays):
         """The namespace has no bfloat16."""
         if self.dtype_name(x) == name:
             return x
-        return x.astype(_bfloat16() if name == "bfloat16" else name)
+        if name != "bfloat16":
+            return x.astype(name)
+        try:
+            import ml_dtypes
+        except ImportError:
+            raise TypeError("NumPy has bfloat16 only through the package ml_dtypes: install it first") from None
+        return x.astype(ml_dtypes.bfloat16)
 
     def run(self, like: Array, function: Callable[..., Any], /, *args: Any) -> Any:
         """Overflow and NaN are results here, as in Flax, not occasions to warn."""
@@ -56,17 +60,7 @@ class NumPyArrays(Arrays):
         return x.transpose(axes)
 
     def inspects(self, x: Array) -> bool:
-        """Values can always be looked at."""
         return True
 
     def surely(self, x: Any, value: bool) -> bool:
-        """Values can always be looked at."""
         return x is not None and bool(x.all() if value else not x.any())
-
-
-def _bfloat16() -> Any:
-    try:
-        import ml_dtypes
-    except ImportError:
-        raise TypeError("NumPy has bfloat16 only through the package ml_dtypes: install it first") from None
-    return ml_dtypes.bfloat16

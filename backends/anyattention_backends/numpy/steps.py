@@ -12,8 +12,6 @@ Array = Any
 
 
 class NumPySteps(Steps):
-    """Overrides for NumPy arrays."""
-
     def divide(self, x: Array, y: Array) -> Array:
         """In bfloat16 the quotient of float32, rounded once."""
         if x.dtype.name == "bfloat16":
@@ -21,7 +19,6 @@ class NumPySteps(Steps):
         return super().divide(x, y)
 
     def divide_by_scalar(self, x: Array, value: Any, dtype: str) -> Array:
-        """As `divide`, by a scalar that is first rounded."""
         if dtype == "bfloat16":
             return (x.astype(np.float32) / np.float32(dtypes.round_to(float(value), dtype))).astype(x.dtype)
         return super().divide_by_scalar(x, value, dtype)
@@ -30,13 +27,12 @@ class NumPySteps(Steps):
         """16-bit products accumulate in float32 and are rounded once."""
         if x.dtype != y.dtype:
             x, y = self.arrays.join(x, y)
-        if self.arrays.dtype_name(x) in HALF:
-            x32, y32 = x.astype(np.float32), y.astype(np.float32)
-            return super().contract(equation, x32, y32, precision, dot_general).astype(x.dtype)
-        return super().contract(equation, x, y, precision, dot_general)
+        if self.arrays.dtype_name(x) not in HALF:
+            return super().contract(equation, x, y, precision, dot_general)
+        wide = super().contract(equation, x.astype(np.float32), y.astype(np.float32), precision, dot_general)
+        return wide.astype(x.dtype)
 
     def where(self, mask: Array, x: Array, fill: float) -> Array:
-        """With a fill of the dtype of `x`."""
         return np.where(self.arrays.truth(mask), x, np.asarray(fill, x.dtype))
 
     def softmax(self, logits: Array) -> Array:

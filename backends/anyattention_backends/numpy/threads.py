@@ -5,6 +5,7 @@ The BLAS limit is of the process, so it is taken once for all calls that overlap
 
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -17,12 +18,10 @@ class _Guard:
     """Counts the calls under way; while there are any, BLAS has one thread."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.calls = 0
+        self.lock, self.calls, self.workers = threading.Lock(), 0, 1
         self.controller: Any = None
         self.limit: Any = None
         self.pool: Any = None
-        self.workers = 1
 
     @contextmanager
     def __call__(self) -> Iterator[tuple[Any, int]]:
@@ -30,7 +29,8 @@ class _Guard:
             if not self.calls:
                 self.controller = self.controller or ThreadpoolController().select(user_api="blas")
                 threads = max((library.get_num_threads() for library in self.controller.lib_controllers), default=1)
-                self.workers = min(threads, _cores())
+                cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+                self.workers = min(threads, cores)
                 self.disown()
                 self.limit = self.controller.limit(limits=1)
                 self.disown()
@@ -53,33 +53,26 @@ class _Guard:
             getattr(library, "clear_controlling_thread", lambda force: None)(force=True)
 
 
-def _cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 _guard = _Guard()
 
 
 def for_each(work: Callable[[Any], None], items: Sequence[Any]) -> None:
     """Call `work` with every item, on as many threads as BLAS would use; the first error is raised."""
     with _guard() as (pool, workers):
-        remaining = iter(items)
-        lock = threading.Lock()
+        remaining, lock = deque(items), threading.Lock()
 
         def run() -> None:
-            nonlocal remaining
-            while True:
-                with lock:
-                    item = next(remaining, None)
-                if item is None:
-                    return
-                try:
-                    work(item)
-                except BaseException:
+            try:
+                while True:
                     with lock:
-                        remaining = iter(())
-                    raise
+                        if not remaining:
+                            return
+                        item = remaining.popleft()
+                    work(item)
+            except BaseException:
+                with lock:
+                    remaining.clear()
+                raise
 
         futures = [pool.submit(run) for _ in range(min(workers, len(items)) - 1)]
         try:

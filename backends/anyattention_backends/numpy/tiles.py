@@ -14,13 +14,14 @@ from anyattention.extend import Tiles
 from anyattention_backends.numpy import threads
 
 Array = Any
+Sizes = tuple[int, int]
+Pair = tuple[Any, Any]
+OfTiles = Callable[[tuple[Block, ...]], Pair]
 _LOGITS = 2**19  # of a tile, if more heads can be taken together: calls of NumPy cost time, above all among threads
 
 
 class NumPyTiles(Tiles):
-    """Overrides for NumPy arrays."""
-
-    def sizes(self, block: Block, ruled: bool) -> tuple[int, int]:
+    def sizes(self, block: Block, ruled: bool) -> Sizes:
         """Logits of a tile stay in the cache; fewer rows waste less along a diagonal."""
         rows, columns = block.lengths
         return 256 if ruled else _even(rows), _even(columns)
@@ -50,7 +51,6 @@ class NumPyTiles(Tiles):
         return np.matmul(x, np.ones((x.shape[-1], 1), x.dtype))
 
     def exp_minus(self, x: Array, shift: Array | None) -> Array:
-        """In place."""
         if shift is not None:
             np.subtract(x, shift, out=x)
         return np.exp(x, out=x)
@@ -62,29 +62,17 @@ class NumPyTiles(Tiles):
         return np.exp2(x, out=x)
 
     def times_minus(self, x: Array, y: Array, shift: Array) -> Array:
-        """In place."""
-        np.subtract(y, shift, out=y)
-        return np.multiply(x, y, out=y)
+        return np.multiply(x, np.subtract(y, shift, out=y), out=y)
 
     def fill(self, x: Array, visible: Array, value: float) -> Array:
-        """In place."""
         np.copyto(x, value, where=~visible)
         return x
 
     def span(self, visible: Array) -> tuple[int, int]:
-        """Values can always be looked at."""
         columns = np.flatnonzero(visible.any(axis=tuple(range(visible.ndim - 1))))
         return (int(columns[0]), int(columns[-1]) + 1) if len(columns) else (0, 0)
 
-    def map_rows(
-        self,
-        function: Callable[[tuple[Block, ...]], tuple[Any, Any]],
-        block: Block,
-        groups: Sequence[Group],
-        sizes: tuple[int, int],
-        like: tuple[Any, Any],
-    ) -> tuple[Any, Any]:
-        """One head at a time, tiles shared among threads, results in place."""
+    def map_rows(self, function: OfTiles, block: Block, groups: Sequence[Group], sizes: Sizes, like: Pair) -> Pair:
         results = _Results(block.lead, block.lengths[0], like)
         parts = [part for group in reversed(groups) for part in group.split(sizes[0])]  # those that see most first
         size = min(sizes[0], block.lengths[0]) * min(sizes[1], block.lengths[1])
@@ -104,16 +92,14 @@ def _ranges(lead: tuple[int, ...], count: int) -> Iterator[tuple[slice, ...]]:
     for size in reversed(lead):
         steps.append(min(size, max(count, 1)))
         count //= size
-    axes = [
-        [slice(i, i + step) for i in range(0, size, step)] for size, step in zip(lead, reversed(steps), strict=True)
-    ]
-    return itertools.product(*axes)
+    each = zip(lead, reversed(steps), strict=True)
+    return itertools.product(*([slice(i, i + step) for i in range(0, size, step)] for size, step in each))
 
 
 class _Results:
     """Arrays of the whole, filled from the results of tiles, from several threads."""
 
-    def __init__(self, lead: tuple[int, ...], length: int, like: tuple[Any, Any]) -> None:
+    def __init__(self, lead: tuple[int, ...], length: int, like: Pair) -> None:
         self.lead, self.length, self.like, self.lock = lead, length, like, threading.Lock()
         self.rows: Any = None
         self.sums: Any = None

@@ -11,23 +11,15 @@ from anyattention.extend import Arrays
 from anyattention_backends.torch import compat
 
 Array = Any
-_NAMES = {
-    getattr(torch, name): name
-    for name in (
-        *("bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64"),
-        *("bfloat16", "float16", "float32", "float64", "complex64", "complex128"),
-    )
-}
-_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+_KINDS = "bool uint8 uint16 uint32 uint64 int8 int16 int32 int64 bfloat16 float16 float32 float64 complex64 complex128"
+_DTYPES = {name: getattr(torch, name) for name in _KINDS.split()}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class TorchArrays(Arrays):
-    """Overrides for PyTorch tensors."""
-
     guests = (np.ndarray, np.bool_, np.uint32, np.int32, np.int64, np.float16, np.float32, np.float64)
 
     def platform(self, x: Array) -> str:
-        """The type of the tensor's device."""
         return x.device.type
 
     def run(self, like: Array, function: Callable[..., Any], /, *args: Any) -> Any:
@@ -35,10 +27,10 @@ class TorchArrays(Arrays):
         if like.is_cpu and not torch.is_autocast_enabled("cpu"):
             return function(*args)
         device = like.device.type
-        if compat.has_autocast(device) and torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
-                return function(*args)
-        return function(*args)
+        if not compat.has_autocast(device) or not torch.is_autocast_enabled(device):
+            return function(*args)
+        with torch.autocast(device, enabled=False):
+            return function(*args)
 
     def adopt(self, guest: Any, like: Array | None) -> Array:
         """PyTorch cannot read NumPy's bfloat16, nor arrays it may not write to without a warning."""
@@ -74,7 +66,6 @@ class TorchArrays(Arrays):
         return _NAMES.get(x.dtype) or str(x.dtype)
 
     def cast(self, x: Array, name: str) -> Array:
-        """The method, which leaves a tensor of that dtype as it is."""
         dtype = _DTYPES[name]
         return x if x.dtype is dtype else x.to(dtype)
 
@@ -83,7 +74,6 @@ class TorchArrays(Arrays):
         return torch.matmul(x, y)
 
     def permute_dims(self, x: Array, axes: tuple[int, ...]) -> Array:
-        """PyTorch's own name of it."""
         return torch.permute(x, axes)
 
     def inspects(self, x: Array) -> bool:

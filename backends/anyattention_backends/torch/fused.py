@@ -1,6 +1,7 @@
 """What the kernels on PyTorch have in common: which derivatives they have, and where others are from."""
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -81,12 +82,8 @@ def with_second_derivative(kernel: Callable[..., Array], *four: Array, **options
     if torch.compiler.is_compiling() or compat.is_transformed() or not torch.is_grad_enabled():
         return kernel(*four, **options)
     hooks = compat.saved_tensor_hooks()
-    if hooks is None:
+    with UnpackedOnce(*hooks) if hooks else nullcontext():
         output = kernel(*four, **options)
-    else:
-        hooks = UnpackedOnce(*hooks)
-        with torch.autograd.graph.saved_tensors_hooks(hooks.pack, hooks.unpack):
-            output = kernel(*four, **options)
     node = output.grad_fn
     if node is not None and node.name().startswith("ScaledDotProduct"):
         node.register_hook(_again)
@@ -113,23 +110,22 @@ def _again(gradients: tuple[Array, ...], cotangents: tuple[Array, ...]) -> tuple
     return (*(None if gradient is None else next(found) for gradient in gradients[:3]), *gradients[3:])
 
 
-class UnpackedOnce:
+class UnpackedOnce(torch.autograd.graph.saved_tensors_hooks):  # type: ignore[misc]
     """Hooks on what autograd saves around the caller's own, which may refuse to unpack a tensor twice.
 
     A checkpoint does. Where `_again` is to read what the node has unpacked before, the tensor is kept till then.
     """
 
     def __init__(self, pack: Callable[[Array], Any], unpack: Callable[[Any], Array]) -> None:
-        self.pack, self._unpack = pack, unpack
-        self.kept: dict[int, Any] = {}
+        super().__init__(pack, self._once)
+        self._unpack, self._kept = unpack, dict[int, Array]()
 
-    def unpack(self, packed: Any) -> Array:
-        """The tensor; for the second time, where it was kept, that."""
+    def _once(self, packed: Any) -> Array:
         if not torch.is_grad_enabled():
             return self._unpack(packed)
-        if id(packed) in self.kept:
-            return self.kept.pop(id(packed))
-        x = self.kept[id(packed)] = self._unpack(packed)
+        if id(packed) in self._kept:
+            return self._kept.pop(id(packed))
+        x = self._kept[id(packed)] = self._unpack(packed)
         return x
 
 

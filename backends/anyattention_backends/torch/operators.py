@@ -11,13 +11,15 @@ from enum import Enum
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from anyattention._src import threefry
 from anyattention._src.tiles.blocks import Block, Pairs, leaves
 from anyattention._src.tiles.passes import Tiling, backward, forward, tiling
 from anyattention.extend import Backend, Dropout, Options
 
-Array = Any
+Many = Sequence[Tensor]
+Numbers = Sequence[float]
 #: That of PyTorch; set by the package, which makes it from what stands on these operators.
 backend: Backend = None  # type: ignore[assignment]
 _OPTIONS = tuple(field.name for field in fields(Options))
@@ -26,7 +28,7 @@ _NUMBER = "number"
 
 
 @torch.library.custom_op("anyattention::keep", mutates_args=())  # type: ignore[untyped-decorator]
-def keep(key: torch.Tensor, p: float, shape: Sequence[int]) -> torch.Tensor:
+def keep(key: Tensor, p: float, shape: Sequence[int]) -> Tensor:
     """The dropout mask of this key: True with probability `p`."""
     import array_api_compat.torch as xp
 
@@ -34,16 +36,16 @@ def keep(key: torch.Tensor, p: float, shape: Sequence[int]) -> torch.Tensor:
 
 
 @keep.register_fake  # type: ignore[untyped-decorator]
-def _(key: torch.Tensor, p: float, shape: Sequence[int]) -> torch.Tensor:
+def _(key: Tensor, p: float, shape: Sequence[int]) -> Tensor:
     return key.new_empty(shape, dtype=torch.bool)
 
 
-def leading(arrays: Sequence[Array], dims: Sequence[int | None]) -> list[Array]:
+def leading(arrays: Sequence[Tensor], dims: Sequence[int | None]) -> list[Tensor]:
     """Tensors with the mapped axis first, of size 1 for those that are not mapped."""
     return [x[None] if dim is None else x.movedim(dim, 0) for x, dim in zip(arrays, dims, strict=True)]
 
 
-def tiled(how: Tiling, block: Block) -> Array:
+def tiled(how: Tiling, block: Block) -> Tensor:
     """The output of a block, by one operator."""
     numbers: list[float] = []
     options = tuple([(name, getattr(how.options, name)) for name in _OPTIONS])
@@ -65,7 +67,7 @@ def _write(x: Any, numbers: list[float]) -> str:
     return "('" + _NUMBER + "', " + str(len(numbers) - 1) + ")"
 
 
-def _read(arrays: Sequence[Array], numbers: Sequence[float], text: str) -> tuple[Tiling, Block]:
+def _read(arrays: Many, numbers: Numbers, text: str) -> tuple[Tiling, Block]:
     """The tiling and the block of an operator's arguments."""
 
     def number(x: Any) -> Any:
@@ -86,58 +88,42 @@ def _read(arrays: Sequence[Array], numbers: Sequence[float], text: str) -> tuple
     return tiling(backend, Options(**options), dtype, expression, block), block
 
 
-def _differentiated(text: str) -> int:
-    """How many of the arrays, from the first, have gradients: query, key, value, and a bias."""
-    return 3 + ast.literal_eval(text)[-1][0]
-
-
 @torch.library.custom_op("anyattention::tiled", mutates_args=())  # type: ignore[untyped-decorator]
-def _tiled(arrays: Sequence[torch.Tensor], numbers: Sequence[float], text: str) -> list[torch.Tensor]:
+def _tiled(arrays: Many, numbers: Numbers, text: str) -> list[Tensor]:
     return list(forward(*_read(arrays, numbers, text)))
 
 
 @torch.library.custom_op("anyattention::tiled_backward", mutates_args=())  # type: ignore[untyped-decorator]
-def _tiled_backward(
-    arrays: Sequence[torch.Tensor],
-    results: Sequence[torch.Tensor],
-    doutput: torch.Tensor,
-    numbers: Sequence[float],
-    text: str,
-) -> list[torch.Tensor]:
+def _tiled_backward(arrays: Many, results: Many, doutput: Tensor, numbers: Numbers, text: str) -> list[Tensor]:
     output, base, total = results
     *gradients, dbias = backward(*_read(arrays, numbers, text), output, base, total, doutput)
     return [x.clone() for x in (*gradients, *([] if dbias is None else [dbias]))]
 
 
 @_tiled.register_fake  # type: ignore[untyped-decorator]
-def _(arrays: Sequence[torch.Tensor], numbers: Sequence[float], text: str) -> list[torch.Tensor]:
+def _(arrays: Many, numbers: Numbers, text: str) -> list[Tensor]:
     query, _, value = arrays[:3]
     return [query.new_empty((*query.shape[:-1], size)) for size in (value.shape[-1], 1, 1)]
 
 
 @_tiled_backward.register_fake  # type: ignore[untyped-decorator]
-def _(
-    arrays: Sequence[torch.Tensor],
-    results: Sequence[torch.Tensor],
-    doutput: torch.Tensor,
-    numbers: Sequence[float],
-    text: str,
-) -> list[torch.Tensor]:
-    return [x.new_empty(x.shape, dtype=doutput.dtype) for x in arrays[: _differentiated(text)]]
+def _(arrays: Many, results: Many, doutput: Tensor, numbers: Numbers, text: str) -> list[Tensor]:
+    differentiated = 3 + ast.literal_eval(text)[-1][0]  # query, key, value, and a bias
+    return [x.new_empty(x.shape, dtype=doutput.dtype) for x in arrays[:differentiated]]
 
 
 @_tiled.register_vmap  # type: ignore[untyped-decorator]
-def _(info: Any, in_dims: Any, arrays: Sequence[Array], numbers: Sequence[float], text: str) -> Any:
+def _(info: Any, in_dims: Any, arrays: Many, numbers: Numbers, text: str) -> Any:
     return _tiled(leading(arrays, in_dims[0]), numbers, text), [0, 0, 0]
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Array]) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     arrays, *ctx.rest = inputs
     ctx.count = len(arrays)
     ctx.save_for_backward(*arrays, *output)
 
 
-def _backward(ctx: Any, gradients: list[Array]) -> tuple[list[Array | None], list[None] | None, None]:
+def _backward(ctx: Any, gradients: list[Tensor]) -> tuple[list[Tensor | None], list[None] | None, None]:
     saved = list(ctx.saved_tensors)
     arrays, results = saved[: ctx.count], saved[ctx.count :]
     found = _tiled_backward(arrays, results, gradients[0], *ctx.rest)

@@ -76,9 +76,7 @@ class SDPA(TorchKernel):
         step = self.sample(call)
         return not (step > 1 and bool(self.reaches(call, step).all())) and not bool(self.reaches(call).all())
 
-    def kernel(
-        self, query: Array, key: Array, value: Array, bias: Array | None, mask: Structure, scale: float
-    ) -> Array:
+    def kernel(self, query: Array, key: Array, value: Array, bias: Array | None, mask: Structure, scale: float) -> Any:
         causal, shown = mask.causal and bias is None and not mask.rest, mask.joined
         if bias is not None:
             shown = bias if shown is None else torch.where(shown, bias, -torch.inf)

@@ -13,8 +13,6 @@ _STEPWISE = (torch.bfloat16, torch.float16, torch.complex64, torch.complex128)
 
 
 class TorchSteps(Steps):
-    """Overrides for PyTorch tensors."""
-
     def scale(self, query: Array, depth: int, dtype: str) -> Array:
         """Under ``torch.compile(dynamic=True)`` the depth is a symbol until it is used as a length."""
         return super().scale(query, len(range(depth)), dtype)
@@ -33,22 +31,16 @@ class TorchSteps(Steps):
         return torch.where(self.arrays.truth(mask), x, complex(fill) if x.is_complex() else fill)
 
     def softmax(self, logits: Array) -> Array:
-        """PyTorch's own in float32 and float64; 16 bits are rounded step by step.
-
-        The maximum takes no part in the gradient.
-        """
+        """PyTorch's own in float32 and float64; 16 bits are rounded step by step."""
         if logits.dtype not in _STEPWISE:
             return torch.softmax(logits, dim=-1)
         if logits.shape[-1] == 0:
             return logits
-        weights = torch.exp(logits - _max(logits.detach()))
+        weights = torch.exp(logits - _max(logits.detach()))  # the maximum takes no part in the gradient
         return self.divide(weights, torch.sum(weights, dim=-1, keepdim=True))
 
     def keep(self, key: Any, keep_prob: Any, shape: Sequence[int], like: Array) -> Array:
-        """The key is brought to the device of the weights.
-
-        To inductor, twenty rounds of threefry are one expression, which takes forever to compile: it gets an operator.
-        """
+        """Inductor makes one expression of threefry's twenty rounds and never ends compiling: it gets an operator."""
         key = key.to(like.device)
         if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
             return keep(key, float(keep_prob), shape)

@@ -12,11 +12,10 @@ from anyattention.extend import Tiles
 from anyattention_backends.torch import compat, operators
 
 Array = Any
+Pass = Callable[..., Any]
 
 
 class TorchTiles(Tiles):
-    """Overrides for PyTorch tensors."""
-
     def sizes(self, block: Block, ruled: bool) -> tuple[int, int]:
         """All heads at once, so that their keep bits are drawn once, in a few megabytes."""
         heads = max(math.prod(block.lead), 1)
@@ -24,7 +23,6 @@ class TorchTiles(Tiles):
         return max(64, min(most, 2**22 // (512 * heads))), 512
 
     def transpose(self, x: Array) -> Array:
-        """A view, by PyTorch's own name of it."""
         return x.mT
 
     def logits(self, query: Array, key: Array, precision: Any, precise: bool) -> Array:
@@ -38,17 +36,14 @@ class TorchTiles(Tiles):
         return torch.amax(x.detach(), dim=-1, keepdim=True)
 
     def exp_minus(self, x: Array, shift: Array | None) -> Array:
-        """In place where possible."""
         if not _is_plain(x):
             return super().exp_minus(x, shift)
         return (x if shift is None else x.sub_(shift)).exp_()
 
     def power(self, x: Array) -> Array:
-        """As `exp_minus`."""
         return self.exp_minus(x, None)
 
     def times_minus(self, x: Array, y: Array, shift: Array) -> Array:
-        """In place where possible."""
         return y.sub_(shift).mul_(x) if _is_plain(x, y) else super().times_minus(x, y, shift)
 
     def fill(self, x: Array, visible: Array, value: float) -> Array:
@@ -58,12 +53,9 @@ class TorchTiles(Tiles):
         return x.masked_fill_(~visible, value)
 
     def key_words(self, key: Any, like: Array) -> Array:
-        """The key is brought to the device of the query."""
         return key.to(like.device)
 
-    def differentiable(
-        self, forward: Callable[..., Any], backward: Callable[..., Any], tiling: Any, block: Block
-    ) -> Array:
+    def differentiable(self, forward: Pass, backward: Pass, tiling: Any, block: Block) -> Array:
         """The backward pass is the written one; autograd would keep every tile.
 
         Compilers get one operator, not a program that grows with the number of tiles.
@@ -128,8 +120,6 @@ class _Tiled(torch.autograd.Function):  # type: ignore[misc]
         return torch.func.jvp(output, primals, tuple(moved.values()))[1], None, None
 
     @staticmethod
-    def vmap(
-        info: Any, in_dims: Any, forward: Any, backward: Any, tiling: Any, structure: Any, *arrays: Array
-    ) -> tuple[Any, Any]:
+    def vmap(info: Any, in_dims: Any, *inputs: Any) -> tuple[Any, Any]:
         """The mapped axis becomes one more lead axis."""
-        return _Tiled.apply(forward, backward, tiling, structure, *operators.leading(arrays, in_dims[4:])), (0, 0, 0)
+        return _Tiled.apply(*inputs[:4], *operators.leading(inputs[4:], in_dims[4:])), (0, 0, 0)

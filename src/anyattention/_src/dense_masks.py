@@ -38,9 +38,8 @@ def make_attention_mask(
             raise ShapeError(f"{name} needs a length axis, got shape ()")
     query_input, key_input = backend.arrays.join(query_input, key_input)
     mask = pairwise_fn(xp.expand_dims(query_input, axis=-1), xp.expand_dims(key_input, axis=-2))
-    mask = xp.expand_dims(mask, axis=-3)
-    for _ in range(extra_batch_dims):
-        mask = xp.expand_dims(mask, axis=0)
+    for axis in (-3, *(0,) * extra_batch_dims):
+        mask = xp.expand_dims(mask, axis=axis)
     return backend.arrays.cast(mask, dtypes.name_of(dtype))
 
 

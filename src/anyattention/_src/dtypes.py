@@ -41,7 +41,8 @@ _ALIASES = {
     **dict.fromkeys(("c8", "F", "csingle"), "complex64"),
     **dict.fromkeys(("c16", "D", "cdouble", "complex"), "complex128"),
 }
-_PYTHON_SCALARS: dict[Any, str] = {bool: "bool", int: "int*", float: "float*", complex: "complex*"}
+# Lattice names of Python's scalars, which never widen an array of their own kind.
+PYTHON_SCALARS: dict[Any, str] = {bool: "bool", int: "int*", float: "float*", complex: "complex*"}
 
 
 def _closure(name: str) -> frozenset[str]:
@@ -109,11 +110,6 @@ def compute_dtype(names: tuple[str, ...], dtype: Any = None) -> str:
     if not is_inexact(promote(name)):
         raise ValueError(f"Dtype must be inexact: {dtype!r}; pass a floating or complex dtype, or None to infer it")
     return name
-
-
-def scalar_dtype(value: Any) -> str | None:
-    """Lattice name of a Python scalar, which never widens an array of its own kind; None for anything else."""
-    return _PYTHON_SCALARS.get(type(value))
 
 
 def lowest(name: str) -> float:

@@ -10,9 +10,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from anyattention._src import dtypes, threefry
-from anyattention._src.tiles.blocks import Block, Group, cut_columns, cut_group, tree_map
+from anyattention._src.tiles.blocks import Block, Group, Sizes, cut_columns, cut_group, tree_map
 
 Array = Any
+Function = Callable[..., Any]
+Pair = tuple[Any, Any]
+OfTiles = Callable[[tuple[Block, ...]], Pair]
+Step = Callable[[Any, Block], Pair]
 
 # The products of attention, each with the axes (counted from the end) that make it a matrix product:
 # left [..., rows, summed], right [..., summed, columns], then the axes of that product in the order of the result;
@@ -38,13 +42,7 @@ def _order(axes: tuple[int, ...], rank: int) -> tuple[int, ...]:
     return (*range(rank - len(axes)), *(rank + axis for axis in axes))
 
 
-_ORDERS = {
-    (axes, rank): _order(axes, rank)
-    for product in PRODUCTS.values()
-    for axes in product
-    if axes
-    for rank in range(len(axes), 8)
-}
+_ORDERS = {(x, rank): _order(x, rank) for axes in PRODUCTS.values() for x in axes if x for rank in range(len(x), 8)}
 
 
 class Arrays:
@@ -61,11 +59,11 @@ class Arrays:
         """Where calls with this array run: "cpu", "cuda", ..."""
         return "cpu"
 
-    def run(self, like: Array, function: Callable[..., Any], /, *args: Any) -> Any:
+    def run(self, like: Array, function: Function, /, *args: Any) -> Any:
         """Call an implementation, for arrays such as `like`, under whatever settings this library needs around it."""
         return function(*args)
 
-    def outline(self, function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    def outline(self, function: Function, arguments: dict[str, Any]) -> Any:
         """``function(**arguments)``, of which some may be shapes that stand for arrays, where the library has such."""
         return function(**arguments)
 
@@ -118,9 +116,7 @@ class Arrays:
         """Both in their common dtype by JAX's lattice. A Python scalar takes the array's dtype, rounded first."""
         if getattr(y, "dtype", None) == x.dtype:
             return x, y
-        left, right = self.dtype_name(x), dtypes.scalar_dtype(y)
-        if right is None:
-            right = self.dtype_name(y)
+        left, right = self.dtype_name(x), dtypes.PYTHON_SCALARS.get(type(y)) or self.dtype_name(y)
         if left == right:
             return x, y
         name = dtypes.promote(left, right)
@@ -157,24 +153,14 @@ def permute(arrays: Arrays, x: Array, axes: Axes) -> Array:
     """The last axes in this order, those before them as they are."""
     if axes is None:
         return x
-    rank = x.ndim
-    return arrays.permute_dims(x, _ORDERS.get((axes, rank)) or _order(axes, rank))
+    return arrays.permute_dims(x, _ORDERS.get((axes, x.ndim)) or _order(axes, x.ndim))
 
 
 class Steps:
     """The steps of the exact implementation."""
 
     #: `precision` values that change nothing here, since products are computed in full precision anyway.
-    full_precision = (
-        "default",
-        "high",
-        "highest",
-        "float32",
-        "tensorfloat32",
-        "bfloat16",
-        "bfloat16_3x",
-        "fastest",
-    )
+    full_precision = ("default", "high", "highest", "float32", "tensorfloat32", "bfloat16", "bfloat16_3x", "fastest")
 
     def __init__(self, arrays: Arrays) -> None:
         self.arrays, self.xp = arrays, arrays.xp
@@ -257,7 +243,7 @@ class Tiles:
     def __init__(self, arrays: Arrays) -> None:
         self.arrays, self.xp = arrays, arrays.xp
 
-    def sizes(self, block: Block, ruled: bool) -> tuple[int, int]:
+    def sizes(self, block: Block, ruled: bool) -> Sizes:
         """How many queries and keys to take at a time; `ruled` says that rows see different keys by the mask's rule."""
         return 256, 1024
 
@@ -312,23 +298,14 @@ class Tiles:
         """Why dropout bits of this key cannot be drawn tile by tile; empty where they can."""
         return ""
 
-    def span(self, visible: Array) -> tuple[int, int]:
+    def span(self, visible: Array) -> Sizes:
         """The columns from the first to the last with something visible, where `Arrays.inspects`."""
         return 0, visible.shape[-1]
 
-    def map_rows(
-        self,
-        function: Callable[[tuple[Block, ...]], tuple[Any, Any]],
-        block: Block,
-        groups: Sequence[Group],
-        sizes: tuple[int, int],
-        like: tuple[Any, Any],
-    ) -> tuple[Any, Any]:
+    def map_rows(self, function: OfTiles, block: Block, groups: Sequence[Group], sizes: Sizes, like: Pair) -> Pair:
         """Call the function with tiles of rows of each group, each with the columns that it sees, in parts.
 
-        Join its first results along rows, add up the second.
-
-        `like` are arrays with the lead axes that the results have.
+        Join its first results along rows, add up the second; `like` are arrays with the lead axes that these have.
         """
         rows, total = [], None
         for part in (part for group in groups for part in group.split(sizes[0])):
@@ -337,24 +314,19 @@ class Tiles:
             total = sums if total is None else tree_map(operator.add, total, sums)
         return join_rows(self.xp, rows), total
 
-    def scan_columns(
-        self, step: Callable[[Any, Block], tuple[Any, Any]], state: Any, block: Block, sizes: tuple[int, int]
-    ) -> tuple[Any, Any]:
+    def scan_columns(self, step: Step, state: Any, block: Block, sizes: Sizes) -> Pair:
         """Carry a state through every tile of columns; join what else the step returns along rows."""
-        length, size = block.lengths[1], sizes[1]
-        results = []
+        (length, size), results = (block.lengths[1], sizes[1]), []
         for i in range(0, length, size):
             state, result = step(state, cut_columns(block, i, min(i + size, length)))
             results.append(result)
         return state, join_rows(self.xp, results)
 
-    def compiled(self, function: Callable[..., Any], tiling: Any, *arrays: Any) -> Any:
+    def compiled(self, function: Function, tiling: Any, *arrays: Any) -> Any:
         """``function(tiling, *arrays)``; `tiling` is hashable."""
         return function(tiling, *arrays)
 
-    def differentiable(
-        self, forward: Callable[..., Any], backward: Callable[..., Any], tiling: Any, block: Block
-    ) -> Array:
+    def differentiable(self, forward: Function, backward: Function, tiling: Any, block: Block) -> Array:
         """The output of the block, with its gradient where the library differentiates."""
         return forward(tiling, block)[0]
 

@@ -1,7 +1,7 @@
 """Masks by rule, and what they become in a call: comparisons of what its queries know with what its keys know."""
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Protocol
 
@@ -30,7 +30,7 @@ class Convertible(Protocol):  # what JAX takes for an array, such as a parameter
     def __jax_array__(self) -> Any: ...
 
 
-def visible(arrays: Arrays, expression: Expression, operands: tuple[Array, ...]) -> Array:
+def visible(arrays: Arrays, expression: Expression, operands: Sequence[Array]) -> Array:
     """Where the mask is truthy: bool, of the broadcast shape of the operands, which may be those of a tile."""
     name, *parts = expression
     if name == "array":
@@ -64,33 +64,25 @@ class Lowering:
         start = start if abs(start) < 2**30 else min(max(start, -(2**31)), 2**31 - length)  # sees all or nothing
         x = xp.arange(start, start + length, dtype=xp.int32, **self.arrays.beside(self.like))
         x = x if isinstance(first, int) else x + first
-        return self.add(xp.reshape(x, _along(axis, length)))
+        return self.add(xp.reshape(x, (length, 1) if axis == -2 else (1, length)))
 
     def given(self, mask: "Mask", name: str, axis: int | None = None) -> int:
-        """Numbers that a mask has, ``[batch...]``, or ids ``[batch..., length]`` of queries (axis -2) or keys (-1).
-
-        A Python integer is one for all batch entries.
-        """
+        """Numbers that a mask has, ``[batch...]``, or ids ``[batch..., length]`` of queries (axis -2) or keys (-1)."""
         x = getattr(mask, name)
-        x = x if hasattr(x, "shape") else self.arrays.adopt(x, self.like)
+        x = x if hasattr(x, "shape") else self.arrays.adopt(x, self.like)  # an integer is one for all batch entries
         batch, sizes = tuple(x.shape), (1, 1)
         if axis is not None:
             length = self.lengths[axis]
             if not batch or batch[-1] != length:
                 which = "q_length" if axis == -2 else "kv_length"
                 raise ShapeError(f"{name} of {mask} has shape {batch}, but {which} is {length}")
-            batch, sizes = batch[:-1], _along(axis, length)
+            batch, sizes = batch[:-1], (length, 1) if axis == -2 else (1, length)
         if self.batch is not None:
             pairs = zip(reversed(batch), reversed(self.batch), strict=False)
             if len(batch) > len(self.batch) or not all(a == b or a == 1 for a, b in pairs):
                 where = f"the batch axes {self.batch} of query"
                 raise ShapeError(f"{name} of {mask} has shape {tuple(x.shape)}, which does not fit {where}")
         return self.add(self.arrays.xp.reshape(x, (*batch, 1, *sizes)))
-
-
-def _along(axis: int, length: Any) -> tuple[Any, Any]:
-    """The shape of what belongs to queries (axis -2) or keys (-1)."""
-    return (length, 1) if axis == -2 else (1, length)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -108,8 +100,8 @@ class Mask:
         Mask._made(type(self))
         for name in self._integers:
             if not isinstance(x := getattr(self, name), int):
-                known = "known when the mask is made"
-                raise TypeError(f"{name} must be a Python integer, {known}, got {type(x).__name__}")
+                kind = type(x).__name__
+                raise TypeError(f"{name} must be a Python integer, known when the mask is made, got {kind}")
 
     def lower(self, to: Lowering) -> Expression:
         """The mask as an expression over operands, which are added to `to`."""
@@ -171,15 +163,11 @@ class Mask:
         [[True, False, False], [True, True, False]]
         """
         backend, mask, like = Mask._home(self)
-        return mask.on(backend.arrays, None, (q_length, kv_length), like)
-
-    def on(self, arrays: Arrays, batch: Batch, lengths: Sizes, like: Any) -> Array:
-        """The mask expanded for a call."""
-        to = Lowering(arrays, batch, lengths, like)
-        expression = self.lower(to)
-        full = visible(arrays, expression, tuple(to.operands))
+        lengths = q_length, kv_length
+        to = Lowering(backend.arrays, None, lengths, like)
+        full = visible(backend.arrays, mask.lower(to), to.operands)
         sizes = (length if size == 1 else size for size, length in zip(full.shape[-2:], lengths, strict=True))
-        return arrays.xp.broadcast_to(full, (*full.shape[:-2], *sizes))
+        return backend.arrays.xp.broadcast_to(full, (*full.shape[:-2], *sizes))
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -65,13 +65,6 @@ def _key_words(key: Array, xp: Any) -> Words:
     return words[:1], words[1:]
 
 
-def _like_key(words: Array, key: Array, xp: Any) -> Array:
-    """int32 words as the unsigned words that the key has."""
-    if dtypes.name_of(key.dtype) == "int64":
-        return xp.astype(words, xp.int64) & 0xFFFFFFFF
-    return xp.astype(words, key.dtype)
-
-
 def device_of(x: Array) -> dict[str, Any]:
     """The `device` argument that creates an array beside `x`; none where arrays have none (MLX, Dask)."""
     return {"device": x.device} if hasattr(x, "device") else {}
@@ -104,21 +97,6 @@ def _add(a: Words, b: Words, xp: Any) -> Words:
     return a[0] + b[0] + carry, low
 
 
-def flat_index(xp: Any, like: Array, shape: Sequence[int], start: Sequence[int], stop: Sequence[int]) -> Words:
-    """The row-major flat indices, in an array of `shape`, of the box from start to stop."""
-    total = (xp.reshape(_arange(xp, like, 0, 1), (1,) * len(shape)),) * 2
-    for axis, (first, last) in enumerate(zip(start, stop, strict=True)):
-        if first == 0 and last == 1:
-            continue
-        stride = math.prod(shape[axis + 1 :])
-        index = xp.reshape(_arange(xp, like, first, last), tuple(-1 if a == axis else 1 for a in range(len(shape))))
-        if math.prod(shape) > 2**32:
-            total = _add(total, _times(xp, index, stride), xp)
-        else:
-            total = total[0], total[1] + (index if stride == 1 else index * _int32(stride))
-    return total
-
-
 def counts(xp: Any, key: Array, shape: Sequence[int], origin: Any = None, whole: Any = None) -> tuple[Any, ...]:
     """What `keep_at` needs for every element of ``[lead..., rows, columns]``, in arrays that cut as its tiles do.
 
@@ -127,15 +105,25 @@ def counts(xp: Any, key: Array, shape: Sequence[int], origin: Any = None, whole:
     """
     *lead, rows, columns = shape
     whole = (*lead, *(whole or (rows, columns)))
+    wide, ones = math.prod(whole) > 2**32, (1,) * len(shape)
     # A position that is known at run time only is added to arrays that count from zero.
     (row, row_later), (column, column_later) = ((x, 0) if isinstance(x, int) else (0, x) for x in origin or (0, 0))
-    words = tuple(xp.reshape(word, (1,) * len(shape)) for word in _key_words(key, xp))
-    high, low = flat_index(xp, key, whole, (*(0 for _ in lead), row, 0), (*lead, row + rows, 1))
-    columns = xp.reshape(_arange(xp, key, column, column + columns), (1,) * (len(shape) - 1) + (columns,))
+    words = tuple(xp.reshape(word, ones) for word in _key_words(key, xp))
+    high = low = xp.reshape(_arange(xp, key, 0, 1), ones)
+    for axis, (first, last) in enumerate([*((0, size) for size in lead), (row, row + rows)]):
+        if first == 0 and last == 1:
+            continue
+        stride = math.prod(whole[axis + 1 :])
+        index = xp.reshape(_arange(xp, key, first, last), (*ones[:axis], -1, *ones[axis + 1 :]))
+        if wide:
+            high, low = _add((high, low), _times(xp, index, stride), xp)
+        else:
+            low = low + (index if stride == 1 else index * _int32(stride))
+    columns = xp.reshape(_arange(xp, key, column, column + columns), (*ones[1:], columns))
     if origin is not None:
         high, low = _add((high, low), _times(xp, low * 0 + row_later, whole[-1]), xp)
         columns = columns + column_later
-    return *words, high if math.prod(whole) > 2**32 else None, low, columns
+    return *words, high if wide else None, low, columns
 
 
 def keep_at(xp: Any, p: Any, counts: tuple[Any, ...]) -> Array:
@@ -151,9 +139,8 @@ def keep_at(xp: Any, p: Any, counts: tuple[Any, ...]) -> Array:
 
 def keep(xp: Any, key: Array, p: Any, shape: Sequence[int]) -> Array:
     """`bernoulli` for an array of this shape."""
-    sizes = tuple(shape) or (1,)
-    x, y = threefry2x32(_key_words(key, xp), *flat_index(xp, key, sizes, (0,) * len(sizes), sizes))
-    return _below(xp.reshape(x ^ y, tuple(shape)), p)
+    shape = tuple(shape)
+    return xp.reshape(keep_at(xp, p, counts(xp, key, (1,) * (2 - len(shape)) + shape)), shape)
 
 
 def _below(bits: Array, p: Any) -> Array:
@@ -192,10 +179,7 @@ def split(key: Array, num: int = 2) -> Array:
     >>> split(key(0)).tolist()
     [[1797259609, 2579123966], [928981903, 3453687069]]
     """
-    xp = array_api_compat.array_namespace(key)
-    counts = _arange(xp, key, 0, num)
-    x, y = threefry2x32(_key_words(key, xp), counts * 0, counts)
-    return _like_key(xp.stack((x, y), axis=1), key, xp)
+    return _derived(key, 0, num)
 
 
 def fold_in(key: Array, data: int) -> Array:
@@ -209,10 +193,17 @@ def fold_in(key: Array, data: int) -> Array:
     """
     if not 0 <= data < 2**32:
         raise OverflowError(f"data must be in [0, 2**32), got {data}")
+    return _derived(key, data, 1)[0]
+
+
+def _derived(key: Array, first: int, num: int) -> Array:
+    """The keys, ``[num, 2]``, that a key and 32-bit counts from the first make, in the unsigned words that it has."""
     xp = array_api_compat.array_namespace(key)
-    zero = _arange(xp, key, 0, 1)
-    x, y = threefry2x32(_key_words(key, xp), zero, zero + _int32(data))
-    return _like_key(xp.concat((x, y)), key, xp)
+    counts = _arange(xp, key, 0, num) + _int32(first)
+    words = xp.stack(threefry2x32(_key_words(key, xp), counts * 0, counts), axis=1)
+    if dtypes.name_of(key.dtype) == "int64":
+        return xp.astype(words, xp.int64) & 0xFFFFFFFF
+    return xp.astype(words, key.dtype)
 
 
 def bernoulli(key: Array, p: Any = 0.5, shape: Sequence[int] = ()) -> Array:

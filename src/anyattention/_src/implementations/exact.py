@@ -23,7 +23,7 @@ from typing import Any
 
 from anyattention._src import interfaces
 from anyattention._src.call import Call, Dropout
-from anyattention._src.implementations.base import Implementation
+from anyattention._src.implementations.base import EINSUMS, OWN, Implementation
 from anyattention._src.rules import Mask
 
 Array = Any
@@ -34,32 +34,24 @@ class Exact(Implementation):
     """Flax's steps."""
 
     name = "exact"
-    serves = frozenset(
-        {
-            *("bias", "mask", "dropout_key", "dropout", "precision", "force_fp32_for_softmax", "module"),
-            *("einsum_dot_general", "qk_attn_weights_einsum", "attn_weights_value_einsum"),
-            *("weights_only", "grouped heads"),
-        }
-    )
+    serves = OWN | {*EINSUMS, "module", "weights_only"}
 
     def compute(self, call: Call) -> Array:
         """The output; of a call for the weights alone these, ``[batch..., num_heads, q_length, kv_length]``."""
-        return attention_weights(call) if call.options.weights_only else attention(call)
+        weights = attention_weights(call)
+        if call.options.weights_only:
+            return weights
+        query, key, value = call.operands[:3]
+        weights_value = _product(call, call.options.attn_weights_value_einsum)
+        if query.shape[-2] == key.shape[-2]:
+            return weights_value(interfaces.WEIGHTS_VALUE, weights, value)
 
-
-def attention(call: Call) -> Array:
-    """The weighted mean of the values, ``[batch..., q_length, num_heads, v_depth]``."""
-    weights, value = attention_weights(call), call.operands.value
-    weights_value = _product(call, call.options.attn_weights_value_einsum)
-    if weights.shape[-3] == value.shape[-2]:
-        return weights_value(interfaces.WEIGHTS_VALUE, weights, value)
-
-    # Grouped heads: num_heads is a multiple of the key heads, each of which serves `group` query heads in a row.
-    xp, kv_heads = call.backend.xp, value.shape[-2]
-    *batch, heads, q_length, kv_length = weights.shape
-    weights = xp.reshape(weights, (*batch, kv_heads, heads // kv_heads, q_length, kv_length))
-    output = weights_value(interfaces.GROUPED_WEIGHTS_VALUE, weights, xp.expand_dims(value, axis=-2))
-    return xp.reshape(output, (*output.shape[:-3], heads, output.shape[-1]))
+        # Grouped heads: num_heads is a multiple of the key heads, each of which serves `group` query heads in a row.
+        xp, kv_heads = call.backend.xp, value.shape[-2]
+        *batch, heads, q_length, kv_length = weights.shape
+        weights = xp.reshape(weights, (*batch, kv_heads, heads // kv_heads, q_length, kv_length))
+        output = weights_value(interfaces.GROUPED_WEIGHTS_VALUE, weights, xp.expand_dims(value, axis=-2))
+        return xp.reshape(output, (*output.shape[:-3], heads, output.shape[-1]))
 
 
 def attention_weights(call: Call) -> Array:
@@ -75,7 +67,7 @@ def attention_weights(call: Call) -> Array:
         logits = logits + bias
     if mask is not None:
         if isinstance(mask, Mask):  # by rule no longer, since all the logits are here anyway
-            mask = mask.on(arrays, call.batch, call.lengths, query)
+            mask = call.visible(mask)
         logits = steps.where(mask, logits, arrays.lowest(dtype))
 
     if options.force_fp32_for_softmax and dtype != "float32":

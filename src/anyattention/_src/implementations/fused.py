@@ -15,6 +15,7 @@ from anyattention._src import dtypes
 from anyattention._src.call import Call
 from anyattention._src.implementations.base import Implementation
 from anyattention._src.implementations.tiled import TILED
+from anyattention._src.interfaces import permute
 from anyattention._src.rules import LengthMask, Mask
 from anyattention._src.structure import Structure
 
@@ -77,10 +78,9 @@ class Fused(Implementation):
         """As `attend`; an error gets a note with the engine's name and how to switch it off."""
         try:
             return self.attend(call)
-        except NotImplementedError:
-            raise
         except Exception as error:
-            error.add_note(f"This is the engine {self.name!r}. {SWITCH.format(self.name)}")
+            if not isinstance(error, NotImplementedError):
+                error.add_note(f"This is the engine {self.name!r}. {SWITCH.format(self.name)}")
             raise
 
     def refusals(self, call: Call) -> Iterator[str]:
@@ -89,13 +89,11 @@ class Fused(Implementation):
         yield from super().refusals(call)
         platform = arrays.platform(query)
         if platform not in self.platforms:
-            yield f"it runs on {' and '.join(self.platforms)}, not on {platform}"
-            return
-        if self.absent:
-            yield self.absent
-            return
-        if call.has_unknown_sizes:
-            yield "lengths are unknown"
+            beyond = f"it runs on {' and '.join(self.platforms)}, not on {platform}"
+        else:
+            beyond = self.absent or ("lengths are unknown" if call.has_unknown_sizes else "")
+        if beyond:
+            yield beyond
             return
         if dtype not in self.dtypes:
             yield f"there is no kernel for {dtype}"
@@ -167,32 +165,26 @@ class Fused(Implementation):
         Where it is `trained`, there is to be a derivative: a kernel that wants even lengths then gets one more row,
         beyond the lengths that it is told. The row's output is cut off, so that its cotangent is zero.
         """
-        xp, arrays = call.backend.xp, call.backend.arrays
+        xp, arrays, lengths = call.backend.xp, call.backend.arrays, call.lengths
         query, key, value, bias, *_ = call.operands
         seen, hidden, mask = self.shown(call, self.fitted(call)[0])
         mask = _of_one_batch(call, mask)
-        original = value
         if hidden is not None:
             key, value = (xp.where(hidden[..., None, None], 0.0, x) for x in (key, value))
-        lengths = call.lengths
         rows, columns = (n + n % 2 for n in lengths) if self.even and trained else lengths
-        flat = [
-            _filled(xp, xp.reshape(x, (-1, *x.shape[-3:])), length, depth)
-            for x, length, depth in zip((query, key, value), (rows, columns, columns), self.depths(call), strict=True)
-        ]
+        parts = zip((query, key, value), (rows, columns, columns), self.depths(call), strict=True)
+        q, k, v = (_filled(xp, xp.reshape(x, (-1, *x.shape[-3:])), length, depth) for x, length, depth in parts)
         if (rows, columns) != lengths:
-            told = [xp.full(flat[0].shape[:1], length, dtype=xp.int32) for length in lengths]
-            keys = told[1] if mask.kv_lengths is None else mask.kv_lengths
-            mask = mask._replace(query_lengths=told[0], kv_lengths=keys)
+            query_lengths, kv_lengths = (xp.full(q.shape[:1], length, dtype=xp.int32) for length in lengths)
+            kv_lengths = kv_lengths if mask.kv_lengths is None else mask.kv_lengths
+            mask = mask._replace(query_lengths=query_lengths, kv_lengths=kv_lengths)
         if bias is not None:
-            bias = bias if hasattr(bias, "shape") else arrays.adopt(bias, query)
-            bias = four_axes(xp, arrays.cast(bias, self.wide(call)), call.batch)
-        q, k, v = flat
+            bias = four_axes(xp, arrays.cast(_array(call, bias), self.wide(call)), call.batch)
         output = self.kernel(q, k, v, bias, mask, query.shape[-1] ** -0.5)
         if tuple(output.shape[1::2]) != (lengths[0], value.shape[-1]):
             output = output[:, : lengths[0], :, : value.shape[-1]]
         output = xp.reshape(output, (*query.shape[:-1], value.shape[-1]))
-        return output if seen is None else xp.where(_rows(xp, seen), output, _mean(call, original))
+        return output if seen is None else xp.where(permute(arrays, seen, (-1, -2))[..., None], output, _mean(call))
 
     def shown(self, call: Call, mask: Structure) -> tuple[Array | None, Array | None, Structure]:
         """Which queries see a key, which keys are hidden from all queries, and a mask that shows each query a key.
@@ -201,24 +193,20 @@ class Fused(Implementation):
         None for none.
         """
         xp, arrays, (rows, columns) = call.backend.xp, call.backend.arrays, call.lengths
-        if not mask.rest and mask.kv_ids is None and mask.kv_lengths is None:
-            return None, None, mask  # of a band, `fitted` keeps what shows each query a key
         beside = arrays.beside(call.operands.query)
-        kv_lengths: Any = None
-        if mask.kv_lengths is not None:
-            kv_lengths = xp.clip(_integers(call, mask.kv_lengths), 0, columns)
-        if not mask.rest and mask.kv_ids is None:
+        kv_lengths, query_lengths = (
+            None if x is None else arrays.cast(_array(call, x), "int32") for x in (mask.kv_lengths, mask.query_lengths)
+        )
+        if mask.rest or mask.kv_ids is not None:
+            visible = _visible(call)
+            seen, hidden = xp.any(visible, axis=-1), xp.logical_not(xp.any(visible, axis=(-3, -2)))
+        elif kv_lengths is None:
+            return None, None, mask  # of a band, `fitted` keeps what shows each query a key
+        else:
             hidden = xp.arange(columns, dtype=xp.int32, **beside) >= kv_lengths[..., None]
             seen = (kv_lengths > 0)[..., None, None]
-            if mask.query_lengths is not None:
-                positions = xp.arange(rows, dtype=xp.int32, **beside)
-                seen = seen & (positions < _integers(call, mask.query_lengths)[..., None, None])
-        else:
-            visible = call.visible(call.operands.mask)
-            visible = visible if visible.ndim else xp.reshape(visible, (1,))
-            axes = tuple(range(-min(visible.ndim, 3), -1))  # heads and queries
-            seen = xp.any(visible, axis=-1)
-            hidden = xp.logical_not(xp.any(visible, axis=axes) if axes else visible)
+            if query_lengths is not None:
+                seen = seen & (xp.arange(rows, dtype=xp.int32, **beside) < query_lengths[..., None, None])
         seen, hidden = None if arrays.surely(seen, True) else seen, None if arrays.surely(hidden, False) else hidden
         if kv_lengths is not None:
             mask = mask._replace(kv_lengths=xp.clip(kv_lengths, 1, columns), query_lengths=None)
@@ -233,14 +221,12 @@ class Fused(Implementation):
 
     def reaches(self, call: Call, step: int = 1) -> Array:
         """Which queries are shown a key, of each `step`-th, whose bias is not too low."""
-        xp, arrays, (_, _, _, bias, mask, *_) = call.backend.xp, call.backend.arrays, call.operands
-        bias = bias if hasattr(bias, "shape") else arrays.adopt(bias, call.operands.query)
-        bias = (bias if bias.ndim else xp.reshape(bias, (1,)))[..., ::step]
-        if mask is not None:
-            visible = call.visible(mask)
-            visible = visible if visible.ndim else xp.reshape(visible, (1,))
+        xp = call.backend.xp
+        bias = _ranked(xp, _array(call, call.operands.bias), 1)[..., ::step]
+        if call.operands.mask is not None:
+            visible = _visible(call)
             if step == 1:  # a fully masked row is shown the first key
-                first = xp.arange(call.lengths[1], **arrays.beside(bias)) == 0
+                first = xp.arange(call.lengths[1], **call.backend.arrays.beside(bias)) == 0
                 visible = visible | (xp.logical_not(xp.any(visible, axis=-1, keepdims=True)) & first)
             bias = xp.where(visible[..., ::step], bias, -float("inf"))
         return xp.max(bias, axis=-1) >= least_bias(call.options.dtype)
@@ -261,7 +247,7 @@ def least_bias(dtype: str) -> float:
 
 def four_axes(xp: Any, x: Array, batch: Sequence[int]) -> Array:
     """A bias or mask of four axes, as kernels take them: the first is the whole batch, or 1."""
-    x = xp.reshape(x, (1,) * (len(batch) + 3 - x.ndim) + tuple(x.shape))
+    x = _ranked(xp, x, len(batch) + 3)
     if len(batch) == 1:
         return x
     if all(size == 1 for size in x.shape[: len(batch)]):
@@ -273,38 +259,36 @@ def _of_one_batch(call: Call, mask: Structure) -> Structure:
     """The same with one batch axis: of lengths and ids the call's own, of an array that or 1."""
     xp, batch = call.backend.xp, call.batch
 
-    def flat(x: Any, axes: int) -> Array | None:
-        if x is None:
-            return None
-        x = xp.broadcast_to(x, (*batch, *x.shape[x.ndim - axes :]))
-        return xp.reshape(x, (-1, *x.shape[len(batch) :]))
+    def flat(x: Any, *length: int) -> Array | None:
+        return None if x is None else xp.reshape(xp.broadcast_to(x, (*batch, *length)), (-1, *length))
 
-    lengths = {name: flat(getattr(mask, name), 0) for name in ("kv_lengths", "query_lengths")}
-    ids = {name: flat(getattr(mask, name), 1) for name in ("query_ids", "kv_ids")}
-    return mask._replace(**lengths, **ids, rest=tuple(four_axes(xp, x, batch) for x in mask.rest))
+    (rows, columns), rest = call.lengths, tuple(four_axes(xp, x, batch) for x in mask.rest)
+    ids = {"query_ids": flat(mask.query_ids, rows), "kv_ids": flat(mask.kv_ids, columns)}
+    return mask._replace(kv_lengths=flat(mask.kv_lengths), **ids, rest=rest)
 
 
-def _integers(call: Call, x: Any) -> Array:
-    """Lengths as int32; a Python integer is one for all batch entries."""
-    arrays = call.backend.arrays
-    return arrays.cast(x if hasattr(x, "shape") else arrays.adopt(x, call.operands.query), "int32")
+def _array(call: Call, x: Any) -> Array:
+    """An array of the call's library, if it is a Python scalar."""
+    return x if hasattr(x, "shape") else call.backend.arrays.adopt(x, call.operands.query)
 
 
-def _rows(xp: Any, x: Array) -> Array:
-    """``[..., heads, q_length]`` as ``[..., q_length, heads, 1]``; axes may be missing."""
-    if x.ndim < 2:
-        x = xp.reshape(x, (1,) * (2 - x.ndim) + tuple(x.shape))
-    return xp.permute_dims(x, (*range(x.ndim - 2), x.ndim - 1, x.ndim - 2))[..., None]
+def _ranked(xp: Any, x: Array, rank: int) -> Array:
+    """The array with so many axes at least, the first of size 1."""
+    return xp.reshape(x, (1,) * (rank - x.ndim) + tuple(x.shape))
 
 
-def _mean(call: Call, value: Array) -> Array:
+def _visible(call: Call) -> Array:
+    """Where the mask shows a key, ``[..., heads or 1, q_length or 1, kv_length or 1]``."""
+    return _ranked(call.backend.xp, call.visible(call.operands.mask), 3)
+
+
+def _mean(call: Call) -> Array:
     """The mean of all values for each query head, ``[batch..., 1, num_heads, v_depth]``, summed in float32 at least."""
     xp, arrays, dtype = call.backend.xp, call.backend.arrays, call.options.dtype
-    mean = xp.mean(arrays.cast(value, dtypes.promote(dtype, "float32")), axis=-3, keepdims=True)
-    *lead, kv_heads, depth = mean.shape
-    heads = call.operands.query.shape[-2]
-    mean = xp.broadcast_to(arrays.cast(mean, dtype)[..., None, :], (*lead, kv_heads, heads // kv_heads, depth))
-    return xp.reshape(mean, (*lead, heads, depth))
+    wide = arrays.cast(call.operands.value, dtypes.promote(dtype, "float32"))
+    mean = arrays.cast(xp.mean(wide, axis=-3, keepdims=True), dtype)[..., None, :]
+    (*lead, kv_heads, _, depth), heads = mean.shape, call.operands.query.shape[-2]
+    return xp.reshape(xp.broadcast_to(mean, (*lead, kv_heads, heads // kv_heads, depth)), (*lead, heads, depth))
 
 
 def _filled(xp: Any, x: Array, length: int, depth: int) -> Array:

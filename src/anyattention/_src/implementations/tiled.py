@@ -8,7 +8,7 @@ from typing import Any
 
 from anyattention._src import dtypes, threefry
 from anyattention._src.call import Call
-from anyattention._src.implementations.base import Implementation
+from anyattention._src.implementations.base import OWN, Implementation
 from anyattention._src.interfaces import Arrays, permute
 from anyattention._src.rules import as_mask
 from anyattention._src.tiles.blocks import Block, Pairs, tree_map
@@ -22,12 +22,7 @@ class Tiled(Implementation):
     """Attention a tile at a time, in memory that grows with the lengths."""
 
     name = "tiled"
-    serves = frozenset(
-        {
-            *("bias", "mask", "dropout_key", "dropout", "precision", "force_fp32_for_softmax", "grouped heads"),
-            *("origin", "whole"),
-        }
-    )
+    serves = OWN | {"origin", "whole"}
 
     def refusals(self, call: Call) -> Iterator[str]:
         yield from super().refusals(call)
@@ -44,8 +39,7 @@ class Tiled(Implementation):
     def compute(self, call: Call) -> Array:
         """The output. Sums are in float32 at least; `force_fp32_for_softmax` returns them so."""
         how, block = prepare(call)
-        output = call.backend.tiles.differentiable(forward, backward, how, block)
-        return _restored(call, output)
+        return _restored(call, call.backend.tiles.differentiable(forward, backward, how, block))
 
     def partial(self, call: Call) -> Partial:
         """Attention of all queries over these keys alone, which may be some of many, in a block's layout."""
@@ -63,16 +57,11 @@ class Tiled(Implementation):
         def pullback(doutput: Array) -> Gradients:
             doutput = _heads_first(arrays, arrays.cast(doutput, how.dtype), results[0].ndim, group)
             *gradients, dbias = tiles.compiled(backward, how, block, *results, doutput)
-            pairs = zip(gradients, call.operands[:3], strict=True)
-            like = [_like(arrays, gradient, x, group) for gradient, x in pairs]
-            dquery, dkey, dvalue = (
-                arrays.cast(gradient, name) if dtypes.is_inexact(name) else gradient
-                for gradient, name in zip(like, given, strict=True)
-            )
-            if dbias is not None and not hasattr(bias, "shape"):
-                dbias = None  # of a scalar
-            elif dbias is not None:
-                dbias = arrays.cast(arrays.xp.reshape(dbias, tuple(bias.shape)), arrays.dtype_name(bias))
+            parts = zip(gradients, call.operands[:3], given, strict=True)
+            dquery, dkey, dvalue = (_like(arrays, gradient, x, group, name) for gradient, x, name in parts)
+            if not hasattr(bias, "shape"):  # None or a scalar
+                return dquery, dkey, dvalue, None
+            dbias = arrays.cast(arrays.xp.reshape(dbias, tuple(bias.shape)), arrays.dtype_name(bias))
             return dquery, dkey, dvalue, dbias
 
         return _restored(call, results[0]), pullback
@@ -93,8 +82,7 @@ def prepare(call: Call) -> tuple[Tiling, Block]:
     expression = None if mask is None else mask.lower(to)
     rank = max(x.ndim for x in (query, bias, *to.operands) if x is not None) + (group is not None)
 
-    q = _heads_first(arrays, arrays.cast(query, wide), rank, group)
-    k, v = (_heads_first(arrays, arrays.cast(x, wide), rank, group) for x in (key, value))
+    q, k, v = (_heads_first(arrays, arrays.cast(x, wide), rank, group) for x in (query, key, value))
     pairs = tree_map(lambda x: _pair(xp, x, rank, group), Pairs(bias, tuple(to.operands)))
     block = Block((q,), (k, v), pairs)
     lead, (rows, columns) = block.lead, block.grown_lengths
@@ -144,9 +132,10 @@ def _pair(xp: Any, x: Array, rank: int, group: int | None) -> Array:
     return xp.reshape(x, shape)
 
 
-def _like(arrays: Arrays, gradient: Array, x: Array, group: int | None) -> Array:
-    """A gradient in the block's layout as one of query, key or value."""
+def _like(arrays: Arrays, gradient: Array, x: Array, group: int | None, given: str) -> Array:
+    """A gradient in the block's layout as one of query, key or value, in the dtype that was given if it can be."""
     gradient = sum_to(arrays.xp, gradient, _heads_first(arrays, x, gradient.ndim, group).shape)
     *batch, length, heads, depth = x.shape
     gradient = permute(arrays, arrays.xp.reshape(gradient, (*batch, heads, length, depth)), (-2, -3, -1))
-    return arrays.cast(gradient, arrays.dtype_name(x))
+    gradient = arrays.cast(gradient, arrays.dtype_name(x))
+    return arrays.cast(gradient, given) if dtypes.is_inexact(given) else gradient

@@ -59,19 +59,11 @@ def tiling(
     rows, columns = block.lengths
     ruled = mask is not None and mask.ranges(0, 1, columns)[0] != mask.ranges(rows - 1, rows, columns)[0]
     sizes, bias = backend.tiles.sizes(block, ruled), block.pairs.bias
-    return Tiling(
-        backend=backend,
-        options=options,
-        dtype=dtype,
-        expression=expression,
-        root=max(block.rows[0].shape[-1], 1) ** 0.5,
-        fill=float(backend.arrays.lowest(options.dtype)),
-        sizes=sizes,
-        bias_axes=(False, False) if bias is None else tuple(size != 1 for size in bias.shape[-2:]),
-        groups=_groups(mask, block, sizes[0], backend.tiles.most_groups) if ruled else (everything(block),),
-        precise=options.dtype == "float32",
-        skip=expression is not None and backend.arrays.inspects(block.rows[0]),
-    )
+    root, fill = max(block.rows[0].shape[-1], 1) ** 0.5, float(backend.arrays.lowest(options.dtype))
+    bias_axes = (False, False) if bias is None else tuple(size != 1 for size in bias.shape[-2:])
+    groups = _groups(mask, block, sizes[0], backend.tiles.most_groups) if ruled else (everything(block),)
+    skip, precise = expression is not None and backend.arrays.inspects(block.rows[0]), options.dtype == "float32"
+    return Tiling(backend, options, dtype, expression, root, fill, sizes, bias_axes, groups, precise, skip)
 
 
 def _groups(mask: rules.Mask, block: Block, size: int, most: int) -> tuple[Group, ...]:
@@ -82,9 +74,6 @@ def _groups(mask: rules.Mask, block: Block, size: int, most: int) -> tuple[Group
         seen, (first, last) = mask.ranges(*part.rows, columns)
         groups.append(Group(part.rows, seen, (-(-first // 64) * 64, last // 64 * 64)))
     return tuple(groups)
-
-
-# --- forward ---
 
 
 def forward(tiling: Tiling, block: Block) -> tuple[Array, Array, Array]:
@@ -215,14 +204,12 @@ def _inspected(tiling: Tiling, block: Block) -> Tiling:
     return tiling._replace(bounded=small and block.pairs.bias is None, precise=tiling.precise and not small)
 
 
-# --- backward ---
-
-
 def backward(tiling: Tiling, block: Block, output: Array, base: Array, total: Array, doutput: Array) -> Gradients:
     """The gradients of query, key, value and bias, each in its own shape, from that of the output."""
     backend, bias = tiling.backend, block.pairs.bias
+    wanted = (block.rows[0], *block.columns, bias)
     if block.empty:
-        return tree_map(backend.xp.zeros_like, (block.rows[0], *block.columns, bias))
+        return tree_map(backend.xp.zeros_like, wanted)
     tiling = _inspected(tiling, block)
     unbased = backend.arrays.surely(base == 0.0, True)
     # What was rounded in the forward pass is rounded alike here: in the weights of large logits errors then cancel.
@@ -234,27 +221,18 @@ def backward(tiling: Tiling, block: Block, output: Array, base: Array, total: Ar
     results = backend.tiles.map_rows(partial(pull_back, tiling), whole, (everything(block),), tiling.sizes, like)
     (dquery, dbias_rows), (dkey, dvalue, dbias) = results
     gradients = (dquery, dkey, dvalue, dbias_rows if by_row else dbias)
-    wanted = (block.rows[0], *block.columns, bias)
     return tree_map(lambda x, gradient: sum_to(backend.xp, gradient, x.shape), wanted, gradients)
-
-
-def prologue(tiling: Tiling, block: Block) -> Block:
-    """What every tile of some queries needs: scaled queries, doutput over total; base and delta as statistics."""
-    tiles = tiling.backend.tiles
-    query, doutput, output = block.rows
-    base, total = block.pairs.statistics
-    delta = tiles.row_sum(doutput * output) / total
-    unit = tiles.power_unit if tiling.bounded else 1.0
-    rows = (query / (tiling.root / unit), doutput / (total * tiling.keep_prob))
-    return Block(rows, block.columns, block.pairs._replace(statistics=(finite(tiles, base), delta)))
 
 
 def pull_back(tiling: Tiling, parts: tuple[Block, ...]) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
     """For some queries: the gradients that have rows, and what they add to those that have none."""
     (block,), tiles = parts, tiling.backend.tiles
-    step = partial(pull_tile, tiling)
-    dquery, (dkey, dvalue, dbias) = tiles.scan_columns(step, None, prologue(tiling, block), tiling.sizes)
+    (query, doutput, output), (base, total) = block.rows, block.pairs.statistics
     unit = tiles.power_unit if tiling.bounded else 1.0
+    delta = tiles.row_sum(doutput * output) / total
+    rows = (query / (tiling.root / unit), doutput / (total * tiling.keep_prob))  # what every tile needs
+    block = Block(rows, block.columns, block.pairs._replace(statistics=(finite(tiles, base), delta)))
+    dquery, (dkey, dvalue, dbias) = tiles.scan_columns(partial(pull_tile, tiling), None, block, tiling.sizes)
     dquery, dkey = dquery / tiling.root, dkey if unit == 1.0 else dkey / unit
     if dbias is None:
         return (dquery, None), (dkey, dvalue, None)
