@@ -66,6 +66,7 @@ class Call:
     backend: Backend
     operands: Operands
     options: Options
+    fitted: Any = None  # the mask as the engine that was asked last is given it, see `Fused.fit`
     _structure: Structure | None = None  # not `cached_property`, which torch.compile cannot trace
 
     @property

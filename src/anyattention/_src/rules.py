@@ -140,18 +140,24 @@ class Mask:
     def arrays(self) -> list[Array]:
         """The arrays that the mask was made from."""
         found: list[Array] = []
-        self.with_arrays(found.append)
+
+        def take(x: Array) -> Array:
+            found.append(x)
+            return x
+
+        self.with_arrays(take)
         return found
 
     def with_arrays(self, function: Callable[[Array], Array]) -> "Mask":
         """The mask with the function applied to each of its arrays; to lengths and ids given as lists too."""
         changed = {}
-        for field in fields(self):
-            x = getattr(self, field.name)
+        for name, x in vars(self).items():
             if isinstance(x, Mask):
-                changed[field.name] = x.with_arrays(function)
-            elif x is not None and not isinstance(x, int | str):
-                changed[field.name] = function(x)
+                y: Any = x.with_arrays(function)
+            else:
+                y = x if x is None or isinstance(x, int | str) else function(x)
+            if y is not x:
+                changed[name] = y
         return replace(self, **changed) if changed else self
 
     def to_array(self, q_length: int, kv_length: int) -> Array:

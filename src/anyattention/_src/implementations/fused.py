@@ -107,7 +107,7 @@ class Fused(Implementation):
                 yield "bias or mask has axes that query and key lack"
             if hasattr(bias, "shape") and (wide := self.wide(call)) not in (dtype, self.wider):
                 yield f"the bias makes logits {wide}"
-        mask, expanded = self.fitted(call)
+        mask, expanded = self.fit(call)
         if not self.dense:
             yield from expanded.values()
             if any(not isinstance(x, Mask) for x in mask.rest):
@@ -117,7 +117,7 @@ class Fused(Implementation):
         yield from self.limits(call, mask)
 
     def remarks(self, call: Call) -> list[str]:
-        mask, expanded = self.fitted(call)
+        mask, expanded = self.fit(call)
         size = self.elements(call, mask)
         array = f"the mask is an array of {size} elements" if size else "the mask is an array"
         found = [f"{array}: {reason}" for reason in expanded.values()]
@@ -137,6 +137,12 @@ class Fused(Implementation):
         """The depths of query, key and value that the kernel is given."""
         depths = [-(-x.shape[-1] // self.multiple) * self.multiple for x in call.operands[:3]]
         return [max(depths)] * 3 if self.one_depth else depths
+
+    def fit(self, call: Call) -> tuple[Structure, dict[str, str]]:
+        """As `fitted`, found once for a call."""
+        if call.fitted is None or call.fitted[0] is not self:
+            call.fitted = self, self.fitted(call)
+        return call.fitted[1]
 
     def fitted(self, call: Call) -> tuple[Structure, dict[str, str]]:
         """The structure of the mask, with all that the kernel lacks among the rest; and what that is and why."""
@@ -167,13 +173,16 @@ class Fused(Implementation):
         """
         xp, arrays, lengths = call.backend.xp, call.backend.arrays, call.lengths
         query, key, value, bias, *_ = call.operands
-        seen, hidden, mask = self.shown(call, self.fitted(call)[0])
+        seen, hidden, mask = self.shown(call, self.fit(call)[0])
         mask = _of_one_batch(call, mask)
         if hidden is not None:
             key, value = (xp.where(hidden[..., None, None], 0.0, x) for x in (key, value))
         rows, columns = (n + n % 2 for n in lengths) if self.even and trained else lengths
         parts = zip((query, key, value), (rows, columns, columns), self.depths(call), strict=True)
-        q, k, v = (_filled(xp, xp.reshape(x, (-1, *x.shape[-3:])), length, depth) for x, length, depth in parts)
+        flat = query.ndim == 4  # else of other batch axes, which become one
+        q, k, v = (
+            _filled(xp, x if flat else xp.reshape(x, (-1, *x.shape[-3:])), length, depth) for x, length, depth in parts
+        )
         if (rows, columns) != lengths:
             query_lengths, kv_lengths = (xp.full(q.shape[:1], length, dtype=xp.int32) for length in lengths)
             kv_lengths = kv_lengths if mask.kv_lengths is None else mask.kv_lengths
@@ -183,7 +192,7 @@ class Fused(Implementation):
         output = self.kernel(q, k, v, bias, mask, query.shape[-1] ** -0.5)
         if tuple(output.shape[1::2]) != (lengths[0], value.shape[-1]):
             output = output[:, : lengths[0], :, : value.shape[-1]]
-        output = xp.reshape(output, (*query.shape[:-1], value.shape[-1]))
+        output = output if flat else xp.reshape(output, (*query.shape[:-1], value.shape[-1]))
         return output if seen is None else xp.where(permute(arrays, seen, (-1, -2))[..., None], output, _mean(call))
 
     def shown(self, call: Call, mask: Structure) -> tuple[Array | None, Array | None, Structure]:
@@ -199,7 +208,7 @@ class Fused(Implementation):
         )
         if mask.rest or mask.kv_ids is not None:
             visible = _visible(call)
-            seen, hidden = xp.any(visible, axis=-1), xp.logical_not(xp.any(visible, axis=(-3, -2)))
+            seen, hidden = xp.any(visible, axis=-1), xp.logical_not(_any(xp, _any(xp, visible, -2), -2))
         elif kv_lengths is None:
             return None, None, mask  # of a band, `fitted` keeps what shows each query a key
         else:
@@ -211,7 +220,8 @@ class Fused(Implementation):
         if kv_lengths is not None:
             mask = mask._replace(kv_lengths=xp.clip(kv_lengths, 1, columns), query_lengths=None)
         if mask.rest:
-            visible = call.visible(mask.joined)
+            if mask.banded or mask.kv_lengths is not None or mask.kv_ids is not None:  # the rest is not the whole
+                visible = call.visible(mask.joined)
             mask = mask._replace(rest=(visible if seen is None else visible | xp.logical_not(seen)[..., None],))
         if mask.kv_ids is not None and seen is not None:  # every key 0 is in the band and within the lengths
             ids = xp.broadcast_to(mask.query_ids, (*call.batch, rows))
@@ -258,6 +268,8 @@ def four_axes(xp: Any, x: Array, batch: Sequence[int]) -> Array:
 def _of_one_batch(call: Call, mask: Structure) -> Structure:
     """The same with one batch axis: of lengths and ids the call's own, of an array that or 1."""
     xp, batch = call.backend.xp, call.batch
+    if len(batch) == 1 and mask.kv_lengths is mask.kv_ids is None:
+        return mask._replace(rest=tuple(four_axes(xp, x, batch) for x in mask.rest)) if mask.rest else mask
 
     def flat(x: Any, *length: int) -> Array | None:
         return None if x is None else xp.reshape(xp.broadcast_to(x, (*batch, *length)), (-1, *length))
@@ -274,12 +286,17 @@ def _array(call: Call, x: Any) -> Array:
 
 def _ranked(xp: Any, x: Array, rank: int) -> Array:
     """The array with so many axes at least, the first of size 1."""
-    return xp.reshape(x, (1,) * (rank - x.ndim) + tuple(x.shape))
+    return x if x.ndim >= rank else xp.reshape(x, (1,) * (rank - x.ndim) + tuple(x.shape))
 
 
 def _visible(call: Call) -> Array:
     """Where the mask shows a key, ``[..., heads or 1, q_length or 1, kv_length or 1]``."""
     return _ranked(call.backend.xp, call.visible(call.operands.mask), 3)
+
+
+def _any(xp: Any, x: Array, axis: int) -> Array:
+    """Whether any is true along an axis, which is most often of size 1."""
+    return xp.squeeze(x, axis=axis) if x.shape[axis] == 1 else xp.any(x, axis=axis)
 
 
 def _mean(call: Call) -> Array:
