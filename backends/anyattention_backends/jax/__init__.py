@@ -13,4 +13,4 @@ from anyattention_backends.jax.tokamax import Tokamax
 backend = Backend(jnp, JAXArrays, JAXSteps, JAXTiles)
 backend.engines = (CuDNN(), Tokamax(), Splash())
 for kind in Mask.__subclasses__():  # those that were made before JAX was imported are pytrees from now on
-    register(kind)
+    register(kind)  # type: ignore[arg-type]  # mypy asks the instances for a hash

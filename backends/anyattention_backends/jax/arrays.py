@@ -2,20 +2,18 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from functools import cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from anyattention.extend import Arrays
 
-Array = Any
-
 
 class JAXArrays(Arrays):
-    """Overrides for JAX arrays and tracers."""
-
     def platform(self, x: Array) -> str:
         """That of a concrete array; of a tracer, which has no device, that where the program will run by default."""
         if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
@@ -109,14 +107,9 @@ class JAXArrays(Arrays):
         return jnp.finfo(dtype).min
 
 
-_registered: set[Any] = set()
-
-
+@cache
 def register(kind: Any) -> None:
     """Let masks of a class, which are dataclasses, pass through jit, vmap and grad; integers are static."""
-    if kind in _registered:
-        return
-    _registered.add(kind)
     names = [field.name for field in fields(kind)]
 
     def flatten(mask: Any) -> tuple[list[Any], tuple[Any, ...]]:

@@ -9,8 +9,5 @@ def has_cudnn() -> bool:
 
 
 def lacks_forward_mode(error: TypeError) -> bool:
-    """Whether the error says that a function with a custom derivative was differentiated in forward mode.
-
-    JAX has no class for it; the sentence is that of 0.5.0 to 0.12.0.
-    """
+    """Whether a custom derivative met forward mode: JAX has no class for it, but a sentence (0.5.0 to 0.12.0)."""
     return "forward-mode" in str(error)

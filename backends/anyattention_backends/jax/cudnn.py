@@ -6,13 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from anyattention.extend import Call, Structure
 from anyattention_backends.jax.compat import has_cudnn
 from anyattention_backends.jax.fused import JAXKernel, plain
 from anyattention_backends.jax.once import alike
-
-Array = Any
 
 
 class CuDNN(JAXKernel):
@@ -36,19 +35,16 @@ class CuDNN(JAXKernel):
 
     @cached_property
     def most_depth(self) -> int:
-        """The largest depth of a head."""
         return 256 if float(jax.devices()[0].compute_capability) >= 9.0 else 128
 
     def rank(self, call: Call) -> int:
         return 0 if plain(call) else 1
 
     def limits(self, call: Call, mask: Structure) -> Iterator[str]:
-        query, _, value, bias, *_ = call.operands
-        depth = -(-max(query.shape[-1], value.shape[-1]) // self.multiple) * self.multiple
-        if depth > self.most_depth:
+        if (depth := self.depths(call)[0]) > self.most_depth:
             yield f"depth {depth} is more than {self.most_depth}"
         rows, columns = call.lengths
-        if (bias is not None or mask.rest) and (rows | columns) % 2 == 1:
+        if (call.operands.bias is not None or mask.rest) and (rows | columns) % 2 == 1:
             yield "with a bias or an array as mask lengths must be even"
         if mask.rest and call.options.dtype == "float16":
             yield "its fill for hidden keys in float16 is within reach of logits"
@@ -66,25 +62,14 @@ class CuDNN(JAXKernel):
                 found.setdefault("band", "it has no window beside a bias or an array")
         return found
 
-    def kernel(
-        self, query: Array, key: Array, value: Array, bias: Array | None, mask: Structure, scale: float
-    ) -> Array:
+    def kernel(self, query: Array, key: Array, value: Array, bias: Array | None, mask: Structure, scale: float) -> Any:
         whole = query.shape[-3], key.shape[-3]
         bias, array = (None if x is None else jnp.broadcast_to(x, (*x.shape[:2], *whole)) for x in (bias, mask.joined))
         rows, lengths = mask.query_lengths, mask.kv_lengths
         if rows is None and lengths is not None:
             rows = jnp.full_like(lengths, whole[0])
         query, key, value, rows, lengths, bias, array = alike(query, key, value, rows, lengths, bias, array)
-        return jax.nn.dot_product_attention(
-            query,
-            key,
-            value,
-            bias=bias,
-            mask=array,
-            scale=scale,
-            is_causal=mask.right == 0,
-            query_seq_lengths=rows,
-            key_value_seq_lengths=lengths,
-            local_window_size=None if mask.left is None else (mask.left, 0),
-            implementation="cudnn",
-        )
+        window = None if mask.left is None else (mask.left, 0)
+        options = {"scale": scale, "is_causal": mask.right == 0, "local_window_size": window, "implementation": "cudnn"}
+        options |= {"bias": bias, "mask": array, "query_seq_lengths": rows, "key_value_seq_lengths": lengths}
+        return jax.nn.dot_product_attention(query, key, value, **options)

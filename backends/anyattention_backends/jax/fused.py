@@ -1,33 +1,26 @@
 """What the kernels on JAX have in common: derivatives, and the choice at run time where biases are low."""
 
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import jax
 import jax.custom_batching
 import jax.numpy as jnp
+from jax import Array
 
 from anyattention.extend import Call, Fused, Operands, tiled
 from anyattention_backends.jax.once import once
-
-Array = Any
 
 
 class JAXKernel(Fused):
     """One kernel. Its first derivative is its own, in reverse mode; others raise."""
 
-    platform: str  # as JAX names it
+    platform: str  # as JAX names it; engines cache whether they are `absent`, since JAX takes long to say
 
     @property
     def platforms(self) -> tuple[str, ...]:  # type: ignore[override]
-        """The one where the kernel runs."""
         return (self.platform,)
-
-    @cached_property
-    def absent(self) -> str:
-        """Why this machine cannot run the kernel, which takes JAX long to say; empty where it can."""
-        return ""
 
     def attend(self, call: Call) -> Array:
         """The kernel's answer; tiled's where biases are low, which a program decides when it runs."""
@@ -67,13 +60,9 @@ def _call(backend: Any, options: Any, mask: Any, arrays: Any) -> Call:
     return Call(backend=backend, operands=Operands(query, key, value, bias, mask), options=options)
 
 
-def _all_mapped(size: int, mapped: list[bool], x: Array) -> tuple[Array, bool]:
-    return _all(x), False
-
-
 #: Whether all are true, of an axis of `jax.vmap` too, so that a branch stays one.
 _all = jax.custom_batching.custom_vmap(lambda x: jnp.all(x))
-_all.def_vmap(_all_mapped)
+_all.def_vmap(lambda size, mapped, x: (_all(x), False))
 
 
 def plain(call: Call) -> bool:

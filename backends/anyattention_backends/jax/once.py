@@ -7,11 +7,11 @@ from typing import Any
 import jax
 import jax.extend.core
 import jax.numpy as jnp
+from jax import Array
 from jax.interpreters import ad, batching, mlir
 
 from anyattention_backends.jax.compat import lacks_forward_mode
 
-Array = Any
 # Called with what is no variable and what is, each a tree of arrays, maybe with `trained`; returns an array.
 Function = Callable[..., Array]
 INSTEAD = "pass implementation='tiled', or implementation='exact'"
@@ -44,13 +44,8 @@ def alike(*arrays: Array | None) -> list[Array | None]:
     return [None if x is None else _tied(true, x) for x in arrays]
 
 
-@partial(jax.custom_jvp)
-def _tied(true: Array, x: Array) -> Array:
-    return jax.lax.select(jnp.broadcast_to(true, x.shape), x, x)
-
-
-def _tied_jvp(primals: Any, tangents: Any) -> Any:
-    return _tied(*primals), tangents[1]
+_tied = jax.custom_jvp(lambda true, x: jax.lax.select(jnp.broadcast_to(true, x.shape), x, x))
+_tied.defjvp(lambda primals, tangents: (_tied(*primals), tangents[1]))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -61,10 +56,6 @@ def _once(function: Function, other: Function, name: str, mask: Any, sound: Arra
 def _forward(function: Function, other: Function, name: str, mask: Any, sound: Array | None, arrays: Any) -> Any:
     output, pullback = jax.vjp(partial(function, mask, trained=True), arrays)
     return _either(sound, output, partial(other, mask, arrays)), (pullback, mask, sound, arrays)
-
-
-def _backward(function: Function, other: Function, name: str, kept: Any, doutput: Array) -> tuple[None, None, Any]:
-    return None, None, _last(name, other, kept, doutput)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -90,19 +81,14 @@ def _no_forward(engine: str, x: Array) -> Array:
     return x
 
 
-def _to_transpose(engine: str, primals: Any, tangents: Any) -> Any:
-    return primals[0], _tangent.bind(tangents[0], engine=engine)
-
-
 def _no_tangent(*args: Any, engine: str) -> Any:
     raise NotImplementedError(f"the engine {engine!r} has no forward-mode derivative: {INSTEAD}")
 
 
-_tied.defjvp(_tied_jvp)
-_once.defvjp(_forward, _backward)
+_once.defvjp(_forward, lambda _, other, name, kept, doutput: (None, None, _last(name, other, kept, doutput)))
 _last.defjvp(_no_second)
-_no_forward.defjvp(_to_transpose)
 _tangent = jax.extend.core.Primitive("tangent_of_fused")
+_no_forward.defjvp(lambda engine, primals, tangents: (primals[0], _tangent.bind(tangents[0], engine=engine)))
 _tangent.def_abstract_eval(lambda x, engine: x)
 _tangent.def_impl(_no_tangent)
 mlir.register_lowering(_tangent, _no_tangent)

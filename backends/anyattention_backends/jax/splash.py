@@ -7,11 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from anyattention.extend import Call, Structure
 from anyattention_backends.jax.fused import JAXKernel
 
-Array = Any
 LANES = 128  # of which lengths and depths are multiples
 
 
@@ -40,22 +40,15 @@ class Splash(JAXKernel):
         both = mask.kv_lengths is not None and mask.kv_ids is not None
         return {"lengths": "it has lengths or segments, not both"} if both else {}
 
-    def kernel(
-        self, query: Array, key: Array, value: Array, bias: Array | None, mask: Structure, scale: float
-    ) -> Array:
+    def kernel(self, query: Array, key: Array, value: Array, bias: Array | None, mask: Structure, scale: float) -> Any:
         from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
         from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as rules
 
         (q_length, heads, _), kv_length = query.shape[1:], key.shape[1]
         shape = q_length, kv_length
         rule = rules.LocalMask(shape, (mask.left, mask.right), 0) if mask.banded else rules.FullMask(shape)
-        kernel = splash.make_splash_mha(
-            rules.MultiHeadMask([rule] * heads),
-            block_sizes=_blocks(splash, *shape),
-            head_shards=1,
-            q_seq_shards=1,
-            interpret=self.interpret,
-        )
+        options = {"block_sizes": _blocks(splash, *shape), "interpret": self.interpret}
+        kernel = splash.make_splash_mha(rules.MultiHeadMask([rule] * heads), head_shards=1, q_seq_shards=1, **options)
         segments = None
         if mask.kv_ids is not None:
             segments = splash.SegmentIds(*(jnp.asarray(x, jnp.int32) for x in (mask.query_ids, mask.kv_ids)))
@@ -70,13 +63,6 @@ class Splash(JAXKernel):
 def _blocks(splash: Any, q_length: int, kv_length: int) -> Any:
     """The largest of 512, 256 and 128 that divides each length, forward and backward."""
     q, kv = (next(size for size in (512, 256, LANES) if length % size == 0) for length in (q_length, kv_length))
-    return splash.BlockSizes(
-        block_q=q,
-        block_kv=kv,
-        block_kv_compute=kv,
-        block_q_dkv=q,
-        block_kv_dkv=kv,
-        block_kv_dkv_compute=kv,
-        block_q_dq=q,
-        block_kv_dq=kv,
-    )
+    forward = {"block_q": q, "block_kv": kv, "block_kv_compute": kv}
+    backward = {"block_q_dkv": q, "block_kv_dkv": kv, "block_kv_dkv_compute": kv, "block_q_dq": q, "block_kv_dq": kv}
+    return splash.BlockSizes(**forward, **backward)

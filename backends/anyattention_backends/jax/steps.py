@@ -1,19 +1,17 @@
 """The steps of exact in JAX: Flax's own calls."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from anyattention.extend import Steps
 
-Array = Any
-
 
 class JAXSteps(Steps):
-    """Overrides for JAX arrays and tracers."""
-
     def scale(self, query: Array, depth: int, dtype: str) -> Array:
         """XLA sees the root as Flax writes it."""
         return query / jnp.sqrt(depth).astype(query.dtype)
@@ -24,13 +22,9 @@ class JAXSteps(Steps):
 
     def contract(self, equation: str, x: Array, y: Array, precision: Any = None, dot_general: Any = None) -> Array:
         """A matrix product of permuted axes rounds differently from Flax's einsum."""
-        kwargs: dict[str, Any] = {}
-        if dot_general:
-            kwargs["_dot_general"] = dot_general
-        if x.dtype != y.dtype:
-            with jax.numpy_dtype_promotion("standard"):
-                return jnp.einsum(equation, x, y, precision=precision, **kwargs)
-        return jnp.einsum(equation, x, y, precision=precision, **kwargs)
+        options = {"_dot_general": dot_general} if dot_general else {}
+        with nullcontext() if x.dtype == y.dtype else jax.numpy_dtype_promotion("standard"):
+            return jnp.einsum(equation, x, y, precision=precision, **options)
 
     def where(self, mask: Array, x: Array, fill: Any) -> Array:
         """``jnp.where`` takes the mask as it is."""

@@ -8,21 +8,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
-from anyattention._src.interfaces import join_rows
-from anyattention._src.tiles.blocks import Block, Group, cut_columns, cut_group, cut_rows
+from anyattention._src.interfaces import Function, OfTiles, Pair, Step, join_rows
+from anyattention._src.tiles.blocks import Block, Group, Sizes, cut_columns, cut_group, cut_rows
 from anyattention.extend import Tiles
 from anyattention_backends.jax.arrays import default_platform
 
-Array = Any
-
 
 class JAXTiles(Tiles):
-    """Overrides for JAX arrays and tracers."""
-
     most_groups = 8  # each is a piece of program to compile
 
-    def sizes(self, block: Block, ruled: bool) -> tuple[int, int]:
+    def sizes(self, block: Block, ruled: bool) -> Sizes:
         """XLA does best with a whole row of keys, while it fits."""
         rows, columns = block.lengths
         most = 2**20 if default_platform() == "cpu" else 2**24  # logits of a tile: to stay in caches, to fill a GPU
@@ -39,53 +36,31 @@ class JAXTiles(Tiles):
         return jnp.matmul(jnp.ones((1, x.shape[-2]), x.dtype), x)
 
     def fill(self, x: Array, visible: Array, value: float) -> Array:
-        """``jnp.where`` with a fill of the logits' dtype."""
         return jnp.where(visible, x, np.asarray(value).astype(x.dtype))
 
-    def map_rows(
-        self,
-        function: Callable[[tuple[Block, ...]], tuple[Any, Any]],
-        block: Block,
-        groups: Sequence[Group],
-        sizes: tuple[int, int],
-        like: tuple[Any, Any],
-    ) -> tuple[Any, Any]:
+    def map_rows(self, function: OfTiles, block: Block, groups: Sequence[Group], sizes: Sizes, like: Pair) -> Pair:
         """Loops of XLA's, compiled once; derivatives recompute each tile."""
         if block.lead and _one_cpu() and not _few(block.rows[0], block.columns[0]):
             return _map_lead(lambda slab: self.map_rows(function, slab, groups, sizes, like), block)
         each = jax.checkpoint(function, prevent_cse=False)
 
-        def step(carry: Any, tile: tuple[Block, ...]) -> tuple[Any, Any]:
+        def step(carry: Any, *tile: Block) -> Pair:
             rows, sums = each(tile)
             return jax.tree.map(jnp.add, carry, sums), rows
 
         sums = jax.tree.map(jnp.zeros_like, jax.eval_shape(function, cut_group(block, groups[0]))[1])
         results = []
-        for group in groups:
-            parts = cut_group(block, group)  # outside the loop, for XLA would copy them every time
-            length = parts[0].lengths[0]
-            full = length - length % sizes[0]
-            for start, stop in ((0, full), (full, length)):
-                if start < stop:
-                    cut = tuple(cut_rows(part, start, stop) for part in parts)
-                    sums, rows = _scan(step, sums, cut, sizes[0], -2)
-                    results.append(rows)
+        for group in groups:  # which are cut outside the loop, for XLA would copy them every time
+            sums, rows = _scan(step, sums, cut_group(block, group), sizes[0], -2)
+            results += rows
         return join_rows(self.xp, results), sums
 
-    def scan_columns(
-        self, step: Callable[[Any, Block], tuple[Any, Any]], state: Any, block: Block, sizes: tuple[int, int]
-    ) -> tuple[Any, Any]:
-        """As `map_rows`."""
-        if block.lengths[1] > sizes[1]:
-            step = jax.checkpoint(step, prevent_cse=False)
+    def scan_columns(self, step: Step, state: Any, block: Block, sizes: Sizes) -> Pair:
         length, size = block.lengths[1], sizes[1]
-        full = length - length % size
-        first = min(size, length) if state is None else 0  # the tile that makes the state stands alone
-        results = []
-        for start, stop in ((0, first), (first, full), (max(first, full), length)):
-            if start < stop:
-                state, result = _scan(step, state, cut_columns(block, start, stop), size, -1)
-                results.append(result)
+        if length > size:
+            step = jax.checkpoint(step, prevent_cse=False)
+        alone = min(size, length) if state is None else 0  # the tile that makes the state
+        state, results = _scan(step, state, [block], size, -1, alone)
         return state, join_rows(self.xp, results)
 
     def product(self, x: Array, y: Array, precision: Any = None, scratch: str = "") -> Array:
@@ -98,29 +73,27 @@ class JAXTiles(Tiles):
 
     def no_keep(self, key: Any, keep_prob: Any) -> str:
         """Some layouts of random bits are not a function of key and index."""
-        if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and str(jax.random.key_impl(key)) != "threefry2x32":
-            return f"dropout bits of {jax.random.key_impl(key)} keys cannot be drawn by tiles"
-        if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and jax.config.jax_default_prng_impl != "threefry2x32":
-            return f"dropout bits of {jax.config.jax_default_prng_impl} keys cannot be drawn by tiles"
+        typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+        kind = str(jax.random.key_impl(key)) if typed else jax.config.jax_default_prng_impl
+        if kind != "threefry2x32":
+            return f"dropout bits of {kind} keys cannot be drawn by tiles"
         if not jax.config.jax_threefry_partitionable:
             return "with jax_threefry_partitionable off, dropout bits cannot be drawn by tiles"
         if jax.config.jax_enable_x64 and jnp.asarray(keep_prob).dtype == jnp.float64:
             return "under x64 a float64 rate draws 64 bits an element: pass numpy.float32(rate)"
         return ""
 
-    def compiled(self, function: Callable[..., Any], tiling: Any, *arrays: Any) -> Any:
+    def compiled(self, function: Function, tiling: Any, *arrays: Any) -> Any:
         """One program, also when called eagerly."""
         return _compiled(function, tiling, *arrays)
 
-    def differentiable(
-        self, forward: Callable[..., Any], backward: Callable[..., Any], tiling: Any, block: Block
-    ) -> Array:
+    def differentiable(self, forward: Function, backward: Function, tiling: Any, block: Block) -> Array:
         """JAX differentiates the loops itself, in every mode it has."""
         return _compiled(forward, tiling, block)[0]
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _compiled(function: Callable[..., Any], tiling: Any, *arrays: Any) -> Any:
+def _compiled(function: Function, tiling: Any, *arrays: Any) -> Any:
     return function(tiling, *arrays)
 
 
@@ -157,13 +130,11 @@ def _product_of_few(x: Array, y: Array, precision: Any) -> Array:
     return jax.lax.cond(finite, lambda z, *_: z, apart, z, x, lying)
 
 
-def _derivative_of_few(precision: Any, primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> Any:
+@_product_of_few.defjvp  # type: ignore[untyped-decorator]
+def _(precision: Any, primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> Any:
     (x, y), (dx, dy) = primals, tangents
     dz = jnp.matmul(dx, y, precision=precision) + jnp.matmul(x, dy, precision=precision)
     return _product_of_few(x, y, precision), dz
-
-
-_product_of_few.defjvp(_derivative_of_few)
 
 
 def _one_cpu() -> bool:
@@ -171,46 +142,47 @@ def _one_cpu() -> bool:
     return jax.device_count() == 1 and default_platform() == "cpu"
 
 
-def _blocks(tree: Any) -> list[Block]:
-    return jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Block))
-
-
 def _map_lead(function: Callable[[Block], Any], block: Block) -> Any:
     """Call the function for each index of the first axis; arrays of size 1 there serve them all."""
-    size = block.lead[0]
     leaves, structure = jax.tree.flatten(block)
-    if size == 1:
-        return jax.tree.map(lambda x: x[None], function(structure.unflatten([x[0] for x in leaves])))
-    mapped = [x for x in leaves if x.shape[0] != 1]
 
     def one(mapped: list[Array]) -> Any:
         parts = iter(mapped)
         return function(structure.unflatten([x[0] if x.shape[0] == 1 else next(parts) for x in leaves]))
 
-    return jax.lax.map(one, mapped)
+    if block.lead[0] == 1:
+        return jax.tree.map(lambda x: x[None], one([]))
+    return jax.lax.map(one, [x for x in leaves if x.shape[0] != 1])
 
 
-def _scan(
-    step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, blocks: Any, size: int, axis: int
-) -> tuple[Any, Any]:
-    """Carry something through tiles of one size along rows (-2) or columns (-1); join the other results along rows.
+def _scan(step: Function, carry: Any, blocks: Any, size: int, axis: int, alone: int = 0) -> tuple[Any, list[Any]]:
+    """Carry something through tiles along rows (-2) or columns (-1) of blocks; the other results come in pieces.
 
-    `blocks` is one block, or several of the same rows.
+    Tiles are of one size, in a loop of XLA's, but for one that stands `alone` at the start and a rest at the end.
     """
-    cut, length = cut_rows if axis == -2 else cut_columns, _blocks(blocks)[0].lengths[axis]
-    if length <= size:
-        return step(carry, blocks)
+    cut, length = cut_rows if axis == -2 else cut_columns, blocks[0].lengths[axis]
+    full, pieces = length - length % size, []
+    for start, stop in ((0, alone), (alone, full), (max(alone, full), length)):
+        if start < stop:
+            parts = [cut(block, start, stop) for block in blocks]
+            carry, piece = _loop(step, carry, parts, cut, size) if stop - start > size else step(carry, *parts)
+            pieces.append(piece)
+    return carry, pieces
+
+
+def _loop(step: Function, carry: Any, blocks: list[Block], cut: Callable[..., Block], size: int) -> Pair:
+    """Carry something through tiles of one size; join the other results along rows."""
     leaves, structure = jax.tree.flatten(blocks)
-    tile = [x for block in _blocks(blocks) for x in jax.tree.leaves(cut(block, 0, size))]
+    tile = jax.tree.leaves([cut(block, 0, size) for block in blocks])
     along = [next((a for a in (-2, -1) if x.shape[a] != y.shape[a]), 0) for x, y in zip(leaves, tile, strict=True)]
 
     def split(x: Array, axis: int) -> Array:
         axis += x.ndim
         return jnp.moveaxis(jnp.reshape(x, (*x.shape[:axis], -1, size, *x.shape[axis + 1 :])), axis, 0)
 
-    def one(carry: Any, parts: list[Array]) -> tuple[Any, Any]:
+    def one(carry: Any, parts: list[Array]) -> Pair:
         rest = iter(parts)
-        return step(carry, structure.unflatten([next(rest) if a else x for x, a in zip(leaves, along, strict=True)]))
+        return step(carry, *structure.unflatten([next(rest) if a else x for x, a in zip(leaves, along, strict=True)]))
 
     parts = [split(x, a) for x, a in zip(leaves, along, strict=True) if a]
     carry, results = jax.lax.scan(one, carry, parts)

@@ -7,11 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from anyattention.extend import Call, Structure
 from anyattention_backends.jax.fused import JAXKernel, plain
-
-Array = Any
 
 
 class Tokamax(JAXKernel):
@@ -50,9 +49,7 @@ class Tokamax(JAXKernel):
             found["band"] = "its windows need queries and keys of one length"
         return found
 
-    def kernel(
-        self, query: Array, key: Array, value: Array, bias: Array | None, mask: Structure, scale: float
-    ) -> Array:
+    def kernel(self, query: Array, key: Array, value: Array, bias: Array | None, mask: Structure, scale: float) -> Any:
         import tokamax
 
         window = None
@@ -62,15 +59,6 @@ class Tokamax(JAXKernel):
         lengths = mask.kv_lengths
         if lengths is None and bias is not None:  # else a tile whose biases are all minus infinity makes NaN of its row
             lengths = jnp.full(query.shape[:1], key.shape[-3], jnp.int32)
-        return tokamax.dot_product_attention(
-            query,
-            key,
-            value,
-            bias=bias,
-            mask=mask.joined,
-            scale=scale,
-            is_causal=mask.causal,
-            key_value_seq_lengths=lengths,
-            local_window_size=window,
-            implementation=self.implementation,
-        )
+        options = {"scale": scale, "is_causal": mask.causal, "local_window_size": window}
+        options |= {"bias": bias, "mask": mask.joined, "key_value_seq_lengths": lengths}
+        return tokamax.dot_product_attention(query, key, value, **options, implementation=self.implementation)

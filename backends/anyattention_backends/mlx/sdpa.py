@@ -34,9 +34,7 @@ class MLXFast(Fused):
             return {}
         return found | ({"band": "its causal mask ends with the last key, and stands alone"} if mask.banded else {})
 
-    def kernel(
-        self, query: Array, key: Array, value: Array, bias: Array | None, mask: Structure, scale: float
-    ) -> Array:
+    def kernel(self, query: Array, key: Array, value: Array, bias: Array | None, mask: Structure, scale: float) -> Any:
         infinite = None
         shown = "causal" if mask.causal else mask.joined
         if bias is not None:

@@ -1,5 +1,3 @@
-"""ndonnx's arrays."""
-
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,12 +7,9 @@ import spox.opset.ai.onnx.v21 as onnx
 from anyattention.extend import Arrays
 
 Array = Any
-Shape = tuple[int | None, ...]
 
 
 class NDonnxArrays(Arrays):
-    """Overrides for ndonnx arrays."""
-
     def matmul(self, x: Array, y: Array) -> Array:
         """The library's own forgets all sizes of its shape, and adds some hundred nodes to the model.
 
@@ -43,7 +38,7 @@ def _empty_product(x: Array, y: Array) -> Array:
     return ndonnx.sum(ndonnx.expand_dims(x, axis=-1) * ndonnx.expand_dims(y, axis=-3), axis=-2)
 
 
-def _reshape(x: Array, shape: Shape) -> Array:
+def _reshape(x: Array, shape: tuple[int | None, ...]) -> Array:
     """ndonnx's, and for a shape with None in it: the unknown sizes of `x`, in their order."""
     if None not in shape:
         return ndonnx.reshape(x, shape)

@@ -1,7 +1,4 @@
-"""Threads for NumPy: each worker computes tiles of its own, with the BLAS library held to one thread.
-
-The BLAS limit is of the process, so it is taken once for all calls that overlap, and given back by the last of them.
-"""
+"""Threads for NumPy: each worker computes tiles of its own, with the BLAS library held to one thread."""
 
 import os
 import threading
@@ -15,7 +12,7 @@ from threadpoolctl import ThreadpoolController
 
 
 class _Guard:
-    """Counts the calls under way; while there are any, BLAS has one thread."""
+    """Counts the calls under way: the limit of BLAS, the process's, is the first's to take, the last's to give back."""
 
     def __init__(self) -> None:
         self.lock, self.calls, self.workers = threading.Lock(), 0, 1

@@ -6,15 +6,13 @@ program serves them all. Where it sees none, the logarithm of the sum is minus i
 
 from collections.abc import Callable, Iterator
 from functools import cache
-from typing import Any
 
 import torch
+from torch import Tensor
 
 from anyattention.extend import Call, Structure
 from anyattention_backends.torch import compat
 from anyattention_backends.torch.fused import FirstOnly, TorchKernel
-
-Array = Any
 
 
 class Flex(TorchKernel):
@@ -41,24 +39,25 @@ class Flex(TorchKernel):
         if mask.rest:
             yield "the mask is no band, lengths and segments, joined by &"
 
-    def attend(self, call: Call) -> Array:
+    def attend(self, call: Call) -> Tensor:
         arrays = call.operands[:3]
         if call.options.precision is not None:
             call.backend.steps.check_precision(call.options.precision, None, arrays[0])
         mask, bounds = call.structure, _bounds(call)
         whole = mask.kv_lengths is None and mask.kv_ids is None and mask.band_shows(*call.lengths)
         program = _compiled() if self.compiled and not torch.compiler.is_compiling() else _program
-
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not any(x.requires_grad for x in arrays):
             return program(*arrays, whole, *bounds)
         return FirstOnly.apply(lambda *x: program(*x, whole, *bounds), call, *arrays)
 
 
-def _program(query: Array, key: Array, value: Array, whole: bool, first: Array, last: Array, *ids: Array) -> Array:
+def _program(
+    query: Tensor, key: Tensor, value: Tensor, whole: bool, first: Tensor, last: Tensor, *ids: Tensor
+) -> Tensor:
     """The output, mended unless the `whole` mask shows each query a key; bounds and ids are ``[batch, length]``."""
     from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention  # slow, and rarely used
 
-    def visible(b: Array, h: Array, i: Array, j: Array) -> Array:
+    def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         within = (first[b, i] <= j) & (j < last[b, i])
         return within & (ids[0][b, i] == ids[1][b, j]) if ids else within
 
@@ -75,12 +74,12 @@ def _program(query: Array, key: Array, value: Array, whole: bool, first: Array, 
 
 
 @cache
-def _compiled() -> Callable[..., Array]:
+def _compiled() -> Callable[..., Tensor]:
     """The program without all logits, which raises where it would be run step by step."""
     return torch.compile(_program, fullgraph=True)
 
 
-def _bounds(call: Call) -> tuple[Array, ...]:
+def _bounds(call: Call) -> tuple[Tensor, ...]:
     """The first key that each query may see and the one after the last, int32, and ids; all ``[batch, length]``."""
     mask, to = call.structure, call.lowering()
     if call.operands.mask is not None:
@@ -93,7 +92,7 @@ def _bounds(call: Call) -> tuple[Array, ...]:
     if mask.query_lengths is not None:
         last = torch.where(rows < mask.query_lengths[..., None], last, 0)
 
-    def flat(x: Array) -> Array:
+    def flat(x: Tensor) -> Tensor:
         return x.expand(*call.batch, x.shape[-1]).reshape(-1, x.shape[-1]).contiguous()
 
     ids = () if mask.kv_ids is None else tuple(flat(x) for x in (mask.query_ids, mask.kv_ids))

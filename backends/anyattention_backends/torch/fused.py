@@ -6,17 +6,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from anyattention.extend import Call, CausalMask, Fused, Operands, Options, Structure, tiled
 from anyattention_backends.torch import compat, operators
 
-Array = Any
-
 
 class TorchKernel(Fused):
-    """One kernel."""
-
     serves = Fused.serves | {"precision"}  # as far as PyTorch's own switches honour it
 
     def limits(self, call: Call, mask: Structure) -> Iterator[str]:
@@ -25,16 +22,11 @@ class TorchKernel(Fused):
 
 
 def beyond(call: Call) -> str:
-    """Why the derivatives that a transformation is to take are not there; empty where they are.
-
-    PyTorch's kernels have one derivative in reverse mode, within `torch.func` too.
-    """
+    """Why a transformation's derivatives are not there, but the first in reverse mode; empty where they are."""
     if torch.compiler.is_compiling() or not compat.is_transformed():
         return ""
-    arrays = call.operands[:3]
-    if "Jvp" in (kinds := compat.transformations()) or any(
-        forward_ad.unpack_dual(x).tangent is not None for x in arrays
-    ):
+    arrays, kinds = call.operands[:3], compat.transformations()
+    if "Jvp" in kinds or any(forward_ad.unpack_dual(x).tangent is not None for x in arrays):
         return "forward mode needs a derivative that it lacks"
     if "Vmap" in kinds and arrays[0].is_cpu:
         return "PyTorch has no rule to map it on CPU, and would call it for each entry"
@@ -48,14 +40,14 @@ def can_look(call: Call) -> bool:
     """Whether values can be looked at: not in a compiler's trace, nor while a CUDA graph is recorded."""
     if torch.compiler.is_compiling():
         return False
-    tensors = [x for x in (call.operands.bias, call.operands.mask) if isinstance(x, torch.Tensor)]
-    tensors += [x for x in getattr(call.operands.mask, "arrays", list)() if isinstance(x, torch.Tensor)]
-    if any(type(x) not in (torch.Tensor, torch.nn.Parameter) or compat.is_wrapped(x) or x.is_meta for x in tensors):
+    tensors = [x for x in (call.operands.bias, call.operands.mask) if isinstance(x, Tensor)]
+    tensors += [x for x in getattr(call.operands.mask, "arrays", list)() if isinstance(x, Tensor)]
+    if any(type(x) not in (Tensor, torch.nn.Parameter) or compat.is_wrapped(x) or x.is_meta for x in tensors):
         return False
     return not (any(x.is_cuda for x in tensors) and torch.cuda.is_current_stream_capturing())
 
 
-def for_cuda(four: list[Array], options: dict[str, Any]) -> tuple[list[Array], dict[str, Any]]:
+def for_cuda(four: list[Tensor], options: dict[str, Any]) -> tuple[list[Tensor], dict[str, Any]]:
     """What the kernels on CUDA ask for besides: a mask's stride of one and, but for flash, a key head for each head.
 
     Raises:
@@ -74,23 +66,21 @@ def for_cuda(four: list[Array], options: dict[str, Any]) -> tuple[list[Array], d
     return [query, key, value], options
 
 
-def with_second_derivative(kernel: Callable[..., Array], *four: Array, **options: Any) -> Array:
-    """The output of a kernel of PyTorch's; where its gradient may be differentiated again, that is tiled's.
-
-    A hook on the kernel's node sees to that, from what the node has saved: nothing else is kept.
-    """
+def with_second_derivative(kernel: Callable[..., Tensor], *four: Tensor, **options: Any) -> Tensor:
+    """The output of a kernel of PyTorch's; where its gradient may be differentiated again, that is tiled's."""
     if torch.compiler.is_compiling() or compat.is_transformed() or not torch.is_grad_enabled():
         return kernel(*four, **options)
     hooks = compat.saved_tensor_hooks()
-    with UnpackedOnce(*hooks) if hooks else nullcontext():
+    once = UnpackedOnce(*hooks) if hooks else None
+    with torch.autograd.graph.saved_tensors_hooks(once.pack, once.unpack) if once else nullcontext():
         output = kernel(*four, **options)
     node = output.grad_fn
     if node is not None and node.name().startswith("ScaledDotProduct"):
-        node.register_hook(_again)
+        node.register_hook(_again)  # from what the node has saved: nothing else is kept
     return output
 
 
-def _again(gradients: tuple[Array, ...], cotangents: tuple[Array, ...]) -> tuple[Array, ...] | None:
+def _again(gradients: tuple[Tensor, ...], cotangents: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
     """The gradients of the kernel's node, by tiled, where they may be differentiated; None for its own."""
     if not torch.is_grad_enabled():
         return None
@@ -110,22 +100,19 @@ def _again(gradients: tuple[Array, ...], cotangents: tuple[Array, ...]) -> tuple
     return (*(None if gradient is None else next(found) for gradient in gradients[:3]), *gradients[3:])
 
 
-class UnpackedOnce(torch.autograd.graph.saved_tensors_hooks):  # type: ignore[misc]
-    """Hooks on what autograd saves around the caller's own, which may refuse to unpack a tensor twice.
+class UnpackedOnce:
+    """Hooks on what autograd saves around the caller's own, which may refuse to unpack twice, as a checkpoint does."""
 
-    A checkpoint does. Where `_again` is to read what the node has unpacked before, the tensor is kept till then.
-    """
+    def __init__(self, pack: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor]) -> None:
+        self.pack, self._unpack = pack, unpack
+        self._kept: dict[int, Tensor] = {}
 
-    def __init__(self, pack: Callable[[Array], Any], unpack: Callable[[Any], Array]) -> None:
-        super().__init__(pack, self._once)
-        self._unpack, self._kept = unpack, dict[int, Array]()
-
-    def _once(self, packed: Any) -> Array:
+    def unpack(self, packed: Any) -> Tensor:
         if not torch.is_grad_enabled():
             return self._unpack(packed)
         if id(packed) in self._kept:
             return self._kept.pop(id(packed))
-        x = self._kept[id(packed)] = self._unpack(packed)
+        x = self._kept[id(packed)] = self._unpack(packed)  # till `_again` reads what the node has unpacked before
         return x
 
 
@@ -133,7 +120,7 @@ class FirstOnly(torch.autograd.Function):  # type: ignore[misc]
     """A kernel with its own gradient, or tiled's where a second derivative, or the same again, may follow."""
 
     @staticmethod
-    def forward(ctx: Any, compute: Callable[..., Array], call: Call, *arrays: Array) -> Array:
+    def forward(ctx: Any, compute: Callable[..., Tensor], call: Call, *arrays: Tensor) -> Tensor:
         inputs = [x.detach().requires_grad_(x.requires_grad) for x in arrays]
         with torch.enable_grad():
             output = compute(*inputs)
@@ -142,7 +129,7 @@ class FirstOnly(torch.autograd.Function):  # type: ignore[misc]
         return output.detach()
 
     @staticmethod
-    def backward(ctx: Any, doutput: Array) -> tuple[Any, ...]:
+    def backward(ctx: Any, doutput: Tensor) -> tuple[Any, ...]:
         second, again = torch.is_grad_enabled(), compat.keeps_graph()
         output, inputs = ctx.graph
         if second or again:

@@ -1,7 +1,6 @@
-"""What compilers of PyTorch get as one operator each: dropout bits, and the tiled implementation.
+"""What compilers of PyTorch get as one operator each: dropout bits, and tiled, which takes tensors and a text.
 
-The tiled operator takes tensors and a text, which is the call's options and what the block is made of, written out: an
-option that is added is in the text without a word here.
+The text is the call's options and what the block is made of: an option that is added is in it without a word here.
 """
 
 import ast
@@ -46,7 +45,6 @@ def leading(arrays: Sequence[Tensor], dims: Sequence[int | None]) -> list[Tensor
 
 
 def tiled(how: Tiling, block: Block) -> Tensor:
-    """The output of a block, by one operator."""
     numbers: list[float] = []
     options = tuple([(name, getattr(how.options, name)) for name in _OPTIONS])
     bias, mask, counts, _ = block.pairs
@@ -68,8 +66,6 @@ def _write(x: Any, numbers: list[float]) -> str:
 
 
 def _read(arrays: Many, numbers: Numbers, text: str) -> tuple[Tiling, Block]:
-    """The tiling and the block of an operator's arguments."""
-
     def number(x: Any) -> Any:
         if not isinstance(x, tuple):
             return x
@@ -119,14 +115,12 @@ def _(info: Any, in_dims: Any, arrays: Many, numbers: Numbers, text: str) -> Any
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     arrays, *ctx.rest = inputs
-    ctx.count = len(arrays)
     ctx.save_for_backward(*arrays, *output)
 
 
 def _backward(ctx: Any, gradients: list[Tensor]) -> tuple[list[Tensor | None], list[None] | None, None]:
-    saved = list(ctx.saved_tensors)
-    arrays, results = saved[: ctx.count], saved[ctx.count :]
-    found = _tiled_backward(arrays, results, gradients[0], *ctx.rest)
+    *arrays, output, base, total = ctx.saved_tensors
+    found = _tiled_backward(arrays, [output, base, total], gradients[0], *ctx.rest)
     answer = [gradient.to(x.dtype) for gradient, x in zip(found, arrays, strict=False)]
     of_numbers: Any = None if ctx.rest[0] else []  # to PyTorch a list of numbers is a leaf, but an empty one is a list
     return [*answer, *(None for _ in arrays[len(answer) :])], of_numbers, None

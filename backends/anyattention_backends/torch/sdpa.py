@@ -80,8 +80,7 @@ class SDPA(TorchKernel):
         causal, shown = mask.causal and bias is None and not mask.rest, mask.joined
         if bias is not None:
             shown = bias if shown is None else torch.where(shown, bias, -torch.inf)
-        four = [x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value)]
-        four = [x.transpose(1, 2) for x in four]
+        four = [(x if x.stride(-1) == 1 else x.contiguous()).transpose(1, 2) for x in (query, key, value)]
         grouped = query.shape[2] != key.shape[2]
         options = {"attn_mask": shown, "is_causal": causal, "scale": scale, "enable_gqa": grouped}
         if operators.backend.arrays.platform(query) == "cuda":

@@ -1,5 +1,3 @@
-"""The steps of exact in PyTorch."""
-
 from collections.abc import Sequence
 from typing import Any
 

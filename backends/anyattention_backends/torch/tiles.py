@@ -1,18 +1,18 @@
 """Tiles in PyTorch: all heads at once, in place where nothing is differentiated, one step of autograd."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.autograd import forward_ad
 
+from anyattention._src.interfaces import Function
 from anyattention._src.tiles.blocks import Block, leaves, tree_map
 from anyattention.extend import Tiles
 from anyattention_backends.torch import compat, operators
 
 Array = Any
-Pass = Callable[..., Any]
 
 
 class TorchTiles(Tiles):
@@ -55,12 +55,9 @@ class TorchTiles(Tiles):
     def key_words(self, key: Any, like: Array) -> Array:
         return key.to(like.device)
 
-    def differentiable(self, forward: Pass, backward: Pass, tiling: Any, block: Block) -> Array:
-        """The backward pass is the written one; autograd would keep every tile.
-
-        Compilers get one operator, not a program that grows with the number of tiles.
-        """
-        if torch.compiler.is_compiling():
+    def differentiable(self, forward: Function, backward: Function, tiling: Any, block: Block) -> Array:
+        """The backward pass is the written one; autograd would keep every tile."""
+        if torch.compiler.is_compiling():  # one operator, not a program that grows with the number of tiles
             return operators.tiled(tiling, block)
         arrays = leaves(block)
         if any(forward_ad.unpack_dual(x).tangent is not None for x in arrays):  # forward mode, which does not nest
@@ -80,8 +77,6 @@ def _pick(structure: Any, arrays: Sequence[Array]) -> Any:
 
 
 class _Tiled(torch.autograd.Function):  # type: ignore[misc]
-    """The tiled forward and backward pass as one step of autograd."""
-
     @staticmethod
     def forward(forward: Any, backward: Any, tiling: Any, structure: Any, *arrays: Array) -> tuple[Array, ...]:
         return forward(tiling, _pick(structure, arrays))
