@@ -5,10 +5,10 @@ import pytest
 
 import anyattention as aa
 from anyattention._src import plan, registry, threefry
+from anyattention._src.blocks import cut_columns
 from anyattention._src.call import Dropout, Operands, Options
 from anyattention._src.implementations.tiled import TILED, prepare
 from anyattention._src.tiles import partials, passes
-from anyattention._src.tiles.blocks import cut_columns
 from anyattention.extend import Call
 
 RANDOM = np.random.default_rng(0)

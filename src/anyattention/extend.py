@@ -5,6 +5,7 @@ of its arrays' type. An engine is a subclass of `Implementation`, mostly of `Fus
 group ``anyattention.implementations`` whose name is "library.engine", for example "torch.mine".
 """
 
+from anyattention._src.blocks import Block, Group
 from anyattention._src.call import Call, Dropout, Operands, Options
 from anyattention._src.implementations.base import Implementation
 from anyattention._src.implementations.fused import Fused, four_axes
@@ -12,7 +13,6 @@ from anyattention._src.implementations.tiled import TILED as tiled
 from anyattention._src.interfaces import Arrays, Backend, Steps, Tiles
 from anyattention._src.rules import CausalMask, Mask
 from anyattention._src.structure import Structure
-from anyattention._src.tiles.blocks import Block, Group
 
 __all__ = [
     "Arrays",

@@ -53,6 +53,8 @@ class CuDNN(JAXKernel):
         found = {}
         if mask.kv_ids is not None:
             found["segments"] = "it has no segments"
+        if mask.left is not None and call.lengths[0] > call.lengths[1]:
+            found["band"] = "its windows need no more queries than keys"
         if mask.banded and mask.right != 0:
             found["band"] = "of bands it has CausalMask() and LocalMask(left, 0) alone"
         if call.operands.bias is not None or mask.rest or found:

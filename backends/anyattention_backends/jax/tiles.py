@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from anyattention._src.blocks import Block, Group, Sizes, cut_columns, cut_group, cut_rows
 from anyattention._src.interfaces import Function, OfTiles, Pair, Step, join_rows
-from anyattention._src.tiles.blocks import Block, Group, Sizes, cut_columns, cut_group, cut_rows
 from anyattention.extend import Tiles
 from anyattention_backends.jax.arrays import default_platform
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from anyattention._src.blocks import Block, Group, Sizes, cut_group, cut_lead, tree_map
 from anyattention._src.interfaces import OfTiles, Pair
-from anyattention._src.tiles.blocks import Block, Group, Sizes, cut_group, cut_lead, tree_map
 from anyattention.extend import Tiles
 from anyattention_backends.numpy import threads
 

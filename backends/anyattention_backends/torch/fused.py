@@ -1,7 +1,6 @@
 """What the kernels on PyTorch have in common: which derivatives they have, and where others are from."""
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -71,9 +70,12 @@ def with_second_derivative(kernel: Callable[..., Tensor], *four: Tensor, **optio
     if torch.compiler.is_compiling() or compat.is_transformed() or not torch.is_grad_enabled():
         return kernel(*four, **options)
     hooks = compat.saved_tensor_hooks()
-    once = UnpackedOnce(*hooks) if hooks else None
-    with torch.autograd.graph.saved_tensors_hooks(once.pack, once.unpack) if once else nullcontext():
+    if hooks is None:
         output = kernel(*four, **options)
+    else:
+        once = UnpackedOnce(*hooks)
+        with torch.autograd.graph.saved_tensors_hooks(once.pack, once.unpack):
+            output = kernel(*four, **options)
     node = output.grad_fn
     if node is not None and node.name().startswith("ScaledDotProduct"):
         node.register_hook(_again)  # from what the node has saved: nothing else is kept

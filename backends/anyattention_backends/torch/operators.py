@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from anyattention._src import threefry
-from anyattention._src.tiles.blocks import Block, Pairs, leaves
+from anyattention._src.blocks import Block, Pairs, leaves
 from anyattention._src.tiles.passes import Tiling, backward, forward, tiling
 from anyattention.extend import Backend, Dropout, Options
 

@@ -11,6 +11,7 @@ from anyattention_backends.torch.fused import TorchKernel, beyond, can_look, for
 
 Array = Any
 _FULL, _CAUSAL = Structure(), Structure(right=0)
+_SIMPLE = frozenset(("mask", "grouped heads"))
 
 
 class SDPA(TorchKernel):
@@ -26,13 +27,13 @@ class SDPA(TorchKernel):
 
     def rank(self, call: Call) -> int:
         """After the kernels that know the mask."""
-        return 0 if _is_plain(call) else int(self.elements(call, self.fitted(call)[0]) > 0)
+        return 0 if _is_plain(call) else int(self.elements(call, self.fit(call)[0]) > 0)
 
     def refusals(self, call: Call) -> Iterator[str]:
         query, key, value, *_ = call.operands
         known = call.backend.arrays.platform(query) == "cpu" and call.options.dtype in self.dtypes
         full = known and _is_plain(call) and query.numel() and key.numel() and value.numel()
-        if full and call.needs <= {"mask", "grouped heads"} and not beyond(call):
+        if full and call.needs <= _SIMPLE and not beyond(call):
             return iter(())  # what the long way finds too, in a tenth of its 20 us
         return super().refusals(call)
 
@@ -58,17 +59,21 @@ class SDPA(TorchKernel):
         return found | ({"band": "of bands it has CausalMask() alone"} if mask.banded else {})
 
     def depths(self, call: Call) -> list[int]:
-        multiple = 8 if call.backend.arrays.platform(call.operands.query) == "cuda" else 1
-        return [-(-max(x.shape[-1] for x in call.operands[:3]) // multiple) * multiple] * 3
+        depth, multiple = max(x.shape[-1] for x in call.operands[:3]), self._multiple(call)
+        return [-(-depth // multiple) * multiple] * 3
+
+    def _multiple(self, call: Call) -> int:
+        return 8 if call.backend.arrays.platform(call.operands.query) == "cuda" else 1
 
     def attend(self, call: Call) -> Array:
-        query, key, value, bias, mask, *_ = call.operands
+        query, key, value, bias, mask, _, _ = call.operands
         if call.options.precision is not None:
             call.backend.steps.check_precision(call.options.precision, None, query)
         if bias is not None and self._is_low(call):
             return tiled.compute(call)
-        if query.ndim == 4 and _is_plain(call) and query.shape[-1] == value.shape[-1] == self.depths(call)[0]:
-            return self.kernel(query, key, value, None, _FULL if mask is None else _CAUSAL, query.shape[-1] ** -0.5)
+        depth = query.shape[-1]
+        if query.ndim == 4 and _is_plain(call) and depth == value.shape[-1] and depth % self._multiple(call) == 0:
+            return self.kernel(query, key, value, None, _FULL if mask is None else _CAUSAL, depth**-0.5)
         return self.mended(call)
 
     def _is_low(self, call: Call) -> bool:
@@ -80,16 +85,19 @@ class SDPA(TorchKernel):
         causal, shown = mask.causal and bias is None and not mask.rest, mask.joined
         if bias is not None:
             shown = bias if shown is None else torch.where(shown, bias, -torch.inf)
-        four = [(x if x.stride(-1) == 1 else x.contiguous()).transpose(1, 2) for x in (query, key, value)]
+        if not query.stride(-1) == key.stride(-1) == value.stride(-1) == 1:
+            query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+        four = [query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)]
         grouped = query.shape[2] != key.shape[2]
         options = {"attn_mask": shown, "is_causal": causal, "scale": scale, "enable_gqa": grouped}
         if operators.backend.arrays.platform(query) == "cuda":
             four, options = for_cuda(four, options)
-        kernel = torch.nn.functional.scaled_dot_product_attention
-        return with_second_derivative(kernel, *four, **options).transpose(1, 2)
+        return with_second_derivative(torch.nn.functional.scaled_dot_product_attention, *four, **options).transpose(
+            1, 2
+        )
 
 
 def _is_plain(call: Call) -> bool:
     """Whether the kernel has all that the call asks for: causality, or nothing."""
-    _, _, _, bias, mask, *_ = call.operands
-    return bias is None and (mask is None or (type(mask) is CausalMask and mask.offset == 0))
+    mask = call.operands.mask
+    return call.operands.bias is None and (mask is None or (type(mask) is CausalMask and mask.offset == 0))

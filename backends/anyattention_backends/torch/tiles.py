@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
+from anyattention._src.blocks import Block, leaves, tree_map
 from anyattention._src.interfaces import Function
-from anyattention._src.tiles.blocks import Block, leaves, tree_map
 from anyattention.extend import Tiles
 from anyattention_backends.torch import compat, operators
 

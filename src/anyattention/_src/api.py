@@ -271,7 +271,7 @@ def _call(
     **options: Any,
 ) -> Call:
     """The call, with all arrays in the one library that serves them."""
-    asked = {name: option for name, option in options.items() if option}
+    asked = {name: option for name, option in options.items() if option or isinstance(option, str)}
     kind = type(query)
     if bias is mask is None and kind is type(key) and (kind is type(value) or value is None) and query is not None:
         backend = registry.backend_for(query=query)

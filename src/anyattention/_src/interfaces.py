@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from anyattention._src import dtypes, threefry
-from anyattention._src.tiles.blocks import Block, Group, Sizes, cut_columns, cut_group, tree_map
+from anyattention._src.blocks import Block, Group, Sizes, cut_columns, cut_group, tree_map
 
 Array = Any
 Function = Callable[..., Any]

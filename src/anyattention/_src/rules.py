@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Protocol
 
+from anyattention._src.blocks import Sizes
 from anyattention._src.errors import ShapeError
 from anyattention._src.interfaces import Arrays
-from anyattention._src.tiles.blocks import Sizes
 
 Array = Any
 # A mask in terms of arrays by their numbers: ("array", i), ("<=", i, j), ("&", expression, expression), ...
@@ -60,8 +60,11 @@ class Lowering:
     def position(self, axis: int, offset: int = 0) -> int:
         """Positions in the whole of queries (axis -2) or keys (-1), int32, plus an offset."""
         length, first, xp = self.lengths[axis], self.origin[axis], self.arrays.xp
-        start = offset + first if isinstance(first, int) else offset  # else known at run time only
-        start = start if abs(start) < 2**30 else min(max(start, -(2**31)), 2**31 - length)  # sees all or nothing
+        if isinstance(first, int):
+            start = offset + first
+            start = start if abs(start) < 2**30 else min(max(start, -(2**31)), 2**31 - length)  # sees all or nothing
+        else:  # known at run time only, and added to the rest in int32
+            start = min(max(offset, -(2**30)), 2**30 - length)
         x = xp.arange(start, start + length, dtype=xp.int32, **self.arrays.beside(self.like))
         x = x if isinstance(first, int) else x + first
         return self.add(xp.reshape(x, (length, 1) if axis == -2 else (1, length)))

@@ -173,10 +173,11 @@ class Fused(Implementation):
         """
         xp, arrays, lengths = call.backend.xp, call.backend.arrays, call.lengths
         query, key, value, bias, *_ = call.operands
-        seen, hidden, mask = self.shown(call, self.fit(call)[0])
+        seen, visible, mask = self.shown(call, self.fit(call)[0])
         mask = _of_one_batch(call, mask)
-        if hidden is not None:
-            key, value = (xp.where(hidden[..., None, None], 0.0, x) for x in (key, value))
+        if visible is not None:
+            visible, where = visible[..., None, None], call.backend.steps.where
+            key, value = where(visible, key, 0.0), where(visible, value, 0.0)
         rows, columns = (n + n % 2 for n in lengths) if self.even and trained else lengths
         parts = zip((query, key, value), (rows, columns, columns), self.depths(call), strict=True)
         flat = query.ndim == 4  # else of other batch axes, which become one
@@ -196,10 +197,9 @@ class Fused(Implementation):
         return output if seen is None else xp.where(permute(arrays, seen, (-1, -2))[..., None], output, _mean(call))
 
     def shown(self, call: Call, mask: Structure) -> tuple[Array | None, Array | None, Structure]:
-        """Which queries see a key, which keys are hidden from all queries, and a mask that shows each query a key.
+        """Which queries see a key, which keys some query sees, and a mask that shows each query a key.
 
-        The first is ``[batch..., heads or 1, q_length or 1]``, None for all; the second ``[batch..., kv_length or 1]``,
-        None for none.
+        ``[batch..., heads or 1, q_length or 1]`` and ``[batch..., kv_length or 1]``, each None for all.
         """
         xp, arrays, (rows, columns) = call.backend.xp, call.backend.arrays, call.lengths
         beside = arrays.beside(call.operands.query)
@@ -208,15 +208,15 @@ class Fused(Implementation):
         )
         if mask.rest or mask.kv_ids is not None:
             visible = _visible(call)
-            seen, hidden = xp.any(visible, axis=-1), xp.logical_not(_any(xp, _any(xp, visible, -2), -2))
+            seen, keys = xp.any(visible, axis=-1), _any(xp, _any(xp, visible, -2), -2)
         elif kv_lengths is None:
             return None, None, mask  # of a band, `fitted` keeps what shows each query a key
         else:
-            hidden = xp.arange(columns, dtype=xp.int32, **beside) >= kv_lengths[..., None]
+            keys = xp.arange(columns, dtype=xp.int32, **beside) < kv_lengths[..., None]
             seen = (kv_lengths > 0)[..., None, None]
             if query_lengths is not None:
                 seen = seen & (xp.arange(rows, dtype=xp.int32, **beside) < query_lengths[..., None, None])
-        seen, hidden = None if arrays.surely(seen, True) else seen, None if arrays.surely(hidden, False) else hidden
+        seen, keys = (None if arrays.surely(x, True) else x for x in (seen, keys))
         if kv_lengths is not None:
             mask = mask._replace(kv_lengths=xp.clip(kv_lengths, 1, columns), query_lengths=None)
         if mask.rest:
@@ -227,7 +227,7 @@ class Fused(Implementation):
             ids = xp.broadcast_to(mask.query_ids, (*call.batch, rows))
             alone = xp.logical_not(xp.broadcast_to(xp.any(seen, axis=-2), ids.shape))
             mask = mask._replace(query_ids=xp.where(alone, mask.kv_ids[..., :1], ids))
-        return seen, hidden, mask
+        return seen, keys, mask
 
     def reaches(self, call: Call, step: int = 1) -> Array:
         """Which queries are shown a key, of each `step`-th, whose bias is not too low."""

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from anyattention._src import dtypes, threefry
+from anyattention._src.blocks import Block, Pairs, tree_map
 from anyattention._src.call import Call
 from anyattention._src.implementations.base import OWN, Implementation
 from anyattention._src.interfaces import Arrays, permute
 from anyattention._src.rules import as_mask
-from anyattention._src.tiles.blocks import Block, Pairs, tree_map
 from anyattention._src.tiles.partials import Partial
 from anyattention._src.tiles.passes import Gradients, Tiling, backward, forward, partial_of, sum_to, tiling
 

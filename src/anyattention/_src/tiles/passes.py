@@ -18,9 +18,9 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from anyattention._src import rules, threefry
+from anyattention._src.blocks import Block, Group, Sizes, cut_columns, everything, tree_map
 from anyattention._src.call import Options
 from anyattention._src.interfaces import Backend
-from anyattention._src.tiles.blocks import Block, Group, Sizes, cut_columns, everything, tree_map
 from anyattention._src.tiles.partials import Partial, finish, finite, merge, of_hidden
 
 Array = Any
