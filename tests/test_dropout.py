@@ -10,7 +10,7 @@ import pytest
 import torch
 from flax import linen
 
-from anyattention import dot_product_attention, dot_product_attention_weights, random
+from anyattention import dot_product_attention, dot_product_attention_weights, explain, random
 from anyattention_conformance import flax_attention, within_c2
 
 SEEDS = (0, 1, 12345, 2**31 + 7, -1)
@@ -123,6 +123,15 @@ def test_weights_over_dtypes_of_array_and_rate(library, rate, dtype):
         options = {"dropout_rng": random.key(seed), "dropout_rate": rate}
         expected = flax_weights(equal_weights(dtype), **options)
         assert_same_bits(weights_of(library, equal_weights(dtype), **options), expected)
+
+
+def test_an_array_as_rate_where_none_is_tiled():
+    """A concrete array of JAX's is no reason to compute anything else, nor to fail."""
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((16, 512, 1, 8)), jnp.bfloat16)
+    options = {"dropout_rng": jax.random.key(0)}
+    assert explain(x, x, x, dropout_rate=jnp.float32(0.1), **options).implementation == "tiled"
+    expected = dot_product_attention(x, x, x, dropout_rate=np.float32(0.1), **options)
+    assert_same_bits(dot_product_attention(x, x, x, dropout_rate=jnp.float32(0.1), **options), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,6 +1,8 @@
 """Masks by rule, and the mask helpers, against Flax on each library."""
 
 import functools
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -162,3 +164,19 @@ def test_rule_that_does_not_fit(library, mask, sentence, arrays):
     for implementation in ("exact", "tiled"):
         with pytest.raises(aa.ShapeError, match=sentence):
             aa.dot_product_attention(*map(library.put, arrays), mask=mask, implementation=implementation)
+
+
+def test_masks_made_before_jax_is_imported():
+    """They are pytrees once a call has seen an array of JAX."""
+    code = """
+from anyattention.masks import CausalMask, LengthMask
+from anyattention import dot_product_attention
+import numpy as np
+masks = CausalMask(), CausalMask() & LengthMask(np.array([2]))
+import jax, jax.numpy as jnp
+x = jnp.ones((1, 3, 1, 4))
+dot_product_attention(x, x, x)
+for mask in masks:
+    jax.jit(lambda x, mask: dot_product_attention(x, x, x, mask=mask))(x, mask)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

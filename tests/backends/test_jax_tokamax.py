@@ -1,6 +1,8 @@
 """tokamax's function as it is called, with its kernel for any machine in place of Mosaic's."""
 
+import sys
 from functools import partial
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -136,5 +138,9 @@ def test_where_it_is(monkeypatch, version, capability, reason):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: version)
     monkeypatch.setattr("importlib.metadata.version", lambda name: version)
     monkeypatch.setattr(jax, "devices", lambda: [device])
+    monkeypatch.setitem(sys.modules, "tokamax", ModuleType("tokamax"))
     absent = Tokamax().absent
     assert (reason in absent) if reason else absent == ""
+    if not reason:  # one of its own needs is missing
+        monkeypatch.setitem(sys.modules, "tokamax", None)
+        assert "cannot be imported: ModuleNotFoundError" in Tokamax().absent

@@ -26,7 +26,6 @@ class SDPA(TorchKernel):
     wider = "float32"
 
     def rank(self, call: Call) -> int:
-        """After the kernels that know the mask."""
         return 0 if _is_plain(call) else int(self.elements(call, self.fit(call)[0]) > 0)
 
     def refusals(self, call: Call) -> Iterator[str]:
@@ -59,11 +58,8 @@ class SDPA(TorchKernel):
         return found | ({"band": "of bands it has CausalMask() alone"} if mask.banded else {})
 
     def depths(self, call: Call) -> list[int]:
-        depth, multiple = max(x.shape[-1] for x in call.operands[:3]), self._multiple(call)
-        return [-(-depth // multiple) * multiple] * 3
-
-    def _multiple(self, call: Call) -> int:
-        return 8 if call.backend.arrays.platform(call.operands.query) == "cuda" else 1
+        multiple = 8 if call.backend.arrays.platform(call.operands.query) == "cuda" else 1
+        return [-(-max(x.shape[-1] for x in call.operands[:3]) // multiple) * multiple] * 3
 
     def attend(self, call: Call) -> Array:
         query, key, value, bias, mask, _, _ = call.operands
@@ -72,7 +68,8 @@ class SDPA(TorchKernel):
         if bias is not None and self._is_low(call):
             return tiled.compute(call)
         depth = query.shape[-1]
-        if query.ndim == 4 and _is_plain(call) and depth == value.shape[-1] and depth % self._multiple(call) == 0:
+        fits = depth % 8 == 0 or call.backend.arrays.platform(query) == "cpu"
+        if fits and depth == value.shape[-1] and query.ndim == 4 and _is_plain(call):
             return self.kernel(query, key, value, None, _FULL if mask is None else _CAUSAL, depth**-0.5)
         return self.mended(call)
 

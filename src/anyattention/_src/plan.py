@@ -117,11 +117,12 @@ def _decide(call: Call, name: Name | None, told: list[str] | None) -> tuple[Name
 def _rules(call: Call, told: list[str] | None) -> Sequence[Rule]:
     """The rules that fit the size of the call, in order."""
     library, query = call.backend.name, call.operands.query
-    *batch, queries, heads, _ = query.shape
+    shape = query.shape
+    queries, heads = shape[-3], shape[-2]
     fitting: Sequence[Rule] = ()
     if library not in _RULED:
         reasons = ["exact is the default of this library"]
-    elif not isinstance(logits := (of_a_head := queries * call.operands.key.shape[-3]) * heads * prod(batch), int):
+    elif not isinstance(logits := (of_a_head := queries * call.operands.key.shape[-3]) * heads * prod(shape[:-3]), int):
         reasons = ["lengths are symbols"]
     else:
         platform = call.backend.arrays.platform(query)
