@@ -224,15 +224,20 @@ def backward(tiling: Tiling, block: Block, output: Array, base: Array, total: Ar
     return tree_map(lambda x, gradient: sum_to(backend.xp, gradient, x.shape), wanted, gradients)
 
 
+def prologue(tiling: Tiling, block: Block) -> Block:
+    """What every tile of some queries needs: scaled queries and doutput over total as rows; base and delta."""
+    tiles, (query, doutput, output), (base, total) = tiling.backend.tiles, block.rows, block.pairs.statistics
+    delta = tiles.row_sum(doutput * output) / total
+    unit = tiles.power_unit if tiling.bounded else 1.0
+    rows = query / (tiling.root / unit), doutput / (total * tiling.keep_prob)
+    return Block(rows, block.columns, block.pairs._replace(statistics=(finite(tiles, base), delta)))
+
+
 def pull_back(tiling: Tiling, parts: tuple[Block, ...]) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
     """For some queries: the gradients that have rows, and what they add to those that have none."""
-    (block,), tiles = parts, tiling.backend.tiles
-    (query, doutput, output), (base, total) = block.rows, block.pairs.statistics
+    tiles, step, block = tiling.backend.tiles, partial(pull_tile, tiling), prologue(tiling, parts[0])
+    dquery, (dkey, dvalue, dbias) = tiles.scan_columns(step, None, block, tiling.sizes)
     unit = tiles.power_unit if tiling.bounded else 1.0
-    delta = tiles.row_sum(doutput * output) / total
-    rows = (query / (tiling.root / unit), doutput / (total * tiling.keep_prob))  # what every tile needs
-    block = Block(rows, block.columns, block.pairs._replace(statistics=(finite(tiles, base), delta)))
-    dquery, (dkey, dvalue, dbias) = tiles.scan_columns(partial(pull_tile, tiling), None, block, tiling.sizes)
     dquery, dkey = dquery / tiling.root, dkey if unit == 1.0 else dkey / unit
     if dbias is None:
         return (dquery, None), (dkey, dvalue, None)
