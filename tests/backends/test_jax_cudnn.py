@@ -65,10 +65,11 @@ def lowered(function, *arrays):
 )
 def test_masks_are_flags(gpu, mask, kind, window):
     """Nothing is as large as the logits."""
+    arrays = shapes(2) if window == "0" else shapes(2, kv_length=384)  # windows want as many keys as queries
     for function, names in ((attend, ["fmhaSoftmax"]), (gradients, ["fmhaSoftmax", "fmhaSoftmaxBackward"])):
-        assert lowered(partial(function, mask=mask), *shapes(2)) == (names, {kind, window})
-        text = jax.jit(partial(function, mask=mask)).trace(*shapes(2)).lower(lowering_platforms=("cuda",)).as_text()
-        assert not re.search(r"tensor<2x4x256x128x(bf16|i1)>", text)
+        assert lowered(partial(function, mask=mask), *arrays) == (names, {kind, window})
+        text = jax.jit(partial(function, mask=mask)).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+        assert not re.search(r"tensor<2x4x256x(128|384)x(bf16|i1)>", text)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +125,7 @@ def test_arrays_are_a_bias(gpu):
     [
         (CausalMask(1), False, "NO_MASK", "of bands it has"),
         (LocalMask(200, 1), False, "NO_MASK", "of bands it has"),
-        (LocalMask(130, 0), True, "NO_MASK", "no window beside"),
+        (LocalMask(130, 0), False, "NO_MASK", "windows need no more queries than keys"),
         (CausalMask(), True, "CAUSAL", ""),
         (SegmentMask(np.zeros(256, int), np.zeros(128, int)), False, "NO_MASK", "no segments"),
         (SegmentMask(np.zeros(256, int), np.zeros(128, int)) & CausalMask(), False, "CAUSAL", "no segments"),
@@ -148,6 +149,13 @@ def test_masks_that_it_lacks_are_a_bias(gpu, mask, biased, kind, reason):
     arrays_of_pairs = [x for x in plans[0].reasons if "an array of 65536 elements" in x]
     assert bool(arrays_of_pairs) == bool(reason)
     assert not reason or any(reason in x for x in arrays_of_pairs)
+
+
+def test_no_window_beside_a_bias(gpu):
+    plans, bias = [], jnp.zeros((256, 384), jnp.bfloat16)
+    explain = partial(aa.explain, bias=bias, mask=LocalMask(130, 0), implementation="fused")
+    jax.eval_shape(lambda *x: plans.append(explain(*x)), *shapes(2, kv_length=384))
+    assert "no window beside a bias" in str(plans[0])
 
 
 @pytest.mark.parametrize(
