@@ -5,12 +5,12 @@ of its arrays' type. An engine is a subclass of `Implementation`, mostly of `Fus
 group ``anyattention.implementations`` whose name is "library.engine", for example "torch.mine".
 """
 
-from anyattention._src.blocks import Block, Group
+from anyattention._src.blocks import Block, Group, cut_columns, cut_group, cut_lead, cut_rows, leaves, tree_map
 from anyattention._src.call import Call, Dropout, Operands, Options
 from anyattention._src.implementations.base import Implementation
 from anyattention._src.implementations.fused import Fused, four_axes
 from anyattention._src.implementations.tiled import TILED as tiled
-from anyattention._src.interfaces import Arrays, Backend, Steps, Tiles
+from anyattention._src.interfaces import Arrays, Backend, Steps, Tiles, join_rows
 from anyattention._src.rules import CausalMask, Mask
 from anyattention._src.structure import Structure
 
@@ -30,6 +30,13 @@ __all__ = [
     "Steps",
     "Structure",
     "Tiles",
+    "cut_columns",
+    "cut_group",
+    "cut_lead",
+    "cut_rows",
     "four_axes",
+    "join_rows",
+    "leaves",
     "tiled",
+    "tree_map",
 ]

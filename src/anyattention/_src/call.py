@@ -1,7 +1,6 @@
 """A call whose arguments are checked: its operands, which are traced and differentiated, and its options."""
 
 from dataclasses import dataclass
-from math import prod
 from typing import Any, NamedTuple
 
 from anyattention._src import rules
@@ -89,17 +88,6 @@ class Call:
         return tuple(self.operands.query.shape[:-3])
 
     @property
-    def logits_of_a_head(self) -> int:
-        """How many logits each head has."""
-        rows, columns = self.lengths
-        return rows * columns
-
-    @property
-    def logits(self) -> int:
-        """How many logits there are."""
-        return self.logits_of_a_head * self.operands.query.shape[-2] * prod(self.batch)
-
-    @property
     def has_unknown_sizes(self) -> bool:
         """Whether some sizes are known at run time only."""
         query, key, value, *_ = self.operands
@@ -123,8 +111,7 @@ class Call:
         if not isinstance(mask, Mask):
             return self.backend.arrays.truth(mask)
         to = self.lowering()
-        expression = mask.lower(to)
-        return rules.visible(self.backend.arrays, expression, tuple(to.operands))
+        return rules.visible(self.backend.arrays, mask.lower(to), to.operands)
 
     def operands_fit(self) -> bool:
         """Whether bias and mask have no axes, and no sizes, but those of query and key."""
@@ -146,9 +133,7 @@ def make_call(backend: Backend, operands: Operands, dtype: Any, asked: dict[str,
         ShapeError, TypeError, ValueError: as `dot_product_attention` says.
     """
     query, key, value, bias, mask, dropout_key, origin = operands
-    whole_products = False
-    if asked:
-        whole_products = _check_einsums(asked)
+    whole_products = bool(asked) and _check_einsums(asked)
     if value is None:
         (query, key), name = backend.arrays.promote([query, key], dtype)
     else:

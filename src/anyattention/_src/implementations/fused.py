@@ -126,7 +126,7 @@ class Fused(Implementation):
     def elements(self, call: Call, mask: Structure) -> int:
         """How many an array has that stands for masks by rule, one for all heads; none where they are small."""
         small = (not isinstance(x, Mask) or (isinstance(x, LengthMask) and x.query_lengths is None) for x in mask.rest)
-        return 0 if self.broadcasts and all(small) else prod(call.batch) * call.logits_of_a_head
+        return 0 if self.broadcasts and all(small) else prod((*call.batch, *call.lengths))
 
     def wide(self, call: Call) -> str:
         """The dtype of the logits, with the bias."""
