@@ -274,7 +274,7 @@ def _call(
     asked = {name: option for name, option in options.items() if option or isinstance(option, str)}
     kind = type(query)
     if bias is mask is None and kind is type(key) and (kind is type(value) or value is None) and query is not None:
-        backend = registry.backend_for(query=query)
+        backend = registry.backend_of(query) or registry.backend_for(query=query)
     elif isinstance(mask, Mask):
         masked_by = {f"mask[{i}]": x for i, x in enumerate(mask.arrays())}
         backend = registry.backend_for(query=query, key=key, value=value, bias=bias, **masked_by)
