@@ -62,6 +62,11 @@ def test_neither_does_none_ignore_it(x):
     assert plan.explain(call_of(x, MORE(dtype="float32"))).implementation is not None
 
 
+def test_exact_refuses_words_alone():
+    """Choosing by rule relies on it."""
+    assert type(registry.EXACT).refusals is Implementation.refusals
+
+
 def test_every_operand_and_option_is_a_word():
     """Whatever is not at its default, so that a new field cannot be forgotten."""
     for name in Operands._fields[3:]:
