@@ -5,7 +5,8 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 from anyattention_conformance.adapters import ADAPTERS
 from anyattention_conformance.cases import Case
 from anyattention_conformance.frameworks import Framework, framework, quiet
+from anyattention_conformance.signatures import Signature, read
 from anyattention_conformance.truth import NAMES
 
 Array = Any
@@ -48,16 +50,11 @@ class Target:
     function: Callable[..., Any]
     framework: Framework
     vjp: Callable[..., Any] | None = None
-    accepts: frozenset[str] | None = field(init=False)  # names of its parameters; None if they cannot be seen
 
-    def __post_init__(self) -> None:
-        try:
-            parameters = inspect.signature(self.function).parameters.values()
-        except (TypeError, ValueError):
-            object.__setattr__(self, "accepts", None)
-        else:
-            named = (x.name for x in parameters if x.kind not in (x.VAR_KEYWORD, x.VAR_POSITIONAL))
-            object.__setattr__(self, "accepts", frozenset(named))
+    @cached_property
+    def signature(self) -> Signature:
+        """How the function takes its arguments."""
+        return read(self.function)
 
     @property
     def about(self) -> dict[str, str]:
@@ -69,15 +66,16 @@ class Target:
         if not case.available(dtype):
             return Outcome("missing", "NumPy has no bfloat16")
         arguments = case.inputs(dtype)
-        missing = [] if self.accepts is None else [x for x in arguments if x not in {*self.accepts, *NAMES[:3]}]
-        if missing:
+        if missing := self.signature.missing(arguments):
             return Outcome("missing", f"takes no {' and no '.join(missing)}")
         try:
             with quiet(), self.framework.scope(dtype):
                 return self._call(case, dtype, arguments, gradients)
         except Exception as error:
-            names = tuple(x.__name__ for x in type(error).__mro__)
-            return Outcome("raised", f"{type(error).__name__}: {error}"[:500], raised=names)
+            said = f"{type(error).__name__}: {error}"
+            if missing := self.signature.refused(error, arguments):
+                return Outcome("missing", f"takes no {' and no '.join(missing)} by name ({said[:400]})")
+            return Outcome("raised", said[:500], raised=tuple(x.__name__ for x in type(error).__mro__))
 
     def _call(self, case: Case, dtype: str, arguments: dict[str, Any], gradients: bool) -> Outcome:
         try:
@@ -105,7 +103,7 @@ class Target:
         if self.framework.differentiates:
             output, pullback = self.framework.vjp(lambda **arrays: self._apply(**arrays, **placed), arrays)
         elif self.vjp is not None:
-            output, (_, pull) = self._apply(**arrays, **placed), self.vjp(**arrays, **placed)
+            output, (_, pull) = self._apply(**arrays, **placed), read(self.vjp).call(self.vjp, arrays | placed)
             pullback = lambda cotangent: dict(zip(NAMES, pull(cotangent), strict=False))  # noqa: E731
         else:
             output = self._apply(**arrays, **placed)
@@ -122,10 +120,7 @@ class Target:
         return Outcome("answer", output=answer, gradients=found)
 
     def _apply(self, **arguments: Any) -> Array:
-        if self.accepts is not None and not self.accepts.issuperset(NAMES[:3]):
-            first = [arguments.pop(name) for name in NAMES[:3]]
-            return self.function(*first, **arguments)
-        return self.function(**arguments)
+        return self.signature.call(self.function, arguments)
 
 
 def _same(x: Array, y: Array) -> bool:
@@ -152,8 +147,6 @@ def load(name: str, framework_name: str) -> Target:
         if not hasattr(function, attribute):
             raise TargetError(f"{where} has no {path}")
         function = getattr(function, attribute)
-    if not callable(function):
-        raise TargetError(f"{name} is {type(function).__name__}, which cannot be called")
     return make(function, framework_name, name)
 
 
@@ -164,6 +157,12 @@ def make(function: Callable[..., Any], framework_name: str, name: str = "") -> T
     except Exception as error:
         raise TargetError(f"the framework {framework_name} cannot be imported: {error}") from error
     name = name or f"{getattr(function, '__module__', '?')}:{getattr(function, '__qualname__', repr(function))}"
+    if not callable(function):
+        raise TargetError(f"{name} is {type(function).__name__}, which cannot be called")
+    if isinstance(function, type):
+        raise TargetError(f"{name} is a class: name a function, or an instance that can be called")
+    if any(map(inspect.iscoroutinefunction, (function, type(function).__call__, getattr(function, "forward", None)))):
+        raise TargetError(f"{name} is asynchronous: name a function that returns the output, not a coroutine")
     return Target(name, function, library, getattr(function, "vjp", None))
 
 
@@ -171,8 +170,8 @@ def _import_file(path: Path) -> Any:
     if not path.exists():
         raise FileNotFoundError(f"no file {path}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is no file that Python imports")
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module
     sys.path.insert(0, str(path.parent.resolve()))

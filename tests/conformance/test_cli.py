@@ -95,7 +95,6 @@ def test_bad_options_are_said(arguments, message):
     [
         ("raises", "RuntimeError: no kernel for you"),
         ("returns_a_list", "returned builtins.list instead of numpy.ndarray"),
-        ("hides_its_names", "takes no mask"),
         ("exits", "SystemExit"),
         ("changes_its_query", "changed its argument query"),
     ],

@@ -1,0 +1,100 @@
+"""How a function takes its arguments: what its signature shows, and where that is not all, what calls show."""
+
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from anyattention_conformance.truth import NAMES
+
+Parameters = tuple[inspect.Parameter, ...]
+ARRAYS = NAMES[:3]
+LAYERS = ("forward", "call")  # what layers of PyTorch and Keras call
+NOT_BY_NAME = re.compile(r"(unexpected|unknown|invalid|no) keyword argument", re.IGNORECASE)
+NOT_BY_PLACE = re.compile(r"positional argument|multiple values")
+
+
+@dataclass(frozen=True)
+class Signature:
+    """The parameters of a function that can be seen.
+
+    It is `open` if it may take others than these: with ``**kwargs``, decorated, in C. It is `hidden` if these are not
+    its own, or if it does not say how it takes query, key and value.
+    """
+
+    parameters: Parameters
+    open: bool
+    hidden: bool
+
+    def missing(self, arguments: dict[str, Any]) -> list[str]:
+        """The names of arguments that it surely does not take; query, key and value may have others."""
+        return [] if self.open else self._unseen(arguments)
+
+    def refused(self, error: Exception, arguments: dict[str, Any]) -> list[str]:
+        """The names of arguments that it did not take, by the error that a call with them raised."""
+        said = str(error)
+        if not NOT_BY_NAME.search(said):
+            return []
+        unseen = self._unseen(arguments)
+        return unseen if "no keyword arguments" in said else [x for x in unseen if f"'{x}'" in said]
+
+    def call(self, function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        """Call a function by the names of its parameters, or by their places where names are not taken."""
+        if not self.hidden:
+            return self._call(function, arguments, by_place=not _names(self.parameters).issuperset(ARRAYS))
+        try:
+            return self._call(function, arguments, by_place=False)
+        except Exception as by_name:
+            try:
+                return self._call(function, arguments, by_place=True)
+            except TypeError as by_place:
+                raise by_name if NOT_BY_PLACE.search(str(by_place)) else by_place from None
+
+    def _call(self, function: Callable[..., Any], arguments: dict[str, Any], by_place: bool) -> Any:
+        named = dict(arguments)
+        by_name = {x.name for x in self.parameters if x.kind is x.KEYWORD_ONLY}
+        placed = [named.pop(x) for x in ARRAYS if by_place and x not in by_name]
+        nameless = [x for x in self.parameters if x.kind is x.POSITIONAL_ONLY]
+        last = max((i for i, x in enumerate(nameless) if x.name in named), default=-1)
+        for x in nameless[len(placed) : last + 1]:
+            if x.name not in named and x.default is x.empty:
+                raise TypeError(f"missing a required argument: {x.name!r}")
+            placed.append(named.pop(x.name, x.default))
+        return function(*placed, **named)
+
+    def _unseen(self, arguments: dict[str, Any]) -> list[str]:
+        return [x for x in arguments if x not in {*_names(self.parameters), *ARRAYS}]
+
+
+def read(function: Callable[..., Any]) -> Signature:
+    """What can be seen of how a function takes its arguments.
+
+    A decorator may show the parameters of what it wraps, and take more or less; only its own are sure.
+    """
+    own = _parameters(function, follow_wrapped=False)
+    shown = any(hasattr(function, x) for x in ("__wrapped__", "__signature__"))
+    is_open = own is None or shown or any(x.kind is x.VAR_KEYWORD for x in own)
+    own = own or ()
+    if not is_open or _names(own).issuperset(ARRAYS):
+        return Signature(own, is_open, hidden=False)
+    if isinstance(function, partial) and not function.args:
+        return replace(read(function.func), open=True, hidden=True)
+    for behind in (function, *(getattr(function, x, None) for x in LAYERS)):
+        parameters = _parameters(behind) or () if callable(behind) else ()
+        if _names(parameters).issuperset(ARRAYS):
+            return Signature(parameters, is_open, hidden=True)
+    return Signature(own, is_open, hidden=True)
+
+
+def _parameters(function: Callable[..., Any], follow_wrapped: bool = True) -> Parameters | None:
+    try:
+        return tuple(inspect.signature(function, follow_wrapped=follow_wrapped).parameters.values())
+    except (TypeError, ValueError):
+        return None
+
+
+def _names(parameters: Parameters) -> frozenset[str]:
+    """The names of single arguments."""
+    return frozenset(x.name for x in parameters if x.kind not in (x.VAR_KEYWORD, x.VAR_POSITIONAL))

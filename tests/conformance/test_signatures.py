@@ -1,0 +1,261 @@
+"""Targets of every signature: a right one conforms, and none is told that it does not take what it takes."""
+
+import functools
+
+import pytest
+
+from anyattention_conformance import Claims, Golden, suite, targets
+from anyattention_conformance.reference import attention
+from anyattention_conformance.targets import TargetError
+
+GOLDEN = Golden()
+REST = frozenset({"dropout", "force_fp32_for_softmax", "dtype"})  # what these functions do not take
+
+
+def certify(function, only=("mask", "bias"), framework="numpy", unsupported=REST):
+    claims = Claims(unsupported=frozenset(unsupported))
+    chosen = suite.runs("full", only=only, dtypes=["float32"])
+    chosen = [run._replace(gradients=False) for run in chosen if not run.case.id[-1].isdigit()]
+    return suite.certify_here(targets.make(function, framework), chosen, claims=claims, oracle=GOLDEN)
+
+
+def plain(query, key, value, bias=None, mask=None):
+    return attention(query, key, value, bias, mask)
+
+
+def decorated(function):
+    def inner(*args, **kwargs):
+        return function(*args, **kwargs)
+
+    return inner
+
+
+def wrapped(function):
+    return functools.wraps(function)(decorated(function))
+
+
+def keywords(query, key, value, **kwargs):
+    return plain(query, key, value, **kwargs)
+
+
+def keywords_alone(**kwargs):
+    return plain(**kwargs)
+
+
+def other_names(q, k, v, **kwargs):
+    return plain(q, k, v, **kwargs)
+
+
+def without_names(*arrays, bias=None, mask=None):
+    return plain(*arrays, bias, mask)
+
+
+def unpacks(*args, **kwargs):
+    query, key, value = args
+    return plain(query, key, value, **kwargs)
+
+
+def by_place(query, key, value, /, bias=None, mask=None):
+    return plain(query, key, value, bias, mask)
+
+
+def all_by_place(query, key, value, bias=None, mask=None, /):
+    return plain(query, key, value, bias, mask)
+
+
+def others_by_place(q, k, v, bias=None, mask=None, /):
+    return plain(q, k, v, bias, mask)
+
+
+def by_name(*, query, key, value, bias=None, mask=None):
+    return plain(query, key, value, bias, mask)
+
+
+def another_order(bias, mask, value, key, query, /):
+    return plain(query, key, value, bias, mask)
+
+
+def value_first(value, key, query, bias=None, mask=None):
+    return plain(query, key, value, bias, mask)
+
+
+@functools.wraps(lambda query, key, value: None)
+def takes_more_than_it_shows(query, key, value, bias=None, mask=None):
+    return plain(query, key, value, bias, mask)
+
+
+@functools.wraps(lambda query, key, value: None)
+def takes_more_and_passes_on(*args, mask=None, **kwargs):
+    return plain(*args, mask=mask, **kwargs)
+
+
+class Instance:
+    def __call__(self, query, key, value, bias=None, mask=None):
+        return plain(query, key, value, bias, mask)
+
+    def method(self, query, key, value, bias=None, mask=None):
+        return plain(query, key, value, bias, mask)
+
+    @classmethod
+    def of_the_class(cls, query, key, value, /, **kwargs):
+        return plain(query, key, value, **kwargs)
+
+    @staticmethod
+    def static(query, key, value, bias=None, mask=None):
+        return plain(query, key, value, bias, mask)
+
+
+class Layer:
+    """As the layers of PyTorch and Keras are."""
+
+    def __call__(self, *args, **kwargs):
+        return self.forward(*args, **kwargs)
+
+
+class ByPlace(Layer):
+    def forward(self, value, key, query, bias=None, mask=None, /):
+        return plain(query, key, value, bias, mask)
+
+
+class ByName(Layer):
+    def forward(self, *, query, key, value, bias=None, mask=None):
+        return plain(query, key, value, bias, mask)
+
+
+RIGHT = {
+    "decorated": decorated(plain),
+    "wrapped": wrapped(plain),
+    "twice": wrapped(decorated(plain)),
+    "keywords": keywords,
+    "keywords_alone": keywords_alone,
+    "keywords, decorated": decorated(keywords_alone),
+    "other_names": other_names,
+    "other names, decorated": decorated(other_names),
+    "other names, wrapped": wrapped(other_names),
+    "without_names": without_names,
+    "unpacks": unpacks,
+    "by_place": by_place,
+    "by place, decorated": decorated(by_place),
+    "all_by_place": all_by_place,
+    "all by place, wrapped": wrapped(all_by_place),
+    "others_by_place": others_by_place,
+    "by_name": by_name,
+    "by name, decorated": decorated(by_name),
+    "value_first": value_first,
+    "value first, decorated": decorated(value_first),
+    "takes_more_than_it_shows": takes_more_than_it_shows,
+    "takes_more_and_passes_on": takes_more_and_passes_on,
+    "instance": Instance(),
+    "method": Instance().method,
+    "decorated method": decorated(Instance().method),
+    "of_the_class": Instance.of_the_class,
+    "static": Instance.static,
+    "layer by place": ByPlace(),
+    "layer by name": ByName(),
+    "partial": functools.partial(plain, mask=None),
+    "partial by name": functools.partial(by_name, bias=None),
+    "partial of a layer": functools.partial(ByPlace()),
+    "partial of a decorated one": functools.partial(decorated(plain), mask=None),
+    "partialmethod": functools.partial(Instance.method, Instance(), bias=None),
+    "lambda": lambda query, key, value, **rest: plain(query, key, value, **rest),
+    "singledispatch": functools.singledispatch(plain),
+}
+
+
+@pytest.mark.parametrize("function", RIGHT.values(), ids=RIGHT)
+def test_a_right_one_conforms(function):
+    report = certify(function, ("mask", "bias", "errors"))
+    assert report.conforms, report.failures or report.problems
+    assert {x.verdict for x in report.results} == {"conforms"}
+    assert len(report.results) > 10
+
+
+@pytest.mark.parametrize("function", RIGHT.values(), ids=RIGHT)
+def test_what_it_takes_cannot_be_declared_away(function):
+    report = certify(function, unsupported=REST | {"mask"})
+    assert report.problems == ["declared, but did not occur: mask"]
+    assert report.compared
+
+
+def unmasked(query, key, value):
+    return plain(query, key, value)
+
+
+def another_name(query, key, value, attn_mask=None):
+    return plain(query, key, value, mask=attn_mask)
+
+
+@functools.wraps(plain)
+def takes_less_than_it_shows(query, key, value):
+    return plain(query, key, value)
+
+
+LESS = {
+    "unmasked": unmasked,
+    "decorated": decorated(unmasked),
+    "wrapped": wrapped(unmasked),
+    "partial": functools.partial(decorated(unmasked)),
+    "another name": another_name,
+    "another name, decorated": decorated(another_name),
+    "takes_less_than_it_shows": takes_less_than_it_shows,
+}
+
+
+@pytest.mark.parametrize("function", LESS.values(), ids=LESS)
+def test_what_it_does_not_take_is_said_and_may_be_declared(function):
+    only = ("plain", "mask", "errors")
+    report = certify(function, only, unsupported={"bias"})
+    assert all(x.message.startswith("takes no mask") for x in report.failures)
+    assert {x.group for x in report.failures} == {"mask", "errors"}
+    report = certify(function, only, unsupported={"bias", "mask"})
+    assert report.conforms, report.problems
+    assert {x.verdict for x in report.results if "does-not-fit" in x.case} == {"unsupported"}
+
+
+@pytest.mark.parametrize("change", [lambda x: x, decorated, wrapped])
+def test_a_mask_that_is_swallowed_shows_as_wrong_numbers(change):
+    def swallows(query, key, value, **ignored):
+        return plain(query, key, value)
+
+    for unsupported in ({"bias"}, {"bias", "mask"}):
+        report = certify(change(swallows), ("plain", "mask"), unsupported=unsupported)
+        assert {x.case for x in report.failures if x.ratio and x.ratio > 1} >= {"mask", "mask-keys"}
+        assert not [x for x in report.failures if "takes no" in x.message]
+
+
+def test_an_error_within_is_not_about_its_arguments():
+    def calls_another_with_a_mask(query, key, value, mask=None):
+        return unmasked(query, key, value, **({} if mask is None else {"mask": mask}))
+
+    report = certify(calls_another_with_a_mask, ("plain", "mask"), unsupported={"bias"})
+    assert "TypeError: unmasked() got an unexpected keyword argument 'mask'" in {x.message for x in report.failures}
+
+
+def test_a_place_that_cannot_be_seen_is_said():
+    """Whether a mask comes fourth or fifth is not to be guessed."""
+    report = certify(decorated(all_by_place), ("plain", "mask"))
+    assert {x.message for x in report.failures if "bias" not in x.case} == {
+        "TypeError: all_by_place() got some positional-only arguments passed as keyword arguments: 'mask'"
+    }
+
+
+async def asynchronous(query, key, value):
+    return plain(query, key, value)
+
+
+class Asynchronous:
+    __call__ = staticmethod(asynchronous)
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (3, "int, which cannot be called"),
+        (Instance, "is a class: name a function, or an instance"),
+        (asynchronous, "is asynchronous: name a function that returns the output"),
+        (Asynchronous(), "is asynchronous"),
+    ],
+)
+def test_what_is_no_function_is_said(target, message):
+    with pytest.raises(TargetError, match=message):
+        targets.make(target, "numpy")
