@@ -230,7 +230,7 @@ def _heat_cell(cell: Cell, target: str, link: str, *, starts: bool) -> _HeatCell
         text=_cell_text(cell, shade),
         spoken=cell.verdict,
         notes=" ".join(f"{MARKS[x]}{n}" for x, n in cell.others.items() if x != CONFORMS),
-        title=_title(cell, target),
+        title=_title(cell, cell.worst, target),
         link=link if cell.verdict == BUG else "",
     )
 
@@ -252,9 +252,7 @@ def _cell_text(cell: Cell, shade: str) -> str:
     return short(cell.ratio) + (TIMES if cell.verdict == BUG and math.isfinite(cell.ratio) else "")
 
 
-def _title(cell: Cell, target: str) -> str:
-    worst = cell.worst
-    assert worst is not None
+def _title(cell: Cell, worst: Result, target: str) -> str:
     measured = over_budget(worst)
     lines = [
         f"{target} · {clean(worst.dtype)} · {clean(worst.group)}",
@@ -384,8 +382,8 @@ def _points(
     """Points by verdict and target, those that fail on top; where several coincide, one point tells of all."""
     found: dict[tuple[str, int], dict[tuple[float, float], list[Result]]] = {}
     for i, result in results:
-        assert result.flax_error is not None
-        assert result.error is not None
+        if result.flax_error is None or result.error is None:
+            continue
         place = (round(LEFT + across(result.flax_error), 1), round(TOP + SIZE - up(result.error), 1))
         found.setdefault((result.verdict, i), {}).setdefault(place, []).append(result)
     order = (CONFORMS, NOT_RUN, UNSUPPORTED, DECLARED, BUG)

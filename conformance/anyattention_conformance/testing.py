@@ -115,13 +115,16 @@ class AttentionConformance:
 
     def test_claims(self) -> None:
         """Every claim comes true in some case."""
+        import pytest
+
         target, judge = self._judge()
         declared = judge.claims
         fresh = Judge(judge.oracle, declared)
         for run in suite.runs(self.tier, declared.contract):
             if declared.concerns(run.case, run.dtype):
                 fresh.results(run, target.run(*run))
-        assert not fresh.problems
+        if fresh.problems:  # an assert would be gone under python -O
+            pytest.fail("\n".join(fresh.problems), pytrace=False)
 
 
 def _sentence(result: Result) -> str:

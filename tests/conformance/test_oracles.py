@@ -1,11 +1,18 @@
 """Flax's recorded answers against the Flax that is installed."""
 
+import ast
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+import anyattention_conformance
 from anyattention_conformance import CASES, Golden, Live, truth
 from anyattention_conformance.budgets import c2, c3
-from anyattention_conformance.oracles import OracleError
+from anyattention_conformance.oracles import Asserting, OracleError
 
 GOLDEN, LIVE = Golden(), Live()
 
@@ -47,3 +54,45 @@ def test_the_recording_is_small():
     from anyattention_conformance.oracles import GOLDEN as PATH
 
     assert PATH.stat().st_size < 4 * 2**20
+
+
+def test_without_asserts_the_live_flax_answers_as_with_them():
+    chosen = [case for case in CASES if case.error or case.id == "bias"]
+    code = (
+        "import pickle, sys\n"
+        "from anyattention_conformance import CASES, Live\n"
+        "cases, live = {case.id: case for case in CASES}, Live()\n"
+        "answers = {name: live.answer(cases[name], 'float32') for name in sys.argv[1:]}\n"
+        "sys.stdout.buffer.write(pickle.dumps((__debug__, answers)))\n"
+    )
+    command = [sys.executable, "-O", "-W", "error::ResourceWarning", "-c", code, *(case.id for case in chosen)]
+    done = subprocess.run(command, capture_output=True, timeout=300, check=True)
+    assert b"ResourceWarning" not in done.stderr
+    debug, answers = pickle.loads(done.stdout)
+    assert not debug
+    for case in chosen:
+        live = LIVE.answer(case, "float32")
+        if case.error:
+            assert answers[case.id] == live == case.error
+        else:
+            np.testing.assert_array_equal(answers[case.id].output, live.output)
+
+
+def test_a_flax_that_cannot_be_asked_is_said():
+    asserting = Asserting()
+    asserting._process.kill()
+    with pytest.raises(OracleError, match="its process ended with"):
+        asserting.answer(CASES[0], "float32")
+
+
+def test_no_verdict_depends_on_asserts():
+    """`python -O` takes them away."""
+    for path in Path(anyattention_conformance.__file__).parent.rglob("*.py"):
+        found = [x.lineno for x in ast.walk(ast.parse(path.read_text())) if isinstance(x, ast.Assert)]
+        assert not found, f"{path}: lines {found}"
+
+
+def test_the_recording_leaves_no_file_open():
+    code = "import anyattention_conformance as kit; oracle = kit.Golden(); oracle.itself = oracle"  # for the collector
+    done = subprocess.run([sys.executable, "-X", "dev", "-c", code], capture_output=True, text=True, check=True)
+    assert "ResourceWarning" not in done.stderr

@@ -73,6 +73,20 @@ def test_the_class(tmp_path):
     assert "TestWrong::test_case[bias-float32]" not in done.stdout
 
 
+def test_without_asserts_a_claim_that_does_not_occur_fails_as_well(tmp_path):
+    (tmp_path / "test_mine.py").write_text(
+        "from anyattention_conformance import AttentionConformance\n"
+        "from anyattention_conformance.reference import attention\n"
+        "class TestRight(AttentionConformance):\n"
+        "    target = attention\n"
+        "    unsupported = ('dropout',)\n"
+    )
+    command = [sys.executable, "-O", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "claims"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False, timeout=300)
+    assert done.returncode == 1
+    assert "declared, but did not occur: dropout" in done.stdout
+
+
 def test_the_plugin(tmp_path):
     plugin = ("-p", "anyattention_conformance.plugin", "--attention-target")
     done = run_pytest(*plugin, f"{SAMPLES}:right", "--attention-contract", "C2", cwd=tmp_path)
