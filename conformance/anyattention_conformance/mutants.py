@@ -308,10 +308,10 @@ class MaskOfABatch(Attention):
         return super().fill_hidden(call, logits)
 
 
-@mutant("mask", "The parameters have no names, so Flax's modules pass no mask.", row=29)
-class Nameless(Attention):
+@mutant("mask", "The mask has no parameter: it goes into **kwargs, and is dropped.", row=29)
+class SwallowsTheMask(Attention):
     def __call__(self, *args: Any, **kwargs: Any) -> Array:
-        return super().__call__(*args, **kwargs)
+        return super().__call__(*args, **kwargs | {"mask": None})
 
 
 # --- rows that see nothing ---
