@@ -43,7 +43,7 @@ class Signature:
     def call(self, function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         """Call a function by the names of its parameters, or by their places where names are not taken."""
         if not self.hidden:
-            return self._call(function, arguments, by_place=not _names(self.parameters).issuperset(ARRAYS))
+            return self._call(function, arguments, by_place=not _named(self.parameters))
         try:
             return self._call(function, arguments, by_place=False)
         except Exception as by_name:
@@ -55,7 +55,7 @@ class Signature:
     def _call(self, function: Callable[..., Any], arguments: dict[str, Any], by_place: bool) -> Any:
         named = dict(arguments)
         by_name = {x.name for x in self.parameters if x.kind is x.KEYWORD_ONLY}
-        placed = [named.pop(x) for x in ARRAYS if by_place and x not in by_name]
+        placed = [named.pop(x) for x in _order(self.parameters) if by_place and x not in by_name]
         nameless = [x for x in self.parameters if x.kind is x.POSITIONAL_ONLY]
         last = max((i for i, x in enumerate(nameless) if x.name in named), default=-1)
         for x in nameless[len(placed) : last + 1]:
@@ -77,13 +77,13 @@ def read(function: Callable[..., Any]) -> Signature:
     shown = any(hasattr(function, x) for x in ("__wrapped__", "__signature__"))
     is_open = own is None or shown or any(x.kind is x.VAR_KEYWORD for x in own)
     own = own or ()
-    if not is_open or _names(own).issuperset(ARRAYS):
+    if not is_open or _named(own):
         return Signature(own, is_open, hidden=False)
     if isinstance(function, partial) and not function.args:
         return replace(read(function.func), open=True, hidden=True)
     for behind in (function, *(getattr(function, x, None) for x in LAYERS)):
         parameters = _parameters(behind) or () if callable(behind) else ()
-        if _names(parameters).issuperset(ARRAYS):
+        if _named(parameters) or _order(parameters) != ARRAYS:
             return Signature(parameters, is_open, hidden=True)
     return Signature(own, is_open, hidden=True)
 
@@ -98,3 +98,14 @@ def _parameters(function: Callable[..., Any], follow_wrapped: bool = True) -> Pa
 def _names(parameters: Parameters) -> frozenset[str]:
     """The names of single arguments."""
     return frozenset(x.name for x in parameters if x.kind not in (x.VAR_KEYWORD, x.VAR_POSITIONAL))
+
+
+def _named(parameters: Parameters) -> bool:
+    return _names(parameters).issuperset(ARRAYS)
+
+
+def _order(parameters: Parameters) -> tuple[str, ...]:
+    """Which of query, key and value the first three places take: by their initials, if these tell, else in order."""
+    initials = [x.name[0].lower() for x in parameters if x.kind in (x.POSITIONAL_ONLY, x.POSITIONAL_OR_KEYWORD)][:3]
+    arrays = {x[0]: x for x in ARRAYS}
+    return tuple(arrays[x] for x in initials) if set(initials) == set(arrays) else ARRAYS

@@ -4,6 +4,7 @@ import functools
 
 import pytest
 
+import anyattention
 from anyattention_conformance import Claims, Golden, suite, targets
 from anyattention_conformance.reference import attention
 from anyattention_conformance.targets import TargetError
@@ -67,6 +68,10 @@ def others_by_place(q, k, v, bias=None, mask=None, /):
     return plain(q, k, v, bias, mask)
 
 
+def values_first(values, K, q, bias=None, mask=None):
+    return plain(q, K, values, bias, mask)
+
+
 def by_name(*, query, key, value, bias=None, mask=None):
     return plain(query, key, value, bias, mask)
 
@@ -117,6 +122,13 @@ class ByPlace(Layer):
         return plain(query, key, value, bias, mask)
 
 
+class ValuesFirst(Layer):
+    def call(self, v, k, q, bias=None, mask=None):
+        return plain(q, k, v, bias, mask)
+
+    forward = call
+
+
 class ByName(Layer):
     def forward(self, *, query, key, value, bias=None, mask=None):
         return plain(query, key, value, bias, mask)
@@ -139,6 +151,9 @@ RIGHT = {
     "all_by_place": all_by_place,
     "all by place, wrapped": wrapped(all_by_place),
     "others_by_place": others_by_place,
+    "values_first": values_first,
+    "values first, wrapped": wrapped(values_first),
+    "layer, values first": ValuesFirst(),
     "by_name": by_name,
     "by name, decorated": decorated(by_name),
     "value_first": value_first,
@@ -259,3 +274,30 @@ class Asynchronous:
 def test_what_is_no_function_is_said(target, message):
     with pytest.raises(TargetError, match=message):
         targets.make(target, "numpy")
+
+
+def test_modules_and_compiled_functions_conform():
+    torch, jax = pytest.importorskip("torch"), pytest.importorskip("jax")
+
+    class Module(torch.nn.Module):
+        def forward(self, value, key, query, bias=None, mask=None):
+            return anyattention.dot_product_attention(query, key, value, bias, mask)
+
+    class WithoutNames(Module):
+        def forward(self, *args, **kwargs):
+            return anyattention.dot_product_attention(*args, **kwargs)
+
+    class WithoutMask(Module):
+        def forward(self, query, key, value):
+            return anyattention.dot_product_attention(query, key, value)
+
+    for module in (Module(), WithoutNames(), torch.compile(Module(), backend="eager")):
+        report = certify(module, ("mask", "mask-and-bias"), "torch")
+        assert report.conforms, report.failures
+        report = certify(module, ("mask",), "torch", unsupported=REST | {"mask"})
+        assert report.problems == ["declared, but did not occur: mask"]
+    report = certify(WithoutMask(), ("plain", "mask"), "torch", unsupported={"bias"})
+    assert {x.message[:13] for x in report.failures} == {"takes no mask"}
+    for function in (Module().forward, decorated(anyattention.dot_product_attention)):
+        report = certify(jax.jit(function), ("mask-and-bias", "batches-differ"), "jax")
+        assert {x.verdict for x in report.results} == {"conforms"}, report.failures
