@@ -12,21 +12,20 @@ from anyattention_conformance.truth import NAMES
 Parameters = tuple[inspect.Parameter, ...]
 ARRAYS = NAMES[:3]
 LAYERS = ("forward", "call")  # what layers of PyTorch and Keras call
-NOT_BY_NAME = re.compile(r"(unexpected|unknown|invalid|no) keyword argument", re.IGNORECASE)
-NOT_BY_PLACE = re.compile(r"positional argument|multiple values")
+NOT_TAKEN = re.compile(r"(unexpected|unknown|invalid|no) keyword argument", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Signature:
     """The parameters of a function that can be seen.
 
-    It is `open` if it may take others than these: with ``**kwargs``, decorated, in C. It is `hidden` if these are not
-    its own, or if it does not say how it takes query, key and value.
+    It is `open` if it may take others than these: with ``**kwargs``, decorated, in C. `by_place` says whether it takes
+    query, key and value by their places, or by name; None if this cannot be seen.
     """
 
     parameters: Parameters
     open: bool
-    hidden: bool
+    by_place: bool | None
 
     def missing(self, arguments: dict[str, Any]) -> list[str]:
         """The names of arguments that it surely does not take; query, key and value may have others."""
@@ -35,27 +34,16 @@ class Signature:
     def refused(self, error: Exception, arguments: dict[str, Any]) -> list[str]:
         """The names of arguments that it did not take, by the error that a call with them raised."""
         said = str(error)
-        if not NOT_BY_NAME.search(said):
+        if not NOT_TAKEN.search(said):
             return []
         unseen = self._unseen(arguments)
         return unseen if "no keyword arguments" in said else [x for x in unseen if f"'{x}'" in said]
 
     def call(self, function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-        """Call a function by the names of its parameters, or by their places where names are not taken."""
-        if not self.hidden:
-            return self._call(function, arguments, by_place=not _named(self.parameters))
-        try:
-            return self._call(function, arguments, by_place=False)
-        except Exception as by_name:
-            try:
-                return self._call(function, arguments, by_place=True)
-            except TypeError as by_place:
-                raise by_name if NOT_BY_PLACE.search(str(by_place)) else by_place from None
-
-    def _call(self, function: Callable[..., Any], arguments: dict[str, Any], by_place: bool) -> Any:
+        """Call a function: with names, but for what has a place alone."""
         named = dict(arguments)
         by_name = {x.name for x in self.parameters if x.kind is x.KEYWORD_ONLY}
-        placed = [named.pop(x) for x in _order(self.parameters) if by_place and x not in by_name]
+        placed = [named.pop(x) for x in _order(self.parameters) if self.by_place and x not in by_name]
         nameless = [x for x in self.parameters if x.kind is x.POSITIONAL_ONLY]
         last = max((i for i, x in enumerate(nameless) if x.name in named), default=-1)
         for x in nameless[len(placed) : last + 1]:
@@ -78,14 +66,14 @@ def read(function: Callable[..., Any]) -> Signature:
     is_open = own is None or shown or any(x.kind is x.VAR_KEYWORD for x in own)
     own = own or ()
     if not is_open or _named(own):
-        return Signature(own, is_open, hidden=False)
+        return Signature(own, is_open, by_place=not _named(own))
     if isinstance(function, partial) and not function.args:
-        return replace(read(function.func), open=True, hidden=True)
+        return replace(read(function.func), open=True, by_place=None)
     for behind in (function, *(getattr(function, x, None) for x in LAYERS)):
         parameters = _parameters(behind) or () if callable(behind) else ()
         if _named(parameters) or _order(parameters) != ARRAYS:
-            return Signature(parameters, is_open, hidden=True)
-    return Signature(own, is_open, hidden=True)
+            return Signature(parameters, is_open, by_place=None)
+    return Signature(own, is_open, by_place=None)
 
 
 def _parameters(function: Callable[..., Any], follow_wrapped: bool = True) -> Parameters | None:

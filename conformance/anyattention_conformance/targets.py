@@ -5,7 +5,7 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from anyattention_conformance.adapters import ADAPTERS
-from anyattention_conformance.cases import Case
+from anyattention_conformance.cases import CASES, Case
 from anyattention_conformance.frameworks import Framework, framework, quiet
 from anyattention_conformance.signatures import Signature, read
 from anyattention_conformance.truth import NAMES
@@ -53,8 +53,18 @@ class Target:
 
     @cached_property
     def signature(self) -> Signature:
-        """How the function takes its arguments."""
-        return read(self.function)
+        """How the function takes its arguments; where this cannot be seen, a plain call by name tells."""
+        found = read(self.function)
+        return found if found.by_place is not None else replace(found, by_place=not self._runs_by_name(found))
+
+    def _runs_by_name(self, signature: Signature) -> bool:
+        try:
+            with quiet():
+                arrays = {name: self.framework.put(x) for name, x in CASES[0].inputs().items()}
+                signature.call(self.function, arrays)
+        except Exception:
+            return False
+        return True
 
     @property
     def about(self) -> dict[str, str]:

@@ -110,6 +110,12 @@ class Instance:
         return plain(query, key, value, bias, mask)
 
 
+class NoSignature(Instance):
+    """As functions in C are."""
+
+    __signature__ = "none"
+
+
 class Layer:
     """As the layers of PyTorch and Keras are."""
 
@@ -165,6 +171,8 @@ RIGHT = {
     "decorated method": decorated(Instance().method),
     "of_the_class": Instance.of_the_class,
     "static": Instance.static,
+    "no signature": NoSignature(),
+    "a method of C": plain.__call__,
     "layer by place": ByPlace(),
     "layer by name": ByName(),
     "partial": functools.partial(plain, mask=None),
@@ -244,6 +252,27 @@ def test_an_error_within_is_not_about_its_arguments():
 
     report = certify(calls_another_with_a_mask, ("plain", "mask"), unsupported={"bias"})
     assert "TypeError: unmasked() got an unexpected keyword argument 'mask'" in {x.message for x in report.failures}
+
+
+def test_what_takes_names_is_not_called_by_place_where_it_refuses():
+    def checks_what_has_a_name(*args, **kwargs):
+        return args[0] if args else plain(**kwargs)
+
+    assert certify(checks_what_has_a_name, ("plain", "errors")).conforms
+
+
+def test_gradients_have_a_signature_of_their_own():
+    def function(query, key, value, bias=None, mask=None, /):
+        return plain(query, key, value, bias, mask)
+
+    def by_place(q, k, v, bias=None, mask=None, /):
+        return attention.vjp(query=q, key=k, value=v, bias=bias, mask=mask)
+
+    for vjp in (attention.vjp, by_place):
+        function.vjp = vjp
+        (run,) = suite.runs("full", only=["mask-and-bias"], dtypes=["float32"])
+        outcome = targets.make(function, "numpy").run(*run)
+        assert outcome.gradients.keys() == {"query", "key", "value", "bias"}, outcome
 
 
 def test_a_place_that_cannot_be_seen_is_said():
