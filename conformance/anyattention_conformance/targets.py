@@ -29,9 +29,10 @@ class TargetError(Exception):
 class Outcome:
     """What a target did with one case.
 
-    `kind` is "answer", "missing" (it does not take an argument), "impossible" (its library does not have the arrays),
-    "raised", "changed" (an argument), or "died" (with its process, or by the time limit). `raised` has the names of the
-    exception's classes. `gradients` is None where none were asked for or taken.
+    `kind` is "answer", "missing" (it does not take an argument), "unplaced" (it does, by a place that cannot be seen),
+    "impossible" (its library does not have the arrays), "raised", "changed" (an argument), or "died" (with its process,
+    or by the time limit). `raised` has the names of the exception's classes. `gradients` is None where none were asked
+    for or taken.
     """
 
     kind: str
@@ -85,6 +86,9 @@ class Target:
             said = f"{type(error).__name__}: {error}"
             if missing := self.signature.refused(error, arguments):
                 return Outcome("missing", f"takes no {' and no '.join(missing)} by name ({said[:400]})")
+            if self.signature.open and "positional-only arguments passed as keyword" in said:
+                advice = "takes arguments by places that cannot be seen: show its signature, as functools.wraps does"
+                return Outcome("unplaced", f"{advice} ({said[:400]})")
             return Outcome("raised", said[:500], raised=tuple(x.__name__ for x in type(error).__mro__))
 
     def _call(self, case: Case, dtype: str, arguments: dict[str, Any], gradients: bool) -> Outcome:
