@@ -98,6 +98,9 @@ class JAXArrays(Arrays):
             x = jnp.expand_dims(x, tuple(range(y.ndim - x.ndim)))
         return x, y
 
+    def opaque(self, x: Array) -> Array:
+        return jax.lax.optimization_barrier(x)
+
     def truth(self, mask: Array) -> Array:
         """The same test for zero that ``jnp.where`` makes."""
         return mask if mask.dtype == bool else mask != jnp.zeros((), mask.dtype)

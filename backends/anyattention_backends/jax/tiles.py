@@ -1,6 +1,5 @@
 """Tiles in JAX: loops of XLA's, compiled once, with one head at a time on a CPU."""
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -22,9 +21,9 @@ class JAXTiles(Tiles):
     def sizes(self, block: Block, ruled: bool) -> Sizes:
         """XLA does best with a whole row of keys, while it fits."""
         rows, columns = block.lengths
-        most = 2**20 if default_platform() == "cpu" else 2**24  # logits of a tile: to stay in caches, to fill a GPU
+        most = 2**20 if default_platform() == "cpu" else 2**23  # logits of a tile: to stay in caches, to fill a GPU
         columns = min(columns, max(8192, most // max(rows, 1)))
-        together = 1 if _one_cpu() else -(-math.prod(block.lead) // jax.device_count())
+        together = 1 if _one_cpu() else block.heads
         return max(16 if together > 1 else 256, min(512, most // max(columns * together, 1))), columns
 
     def row_max(self, x: Array) -> Array:
@@ -38,7 +37,9 @@ class JAXTiles(Tiles):
     def fill(self, x: Array, visible: Array, value: float) -> Array:
         return jnp.where(visible, x, np.asarray(value).astype(x.dtype))
 
-    def map_rows(self, function: OfTiles, block: Block, groups: Sequence[Group], sizes: Sizes, like: Pair) -> Pair:
+    def map_rows(
+        self, function: OfTiles, block: Block, groups: Sequence[Group], sizes: Sizes, like: Pair, draw: Any = None
+    ) -> Pair:
         """Loops of XLA's, compiled once; derivatives recompute each tile."""
         if block.lead and _one_cpu() and not _few(block.rows[0], block.columns[0]):
             return _map_lead(lambda slab: self.map_rows(function, slab, groups, sizes, like), block)
@@ -89,12 +90,30 @@ class JAXTiles(Tiles):
 
     def differentiable(self, forward: Function, backward: Function, tiling: Any, block: Block) -> Array:
         """JAX differentiates the loops itself, in every mode it has."""
+        if block.shown is not None and _few(block.rows[0], block.columns[0]):
+            return _checked(forward, tiling, block)
         return _compiled(forward, tiling, block)[0]
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _compiled(function: Function, tiling: Any, *arrays: Any) -> Any:
     return function(tiling, *arrays)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _checked(forward: Function, tiling: Any, block: Block) -> Array:
+    """The output of few queries; only where it shows what they may not see, zeros are put there and it is made again.
+
+    That pass over keys and values takes five times as long as the rest. A derivative needs it in any case.
+    """
+    output = _compiled(forward, tiling, block._replace(shown=None))[0]
+    finite = jnp.all(jnp.isfinite(jnp.sum(output, axis=-1)))
+    return jax.lax.cond(finite, lambda block: output, lambda block: _compiled(forward, tiling, block)[0], block)
+
+
+@_checked.defjvp
+def _(forward: Function, tiling: Any, primals: tuple[Block], tangents: tuple[Block]) -> Any:
+    return jax.jvp(lambda block: _compiled(forward, tiling, block)[0], primals, tangents)
 
 
 def _few(x: Array, y: Array) -> bool:
@@ -121,19 +140,25 @@ def _product_of_few(x: Array, y: Array, precision: Any) -> Array:
     diagonal = jnp.reshape(jnp.where(of_head, x[..., None, :], 0), (*lead, heads * rows, -1))
     lying = jnp.moveaxis(y, -1, -3)
     whole = jnp.reshape(lying, (*lying.shape[:-2], -1))
-    z = jnp.reshape(jnp.matmul(diagonal, whole.mT, precision=precision), (*lead, heads, rows, -1))
+    # `matmul` takes one batch entry apart from its axis, and XLA then sums in another order than for several.
+    z = jnp.einsum("...mk,...nk->...mn", diagonal, whole, precision=precision)
+    z = jnp.reshape(z, (*lead, heads, rows, -1))
+
+    # By rows: XLA is slow to reduce all axes at once.
+    finite = jnp.all(jnp.isfinite(jnp.sum(z, axis=-1)), axis=(-1, -2))[..., None, None, None]
 
     def apart(_: Array, x: Array, lying: Array) -> Array:  # no product, whose copy of the keys XLA would make room for
-        return jnp.sum(x[..., None, :] * jnp.moveaxis(lying, -3, -2)[..., None, :, :], axis=-1)
+        each = jnp.sum(x[..., None, :] * jnp.moveaxis(lying, -3, -2)[..., None, :, :], axis=-1)
+        return jnp.where(finite, z, each)
 
-    finite = jnp.all(jnp.isfinite(jnp.sum(z, axis=-1)))  # by rows: XLA is slow to reduce all axes at once
-    return jax.lax.cond(finite, lambda z, *_: z, apart, z, x, lying)
+    return jax.lax.cond(jnp.all(finite), lambda z, *_: z, apart, z, x, lying)
 
 
 @_product_of_few.defjvp  # type: ignore[untyped-decorator]
 def _(precision: Any, primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> Any:
     (x, y), (dx, dy) = primals, tangents
-    dz = jnp.matmul(dx, y, precision=precision) + jnp.matmul(x, dy, precision=precision)
+    dz, more = (jnp.einsum("...mk,...kn->...mn", *pair, precision=precision) for pair in ((dx, y), (x, dy)))
+    dz = dz + more
     return _product_of_few(x, y, precision), dz
 
 

@@ -3,13 +3,13 @@
 import itertools
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from anyattention._src.blocks import Block, Group, Sizes, cut_group, cut_lead, tree_map
+from anyattention._src.blocks import Block, Group, Sizes, cut_group, cut_lead, lead_parts, tree_map
 from anyattention._src.interfaces import OfTiles, Pair
 from anyattention.extend import Tiles
 from anyattention_backends.numpy import threads
@@ -69,39 +69,38 @@ class NumPyTiles(Tiles):
         columns = np.flatnonzero(visible.any(axis=tuple(range(visible.ndim - 1))))
         return (int(columns[0]), int(columns[-1]) + 1) if len(columns) else (0, 0)
 
-    def map_rows(self, function: OfTiles, block: Block, groups: Sequence[Group], sizes: Sizes, like: Pair) -> Pair:
+    def map_rows(
+        self, function: OfTiles, block: Block, groups: Sequence[Group], sizes: Sizes, like: Pair, draw: Any = None
+    ) -> Pair:
         results = _Results(block.lead, block.lengths[0], like)
         parts = [part for group in reversed(groups) for part in group.split(sizes[0])]  # those that see most first
-        size = min(sizes[0], block.lengths[0]) * min(sizes[1], block.lengths[1])
+        most = _LOGITS // (min(sizes[0], block.lengths[0]) * min(sizes[1], block.lengths[1]))
+        if most >= 2 * block.heads:  # of several batch entries at once, none may depend on the values of another
+            block = block._replace(pairs=block.pairs._replace(bounds=None))
 
-        def work(item: tuple[Group, tuple[slice, ...]]) -> None:
-            part, lead = item
+        def work(item: tuple[int, tuple[Group, tuple[slice, ...]]]) -> None:
+            tile, (part, lead) = item
             with np.errstate(all="ignore"):
-                results.put(lead, part.rows, *function(cut_group(cut_lead(block, lead), part)))
+                results.put(tile, lead, part.rows, *function(cut_group(cut_lead(block, lead), part)))
 
-        threads.for_each(work, list(itertools.product(parts, _ranges(block.lead, _LOGITS // size))))
+        threads.for_each(work, list(enumerate(itertools.product(parts, lead_parts(block.lead, most)))))
         return results.rows, results.sums
 
 
-def _ranges(lead: tuple[int, ...], count: int) -> Iterator[tuple[slice, ...]]:
-    """Parts of the lead axes of at most so many entries, the last axes whole where possible."""
-    steps = []
-    for size in reversed(lead):
-        steps.append(min(size, max(count, 1)))
-        count //= size
-    each = zip(lead, reversed(steps), strict=True)
-    return itertools.product(*([slice(i, i + step) for i in range(0, size, step)] for size, step in each))
-
-
 class _Results:
-    """Arrays of the whole, filled from the results of tiles, from several threads."""
+    """Arrays of the whole, filled from the results of tiles, from several threads.
+
+    What several tiles add to is added to in the order of the tiles, so that its bits are the same in every run.
+    """
 
     def __init__(self, lead: tuple[int, ...], length: int, like: Pair) -> None:
         self.lead, self.length, self.like, self.lock = lead, length, like, threading.Lock()
         self.rows: Any = None
         self.sums: Any = None
+        self.waiting: dict[int, list[tuple[Array, Array]]] = {}  # by tile: parts of the whole, and what they get
+        self.next = 0
 
-    def put(self, lead: tuple[slice, ...], length: tuple[int, int], rows: Any, sums: Any) -> None:
+    def put(self, tile: int, lead: tuple[slice, ...], length: tuple[int, int], rows: Any, sums: Any) -> None:
         def make(x: Array, like: Array, length: int = 0) -> Array:
             return np.zeros((*like.shape[:-2], length or x.shape[-2], x.shape[-1]), x.dtype)
 
@@ -109,17 +108,24 @@ class _Results:
             if self.rows is None:
                 self.rows = tree_map(partial(make, length=self.length), rows, self.like[0])
                 self.sums = tree_map(make, sums, self.like[1])
+        shared = []
 
-        def add(x: Array, whole: Array, last: tuple[slice, ...] = ()) -> None:
-            place = tuple(slice(None) if size == 1 else part for size, part in zip(whole.shape, lead, strict=False))
+        def place(x: Array, whole: Array, last: tuple[slice, ...] = ()) -> None:
+            at = tuple(slice(None) if size == 1 else part for size, part in zip(whole.shape, lead, strict=False))
+            part = whole[(*at, *last)]
             if last and whole.shape[:-2] == self.lead:
-                whole[(*place, *last)] = x
-                return
-            with self.lock:  # several tiles have a share in it
-                whole[(*place, *last)] += x
+                part[...] = x
+            else:
+                shared.append((part, x))
 
-        tree_map(partial(add, last=(slice(*length),)), rows, self.rows)
-        tree_map(add, sums, self.sums)
+        tree_map(partial(place, last=(slice(*length),)), rows, self.rows)
+        tree_map(place, sums, self.sums)
+        with self.lock:
+            self.waiting[tile] = shared
+            while self.next in self.waiting:
+                for part, x in self.waiting.pop(self.next):
+                    part += x
+                self.next += 1
 
 
 class _Scratch(threading.local):

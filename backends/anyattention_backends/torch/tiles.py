@@ -1,14 +1,14 @@
 """Tiles in PyTorch: all heads at once, in place where nothing is differentiated, one step of autograd."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
-from anyattention._src.blocks import Block, leaves, tree_map
-from anyattention._src.interfaces import Function
+from anyattention._src.blocks import Block, Group, Sizes, cut_lead, cut_rows, lead_parts, leaves, tree_map
+from anyattention._src.interfaces import Function, OfTiles, Pair
 from anyattention.extend import Tiles
 from anyattention_backends.torch import compat, operators
 
@@ -18,9 +18,33 @@ Array = Any
 class TorchTiles(Tiles):
     def sizes(self, block: Block, ruled: bool) -> tuple[int, int]:
         """All heads at once, so that their keep bits are drawn once, in a few megabytes."""
-        heads = max(math.prod(block.lead), 1)
+        heads = max(block.heads, 1)
         most = 512 if block.pairs.counts is None or heads > 4 else 256  # bits are drawn in int64
         return max(64, min(most, 2**22 // (512 * heads))), 512
+
+    def map_rows(
+        self, function: OfTiles, block: Block, groups: Sequence[Group], sizes: Sizes, like: Pair, draw: Any = None
+    ) -> Pair:
+        """One batch entry at a time: the bits of a product depend on its strides, and on how many there are.
+
+        Keep bits that entries share are drawn once.
+        """
+        differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in leaves(block))
+        if block.pairs.bounds is None or differentiated or compat.is_transformed():
+            block = block._replace(pairs=block.pairs._replace(bounds=None))
+            return super().map_rows(function, block, groups, sizes, like)
+        entries, (rows, sums) = lead_parts(block.lead, block.heads), (None, None)
+        for part in (part for group in groups for part in group.split(sizes[0])):
+            tile, group = cut_rows(block, *part.rows), part._replace(rows=(0, part.rows[1] - part.rows[0]))
+            if draw and len(entries) > 1 and all(set(x.shape[:-2]) == {1} for x in leaves(tile.pairs.counts)):
+                tile = tile._replace(pairs=tile.pairs._replace(counts=_drawn(draw, tile.pairs.counts, sizes[1])))
+            for lead in entries:
+                entry = cut_lead(tile, lead)
+                near, far = (tuple(map(Tensor.contiguous, x)) for x in entry[:2])
+                found = super().map_rows(function, entry._replace(rows=near, columns=far), (group,), sizes, like)
+                rows = _added(rows, found[0], like[0], lead, block.lengths[0], part.rows)
+                sums = _added(sums, found[1], like[1], lead)
+        return rows, sums
 
     def transpose(self, x: Array) -> Array:
         return x.mT
@@ -65,6 +89,25 @@ class TorchTiles(Tiles):
         numbers = iter(range(len(arrays)))
         structure = tree_map(lambda _: next(numbers), block)
         return _Tiled.apply(forward, backward, tiling, structure, *arrays)[0]
+
+
+def _drawn(draw: Any, counts: Any, size: int) -> Array:
+    """The keep bits of some rows, some columns at a time; None without dropout."""
+
+    def cut(start: int) -> Any:
+        return tree_map(lambda x: x if x.shape[-1] == 1 else x[..., start : start + size], counts)
+
+    length = max((x.shape[-1] for x in leaves(counts)), default=0)
+    return torch.cat([draw(cut(i)) for i in range(0, length, size)], dim=-1) if length else None
+
+
+def _added(whole: Any, found: Any, like: Any, lead: Any, length: int = 0, rows: Sizes | None = None) -> Any:
+    """The whole with what was found of some entries, and some rows; first it is zeros."""
+    if whole is None:
+        whole = tree_map(lambda x, y: x.new_zeros((*y.shape[:-2], length or x.shape[-2], x.shape[-1])), found, like)
+    part = cut_lead(whole, lead)
+    tree_map(lambda x, y: (x if rows is None else x[..., slice(*rows), :]).add_(y), part, found)
+    return whole
 
 
 def _is_plain(*arrays: Array) -> bool:

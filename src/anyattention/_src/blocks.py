@@ -4,6 +4,7 @@ Heads stand before lengths, and arrays keep the axes along which they are broadc
 `lead` is ``batch..., num_heads``, with grouped heads ``batch..., kv_heads, group``.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ class Pairs(NamedTuple):
     mask: Any = None  # see `rules.visible`
     counts: Any = None  # of the dropout bits, see `threefry.counts`
     statistics: Any = None  # backward only: base, total; then base, delta
+    bounds: Any = None  # of the logits, see `passes.bounds_of`; None where values cannot be looked at
 
 
 class Block(NamedTuple):
@@ -40,6 +42,8 @@ class Block(NamedTuple):
     columns: tuple[Array, Array]  # [lead..., columns, *]: key, value
     pairs: Pairs
     hidden: tuple[Array, ...] = ()  # [lead..., *, v_depth]: values of keys that are left out, hidden from all rows
+    shown: Array | None = None  # [lead..., columns or 1, 1]: keys that some query sees, see `hidden.unspoiled`
+    spoiled: Array | None = None  # [lead..., 1, v_depth]: what the others add to the mean of all values
 
     @property
     def lead(self) -> tuple[int, ...]:
@@ -56,6 +60,12 @@ class Block(NamedTuple):
     def empty(self) -> bool:
         """Whether there are no queries, no keys, or no heads."""
         return 0 in (*self.lead, *self.lengths)
+
+    @property
+    def heads(self) -> int:
+        """Number of heads of a batch entry; grouped heads are two axes."""
+        lead, keys = self.lead, self.columns[0].shape[-3]
+        return lead[-1] * lead[-2] if len(lead) > 1 and keys == 1 != lead[-1] else lead[-1]
 
     @property
     def grown_lengths(self) -> Sizes:
@@ -117,10 +127,20 @@ def cut_group(block: Block, group: Group) -> tuple[Block, ...]:
     return parts[0]._replace(hidden=hidden), *parts[1:]
 
 
-def cut_lead(block: Block, ranges: tuple[slice, ...]) -> Block:
-    """The block of a part of each lead axis."""
+def cut_lead(tree: Any, ranges: tuple[slice, ...]) -> Any:
+    """A block, or other arrays with lead axes, of a part of each lead axis."""
 
     def cut(x: Array) -> Array:
         return x[tuple(slice(None) if size == 1 else part for size, part in zip(x.shape, ranges, strict=False))]
 
-    return tree_map(cut, block)
+    return tree_map(cut, tree)
+
+
+def lead_parts(lead: tuple[int, ...], most: int) -> list[tuple[slice, ...]]:
+    """Parts of the lead axes, of at most so many heads, each for `cut_lead`."""
+    steps: list[int] = []
+    for size in reversed(lead):
+        steps.append(max(min(size, most), 1))
+        most = most // size if most >= size > 0 else 1
+    each = zip(lead, reversed(steps), strict=True)
+    return [*itertools.product(*([slice(i, i + step) for i in range(0, size, step)] for size, step in each))]

@@ -140,6 +140,10 @@ class Arrays:
         """All axes in this order."""
         return self.xp.permute_dims(x, axes)
 
+    def opaque(self, x: Array) -> Array:
+        """The array; to a compiler no constant, of which it would compute functions itself, slowly."""
+        return x
+
     def inspects(self, x: Array) -> bool:
         """Whether the values of masks can be looked at, as `surely` needs them."""
         return False
@@ -302,10 +306,13 @@ class Tiles:
         """The columns from the first to the last with something visible, where `Arrays.inspects`."""
         return 0, visible.shape[-1]
 
-    def map_rows(self, function: OfTiles, block: Block, groups: Sequence[Group], sizes: Sizes, like: Pair) -> Pair:
+    def map_rows(
+        self, function: OfTiles, block: Block, groups: Sequence[Group], sizes: Sizes, like: Pair, draw: Any = None
+    ) -> Pair:
         """Call the function with tiles of rows of each group, each with the columns that it sees, in parts.
 
         Join its first results along rows, add up the second; `like` are arrays with the lead axes that these have.
+        `draw` makes keep bits of counts, for loops in which several tiles share them.
         """
         rows, total = [], None
         for part in (part for group in groups for part in group.split(sizes[0])):

@@ -13,6 +13,7 @@ from typing import Any
 
 from anyattention._src import dtypes
 from anyattention._src.call import Call
+from anyattention._src.hidden import shown_keys
 from anyattention._src.implementations.base import Implementation
 from anyattention._src.implementations.tiled import TILED
 from anyattention._src.interfaces import permute
@@ -172,12 +173,9 @@ class Fused(Implementation):
         beyond the lengths that it is told. The row's output is cut off, so that its cotangent is zero.
         """
         xp, arrays, lengths = call.backend.xp, call.backend.arrays, call.lengths
-        query, key, value, bias, *_ = call.operands
-        seen, visible, mask = self.shown(call, self.fit(call)[0])
-        mask = _of_one_batch(call, mask)
-        if visible is not None:
-            visible, where = visible[..., None, None], call.backend.steps.where
-            key, value = where(visible, key, 0.0), where(visible, value, 0.0)
+        query, _, _, bias, *_ = call.operands
+        seen, mask = self.shown(call, self.fit(call)[0])
+        mask, (key, value) = _of_one_batch(call, mask), cleared(call)
         rows, columns = (n + n % 2 for n in lengths) if self.even and trained else lengths
         parts = zip((query, key, value), (rows, columns, columns), self.depths(call), strict=True)
         flat = query.ndim == 4  # else of other batch axes, which become one
@@ -196,11 +194,8 @@ class Fused(Implementation):
         output = output if flat else xp.reshape(output, (*query.shape[:-1], value.shape[-1]))
         return output if seen is None else xp.where(permute(arrays, seen, (-1, -2))[..., None], output, _mean(call))
 
-    def shown(self, call: Call, mask: Structure) -> tuple[Array | None, Array | None, Structure]:
-        """Which queries see a key, which keys some query sees, and a mask that shows each query a key.
-
-        ``[batch..., heads or 1, q_length or 1]`` and ``[batch..., kv_length or 1]``, each None for all.
-        """
+    def shown(self, call: Call, mask: Structure) -> tuple[Array | None, Structure]:
+        """Which queries see a key, ``[batch..., heads or 1, q_length or 1]``; None for all. A mask that shows each."""
         xp, arrays, (rows, columns) = call.backend.xp, call.backend.arrays, call.lengths
         beside = arrays.beside(call.operands.query)
         kv_lengths, query_lengths = (
@@ -208,15 +203,14 @@ class Fused(Implementation):
         )
         if mask.rest or mask.kv_ids is not None:
             visible = _visible(call)
-            seen, keys = xp.any(visible, axis=-1), _any(xp, _any(xp, visible, -2), -2)
+            seen: Any = xp.any(visible, axis=-1)
         elif kv_lengths is None:
-            return None, None, mask  # of a band, `fitted` keeps what shows each query a key
+            return None, mask  # of a band, `fitted` keeps what shows each query a key
         else:
-            keys = xp.arange(columns, dtype=xp.int32, **beside) < kv_lengths[..., None]
             seen = (kv_lengths > 0)[..., None, None]
             if query_lengths is not None:
                 seen = seen & (xp.arange(rows, dtype=xp.int32, **beside) < query_lengths[..., None, None])
-        seen, keys = (None if arrays.surely(x, True) else x for x in (seen, keys))
+        seen = None if arrays.surely(seen, True) else seen
         if kv_lengths is not None:
             mask = mask._replace(kv_lengths=xp.clip(kv_lengths, 1, columns), query_lengths=None)
         if mask.rest:
@@ -227,7 +221,7 @@ class Fused(Implementation):
             ids = xp.broadcast_to(mask.query_ids, (*call.batch, rows))
             alone = xp.logical_not(xp.broadcast_to(xp.any(seen, axis=-2), ids.shape))
             mask = mask._replace(query_ids=xp.where(alone, mask.kv_ids[..., :1], ids))
-        return seen, keys, mask
+        return seen, mask
 
     def reaches(self, call: Call, step: int = 1) -> Array:
         """Which queries are shown a key, of each `step`-th, whose bias is not too low."""
@@ -244,6 +238,17 @@ class Fused(Implementation):
     def sample(self, call: Call) -> int:
         """The step between the keys that `reaches` looks at first, which mostly tell; 1 where keys are few."""
         return max(call.lengths[1] // _SAMPLE, 1)
+
+
+def cleared(call: Call) -> tuple[Array, Array]:
+    """Keys and values, zeros where no query of their batch entry may see them."""
+    key, value = call.operands[1:3]
+    keys = shown_keys(call)
+    if keys is None or call.backend.arrays.surely(keys, True):
+        return key, value
+    keys = _ranked(call.backend.xp, keys, 3)
+    keys, where = call.backend.xp.reshape(keys, (*keys.shape[:-3], -1, 1, 1)), call.backend.steps.where
+    return where(keys, key, 0.0), where(keys, value, 0.0)
 
 
 def least_bias(dtype: str) -> float:
@@ -292,11 +297,6 @@ def _ranked(xp: Any, x: Array, rank: int) -> Array:
 def _visible(call: Call) -> Array:
     """Where the mask shows a key, ``[..., heads or 1, q_length or 1, kv_length or 1]``."""
     return _ranked(call.backend.xp, call.visible(call.operands.mask), 3)
-
-
-def _any(xp: Any, x: Array, axis: int) -> Array:
-    """Whether any is true along an axis, which is most often of size 1."""
-    return xp.squeeze(x, axis=axis) if x.shape[axis] == 1 else xp.any(x, axis=axis)
 
 
 def _mean(call: Call) -> Array:

@@ -9,6 +9,7 @@ from typing import Any
 from anyattention._src import dtypes, threefry
 from anyattention._src.blocks import Block, Pairs, tree_map
 from anyattention._src.call import Call
+from anyattention._src.hidden import HUGE, shown_keys
 from anyattention._src.implementations.base import OWN, Implementation
 from anyattention._src.interfaces import Arrays, permute
 from anyattention._src.rules import as_mask
@@ -83,6 +84,7 @@ def prepare(call: Call) -> tuple[Tiling, Block]:
     rank = max(x.ndim for x in (query, bias, *to.operands) if x is not None) + (group is not None)
 
     q, k, v = (_heads_first(arrays, arrays.cast(x, wide), rank, group) for x in (query, key, value))
+    shown = _shown(call, k, v, group)
     pairs = tree_map(lambda x: _pair(xp, x, rank, group), Pairs(bias, tuple(to.operands)))
     block = Block((q,), (k, v), pairs)
     lead, (rows, columns) = block.lead, block.grown_lengths
@@ -94,9 +96,21 @@ def prepare(call: Call) -> tuple[Tiling, Block]:
         shape = (*((1,) * len(lead) if options.dropout.broadcast else lead), rows, columns)
         words = call.backend.tiles.key_words(dropout_key, query)
         pairs = pairs._replace(counts=threefry.counts(xp, words, shape, origin, options.whole))
-    block = Block((q,), (k, v), pairs)
+    block = Block((q,), (k, v), pairs, shown=shown)
     ruled = mask if origin is None and options.dropout is None else None
     return tiling(call.backend, options, wide, expression, block, ruled), block
+
+
+def _shown(call: Call, key: Array, value: Array, group: int | None) -> Array | None:
+    """Which keys of a block some query may see, ``[lead..., columns or 1, 1]``; None where it makes no difference."""
+    arrays, xp = call.backend.arrays, call.backend.xp
+    if call.operands.mask is None or all(arrays.surely(xp.sum(xp.abs(x)) < HUGE, True) for x in (key, value)):
+        return None
+    if (shown := shown_keys(call)) is None:
+        return None
+    shown = _pair(xp, shown, key.ndim, group)
+    more = tuple(axis for axis in range(key.ndim - 2) if shown.shape[axis] != 1 == key.shape[axis])
+    return permute(arrays, xp.any(shown, axis=more, keepdims=True) if more else shown, (-1, -2))
 
 
 def _group(call: Call) -> int | None:

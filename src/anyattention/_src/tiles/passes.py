@@ -13,13 +13,13 @@ Source of the backward formulas: Dao et al., FlashAttention (2022). Base (the ma
 because the base of a row that sees nothing is finfo.min, which would absorb the logarithm of the total.
 """
 
-import math
 from functools import partial
 from typing import Any, NamedTuple
 
 from anyattention._src import rules, threefry
 from anyattention._src.blocks import Block, Group, Sizes, cut_columns, everything, tree_map
 from anyattention._src.call import Options
+from anyattention._src.hidden import unspoiled
 from anyattention._src.interfaces import Backend
 from anyattention._src.tiles.partials import Partial, finish, finite, merge, of_hidden
 
@@ -83,9 +83,9 @@ def forward(tiling: Tiling, block: Block) -> tuple[Array, Array, Array]:
         as_query = {"dtype": block.rows[0].dtype, **tiling.backend.arrays.beside(block.rows[0])}
         sizes = (block.columns[1].shape[-1], 1, 1)
         return tuple(xp.zeros((*block.lead, block.lengths[0], size), **as_query) for size in sizes)
-    tiling = _inspected(tiling, block)
-    like = (block.rows[0],) * 3, ()
-    return tiling.backend.tiles.map_rows(partial(attend, tiling), block, tiling.groups, tiling.sizes, like)[0]
+    block, like = with_bounds(tiling, unspoiled(xp, block)), ((block.rows[0],) * 3, ())
+    draw = partial(threefry.keep_at, xp, tiling.keep_prob)
+    return tiling.backend.tiles.map_rows(partial(attend, tiling), block, tiling.groups, tiling.sizes, like, draw)[0]
 
 
 def partial_of(tiling: Tiling, block: Block) -> Partial:
@@ -98,11 +98,15 @@ def partial_of(tiling: Tiling, block: Block) -> Partial:
 
 def attend(tiling: Tiling, parts: tuple[Block, ...]) -> tuple[tuple[Array, ...], tuple[()]]:
     """Output, base and total of some queries, over all their keys, which are in several blocks."""
+    xp, spoiled, tiling = tiling.backend.xp, parts[0].spoiled, _inspected(tiling, parts[0])
     state = absorbed(tiling, parts)
     if (tiling.skip or tiling.bounded) and (state is None or not _sound(tiling, state)):
         state = absorbed(tiling._replace(skip=False, bounded=False), parts)
-    base = tiling.backend.xp.zeros_like(state.total) if state.base is None else state.base
-    return (finish(state, tiling.keep_prob), base, state.total), ()
+    base = xp.zeros_like(state.total) if state.base is None else state.base
+    output = finish(state, tiling.keep_prob)
+    if spoiled is not None:
+        output = xp.where(base <= tiling.fill + 100.0, output + spoiled, output)  # hidden keys have some weight
+    return (output, base, state.total), ()
 
 
 def absorbed(tiling: Tiling, parts: tuple[Block, ...]) -> Any:
@@ -156,7 +160,8 @@ def tile_logits(tiling: Tiling, tile: Block, visible: Array | None) -> Array:
     backend, bias = tiling.backend, tile.pairs.bias
     logits = backend.tiles.logits(tile.rows[0], tile.columns[0], tiling.options.precision, tiling.precise)
     if bias is not None:
-        logits = logits + backend.arrays.cast(bias, tiling.dtype)
+        bias = backend.arrays.cast(bias, tiling.dtype)
+        logits = logits + (bias * backend.tiles.power_unit if tiling.bounded else bias)
     return logits if visible is None or tiling.bounded else backend.tiles.fill(logits, visible, tiling.fill)
 
 
@@ -190,18 +195,38 @@ def _sees(tiling: Tiling, base: Array) -> bool:
     return tiling.backend.arrays.surely(base > tiling.fill + 800.0, True)  # exp(-800) is zero in float64 too
 
 
-def _inspected(tiling: Tiling, block: Block) -> Tiling:
-    """The tiling with what is known of the logits by Cauchy and Schwarz, a bias apart.
+def with_bounds(tiling: Tiling, block: Block) -> Block:
+    """The block with what bounds its logits by Cauchy and Schwarz, if values can be looked at.
 
-    Those that are small need no maximum, since exp is far from overflow and underflow, and lose less than Flax's in
-    a sum in float32.
+    Norms of queries, ``[lead..., rows, 1]``; of keys the largest, of a bias the largest size, and of values the sum,
+    which says whether all are finite: ``[lead..., 1, 1]``. A bias with rows and columns is not looked at.
     """
-    (arrays, xp), query, key = (tiling.backend.arrays, tiling.backend.xp), block.rows[0], block.columns[0]
-    if not arrays.inspects(query):
-        return tiling
-    largest = (xp.max(xp.vecdot(x, x)) for x in (query, key))
-    small = arrays.surely(math.prod(largest) <= (BOUND * tiling.root) ** 2, True)
-    return tiling._replace(bounded=small and block.pairs.bias is None, precise=tiling.precise and not small)
+    (query, *_), (key, value), bias, xp = *block[:2], block.pairs.bias, tiling.backend.xp
+    if not tiling.backend.arrays.inspects(query):
+        return block
+    rows, columns = (xp.sqrt(xp.expand_dims(xp.vecdot(x, x), axis=-1)) for x in (query, key))
+    columns = xp.max(columns, axis=-2, keepdims=True)
+    size = None if bias is None or all(tiling.bias_axes) else xp.max(xp.abs(bias), axis=(-2, -1), keepdims=True)
+    values = xp.sum(value, axis=(-2, -1), keepdims=True)
+    return block._replace(pairs=block.pairs._replace(bounds=(rows, columns, size, values)))
+
+
+def _inspected(tiling: Tiling, block: Block) -> Tiling:
+    """The tiling with the shortcuts that are right for these rows, which are of one batch entry (see `entries`).
+
+    Logits that are small need no maximum, since exp is far from overflow and underflow, and lose less than Flax's in
+    a sum in float32. Where a value is not finite, no key may be left out: Flax multiplies it by weights of zero.
+    """
+    arrays, xp, pairs = tiling.backend.arrays, tiling.backend.xp, block.pairs
+    if pairs.bounds is None:
+        return tiling._replace(skip=False)
+    rows, columns, size, values = pairs.bounds
+    largest = xp.max(rows) * xp.max(columns) / tiling.root
+    small, finite = arrays.surely(largest <= BOUND, True), arrays.surely(xp.isfinite(values), True)
+    bounded = small and finite
+    if bounded and pairs.bias is not None:
+        bounded = size is not None and arrays.surely(largest + xp.max(size) <= BOUND, True)
+    return tiling._replace(bounded=bounded, precise=tiling.precise and not small, skip=tiling.skip and finite)
 
 
 def backward(tiling: Tiling, block: Block, output: Array, base: Array, total: Array, doutput: Array) -> Gradients:
@@ -210,15 +235,13 @@ def backward(tiling: Tiling, block: Block, output: Array, base: Array, total: Ar
     wanted = (block.rows[0], *block.columns, bias)
     if block.empty:
         return tree_map(backend.xp.zeros_like, wanted)
-    tiling = _inspected(tiling, block)
-    unbased = backend.arrays.surely(base == 0.0, True)
-    # What was rounded in the forward pass is rounded alike here: in the weights of large logits errors then cancel.
-    tiling = tiling._replace(skip=tiling.skip and _sees(tiling, base), bounded=tiling.bounded and unbased)
-    statistics = None if unbased else base, total
-    whole = Block((block.rows[0], doutput, output), block.columns, block.pairs._replace(statistics=statistics))
+    block = with_bounds(tiling, unspoiled(backend.xp, block))
+    pairs = block.pairs._replace(statistics=(base, total))
+    whole = Block((block.rows[0], doutput, output), block.columns, pairs)
     by_row = tiling.bias_axes[0]
     like = (block.rows[0], bias if by_row else None), (*block.columns, None if by_row else bias)
-    results = backend.tiles.map_rows(partial(pull_back, tiling), whole, (everything(block),), tiling.sizes, like)
+    draw = partial(threefry.keep_at, backend.xp, tiling.keep_prob)
+    results = backend.tiles.map_rows(partial(pull_back, tiling), whole, (everything(block),), tiling.sizes, like, draw)
     (dquery, dbias_rows), (dkey, dvalue, dbias) = results
     gradients = (dquery, dkey, dvalue, dbias_rows if by_row else dbias)
     return tree_map(lambda x, gradient: sum_to(backend.xp, gradient, x.shape), wanted, gradients)
@@ -227,15 +250,21 @@ def backward(tiling: Tiling, block: Block, output: Array, base: Array, total: Ar
 def prologue(tiling: Tiling, block: Block) -> Block:
     """What every tile of some queries needs: scaled queries and doutput over total as rows; base and delta."""
     tiles, (query, doutput, output), (base, total) = tiling.backend.tiles, block.rows, block.pairs.statistics
+    base = None if tiling.backend.arrays.surely(base == 0.0, True) else finite(tiles, base)
     delta = tiles.row_sum(doutput * output) / total
     unit = tiles.power_unit if tiling.bounded else 1.0
     rows = query / (tiling.root / unit), doutput / (total * tiling.keep_prob)
-    return Block(rows, block.columns, block.pairs._replace(statistics=(finite(tiles, base), delta)))
+    return Block(rows, block.columns, block.pairs._replace(statistics=(base, delta)))
 
 
 def pull_back(tiling: Tiling, parts: tuple[Block, ...]) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
     """For some queries: the gradients that have rows, and what they add to those that have none."""
-    tiles, step, block = tiling.backend.tiles, partial(pull_tile, tiling), prologue(tiling, parts[0])
+    tiles, base = tiling.backend.tiles, parts[0].pairs.statistics[0]
+    # What was rounded in the forward pass is rounded alike here: in the weights of large logits errors then cancel.
+    tiling = _inspected(tiling, parts[0])
+    unbased = tiling.backend.arrays.surely(base == 0.0, True)
+    tiling = tiling._replace(skip=tiling.skip and _sees(tiling, base), bounded=tiling.bounded and unbased)
+    step, block = partial(pull_tile, tiling), prologue(tiling, parts[0])
     dquery, (dkey, dvalue, dbias) = tiles.scan_columns(step, None, block, tiling.sizes)
     unit = tiles.power_unit if tiling.bounded else 1.0
     dquery, dkey = dquery / tiling.root, dkey if unit == 1.0 else dkey / unit
