@@ -76,7 +76,9 @@ class TorchArrays(Arrays):
 
     def inspects(self, x: Array) -> bool:
         """Values can be looked at on a CPU, but for tensors without storage or in a trace."""
-        return isinstance(x, torch.Tensor) and x.device.type == "cpu" and not torch.compiler.is_compiling()
+        if torch.compiler.is_compiling() or not isinstance(x, torch.Tensor):
+            return False
+        return x.device.type == "cpu" and not compat.is_traced()
 
     def surely(self, x: Any, value: bool) -> bool:
         """As `inspects`, and not for tensors that a transformation sees."""

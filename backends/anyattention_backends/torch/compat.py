@@ -1,6 +1,6 @@
 """PyTorch's private names that the project needs, each with the versions it was seen on."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,32 @@ def is_wrapped(x: torch.Tensor) -> bool:
 def is_transformed() -> bool:
     """Whether any transformation of `torch.func` or forward mode is in force (2.11, 2.13); 0.1 us."""
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def is_traced() -> bool:
+    """Whether `torch.jit.trace`, `make_fx` or `functionalize` records what is computed (2.11, 2.13); 0.1 us."""
+    if torch._C._get_tracing_state() is not None:
+        return True
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
+        return True
+    return torch._C._functorch.peek_interpreter_stack() is not None and "Functionalize" in transformations()
+
+
+def mapped(function: Callable[..., Sequence[Any]], *arrays: torch.Tensor) -> Sequence[Any]:
+    """The function of tensors, of which `is_grads_batched` may have mapped some (2.11, 2.13).
+
+    PyTorch does that with an older vmap than `torch.func`, which hardly any operator knows. The mapped axis is made
+    the first axis of all.
+    """
+    is_mapped = torch._C._functorch.is_legacy_batchedtensor
+    if not any(map(is_mapped, arrays)):
+        return function(*arrays)
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    whole = [torch._remove_batch_dim(x, level, 1, 0) if is_mapped(x) else None for x in arrays]
+    size = next(len(x) for x in whole if x is not None)
+    found = function(*(x.expand(size, *x.shape) if y is None else y for x, y in zip(arrays, whole, strict=True)))
+    return [None if x is None else torch._add_batch_dim(x, 0, level) for x in found]
 
 
 def transformations() -> list[str]:

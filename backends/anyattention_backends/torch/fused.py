@@ -86,7 +86,11 @@ def _again(gradients: tuple[Tensor, ...], cotangents: tuple[Tensor, ...]) -> tup
     """The gradients of the kernel's node, by tiled, where they may be differentiated; None for its own."""
     if not torch.is_grad_enabled():
         return None
-    node, backend = compat.backward_node(), operators.backend
+    return operators.backend.arrays.run(cotangents[0], _by_tiled, compat.backward_node(), gradients, cotangents)
+
+
+def _by_tiled(node: Any, gradients: tuple[Tensor, ...], cotangents: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    backend = operators.backend
     query, key, value = four = node._saved_query, node._saved_key, node._saved_value
     bias = getattr(node, "_saved_attn_bias", None)  # on CUDA
     bias = getattr(node, "_saved_attn_mask", None) if bias is None else bias  # on CPU

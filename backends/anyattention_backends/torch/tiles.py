@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd import forward_ad
@@ -60,11 +60,11 @@ class TorchTiles(Tiles):
         if torch.compiler.is_compiling():  # one operator, not a program that grows with the number of tiles
             return operators.tiled(tiling, block)
         arrays = leaves(block)
-        if any(forward_ad.unpack_dual(x).tangent is not None for x in arrays):  # forward mode, which does not nest
-            return forward(tiling, block)[0]
+        if compat.is_traced() or any(forward_ad.unpack_dual(x).tangent is not None for x in arrays):
+            return forward(tiling, block)[0]  # traces have no Function in them, and forward mode does not nest
         numbers = iter(range(len(arrays)))
         structure = tree_map(lambda _: next(numbers), block)
-        return _Tiled.apply(forward, backward, tiling, structure, *arrays)[0]
+        return _Tiled.apply(How(forward, backward, tiling, structure), *arrays)[0]
 
 
 def _is_plain(*arrays: Array) -> bool:
@@ -72,49 +72,104 @@ def _is_plain(*arrays: Array) -> bool:
     return not any(x.requires_grad or compat.is_wrapped(x) for x in arrays)
 
 
-def _pick(structure: Any, arrays: Sequence[Array]) -> Any:
-    return tree_map(lambda index: arrays[index], structure)
+class How(NamedTuple):
+    """Both passes, how tiles are cut, and the block with numbers in place of its arrays."""
+
+    forward: Function
+    backward: Function
+    tiling: Any
+    structure: Block
+
+    def block(self, arrays: Sequence[Array]) -> Block:
+        return tree_map(lambda index: arrays[index], self.structure)
+
+    def differentiated(self) -> list[int]:
+        """The numbers of query, key, value and, if there is one, the bias."""
+        wanted = (self.structure.rows[0], *self.structure.columns, self.structure.pairs.bias)
+        return [index for index in wanted if index is not None]
+
+    def gradients(self, results: Sequence[Array], doutput: Array, arrays: Sequence[Array]) -> list[Array]:
+        """Of those; within autocast as outside it."""
+        run = self.tiling.backend.arrays.run
+        found = run(doutput, self.backward, self.tiling, self.block(arrays), *results, doutput)
+        return [x for x in found if x is not None]
 
 
 class _Tiled(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
-    def forward(forward: Any, backward: Any, tiling: Any, structure: Any, *arrays: Array) -> tuple[Array, ...]:
-        return forward(tiling, _pick(structure, arrays))
+    def forward(how: How, *arrays: Array) -> tuple[Array, ...]:
+        return how.forward(how.tiling, how.block(arrays))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Array, ...]) -> None:
-        *ctx.how, ctx.structure = inputs[:4]
-        ctx.save_for_backward(*output, *inputs[4:])
-        ctx.save_for_forward(*output, *inputs[4:])
+        ctx.how, *arrays = inputs
+        ctx.save_for_backward(*output, *arrays)
+        ctx.save_for_forward(*output, *arrays)
         ctx.mark_non_differentiable(*output[1:])
 
     @staticmethod
     def backward(ctx: Any, doutput: Array, *_: Any) -> tuple[Any, ...]:
-        forward, backward, tiling = ctx.how
-        results, arrays = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
-        block = _pick(ctx.structure, arrays)
-        if torch.is_grad_enabled():  # a second derivative may follow, through the row statistics too
-            results = forward(tiling, block)
-        gradients = backward(tiling, block, *results, doutput)
-        wanted = (ctx.structure.rows[0], *ctx.structure.columns, ctx.structure.pairs.bias)
-        by_index = dict(zip(wanted, gradients, strict=True))
-        return (None, None, None, None, *(by_index.get(index) for index in range(len(arrays))))
+        how, saved = ctx.how, ctx.saved_tensors  # read once: a checkpoint unpacks each tensor only once
+        results, arrays = saved[:3], saved[3:]
+        if not torch.is_grad_enabled():
+            found = compat.mapped(lambda *x: how.gradients(x[:3], x[3], x[4:]), *results, doutput, *arrays)
+        elif compat.is_transformed():  # a second derivative may follow, through the row statistics too
+            found = how.gradients(how.forward(how.tiling, how.block(arrays)), doutput, arrays)
+        else:
+            found = compat.mapped(lambda *x: _Gradient.apply(how, *x), *results, doutput, *arrays)
+        by_index = dict(zip(how.differentiated(), found, strict=True))
+        return (None, *(by_index.get(index) for index in range(len(arrays))))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         """PyTorch's own forward mode, which keeps nothing, through the tiles."""
-        forward, _, tiling = ctx.how
-        arrays = list(ctx.saved_tensors[3:])
-        moved = {i: tangent for i, tangent in enumerate(tangents[4:]) if tangent is not None}
+        how, arrays = ctx.how, list(ctx.saved_tensors[3:])
+        moved = {i: tangent for i, tangent in enumerate(tangents[1:]) if tangent is not None}
 
         def output(*primals: Array) -> Array:
             given = dict(zip(moved, primals, strict=True))
-            return forward(tiling, _pick(ctx.structure, [given.get(i, x) for i, x in enumerate(arrays)]))[0]
+            return how.forward(how.tiling, how.block([given.get(i, x) for i, x in enumerate(arrays)]))[0]
 
         primals = tuple(arrays[i] for i in moved)
         return torch.func.jvp(output, primals, tuple(moved.values()))[1], None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, *inputs: Any) -> tuple[Any, Any]:
+    def vmap(info: Any, in_dims: Any, how: How, *arrays: Any) -> tuple[Any, Any]:
         """The mapped axis becomes one more lead axis."""
-        return _Tiled.apply(*inputs[:4], *operators.leading(inputs[4:], in_dims[4:])), (0, 0, 0)
+        return _Tiled.apply(how, *operators.leading(arrays, in_dims[1:])), (0, 0, 0)
+
+
+class _Gradient(torch.autograd.Function):  # type: ignore[misc]
+    """The gradients, which can be differentiated again: by autograd through the tiles, once that is asked for."""
+
+    @staticmethod
+    def forward(ctx: Any, how: How, *arrays: Array) -> tuple[Array, ...]:
+        ctx.how = how
+        ctx.save_for_backward(*arrays[3:])
+        return tuple(how.gradients(arrays[:3], arrays[3], arrays[4:]))
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Array) -> tuple[Any, ...]:
+        how, saved = ctx.how, ctx.saved_tensors
+        wanted = [0, *(index + 1 for index in how.differentiated())]
+
+        def found(*given: Array) -> list[Array | None]:
+            with torch.enable_grad():  # each a tensor of its own, of which none depends on another
+                inputs = [x.view_as(x) if again else x.detach() for x in given[: len(saved)]]
+                for x in [] if again else [inputs[index] for index in wanted]:
+                    x.requires_grad_()
+                doutput, *arrays = inputs
+                results = run(doutput, how.forward, how.tiling, how.block(arrays))  # through row statistics too
+                gradients = how.gradients(results, doutput, arrays)
+                of = [inputs[index] for index in wanted if inputs[index].requires_grad]
+                both = [pair for pair in zip(gradients, given[len(saved) :], strict=True) if pair[0].requires_grad]
+                each = iter(run(doutput, _grad, *zip(*both, strict=True), of, again))
+                return [next(each) if inputs[index].requires_grad else None for index in wanted]
+
+        again, run = torch.is_grad_enabled(), how.tiling.backend.arrays.run
+        by_index = dict(zip(wanted, compat.mapped(found, *saved, *cotangents), strict=True))
+        return (None, None, None, None, *(by_index.get(index) for index in range(len(saved))))
+
+
+def _grad(outputs: Any, cotangents: Any, inputs: Any, again: bool) -> Any:
+    return torch.autograd.grad(outputs, inputs, cotangents, create_graph=again, allow_unused=True)
