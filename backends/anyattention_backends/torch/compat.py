@@ -25,6 +25,30 @@ def has_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device)
 
 
+# By the home of a class, what to pass instead.
+_ADVICE = {
+    "torch.nested": "pad it, as torch.nested.to_padded_tensor does, and pass masks.LengthMask",
+    "torch.masked": "pass get_data(), and get_mask() as mask=",
+    "torch.sparse": "pass to_dense()",
+}
+
+
+@constant
+def foreign(kind: type) -> str:
+    """Why tensors of a class are not what their storage says; "causal" of `CausalBias`, empty where they are."""
+    if not issubclass(kind, torch.Tensor):
+        return f"a {kind.__module__}.{kind.__qualname__}, which is no tensor: pass one, or a mask of anyattention.masks"
+    if (kind.__module__, kind.__name__) == ("torch.nn.attention.bias", "CausalBias"):
+        return "causal"
+    own = kind.__torch_function__
+    plain = own is torch._C._disabled_torch_function_impl or own.__func__ is torch.Tensor.__torch_function__.__func__
+    home = ".".join(kind.__module__.split(".")[:2])
+    if plain and home != "torch.sparse":
+        return ""
+    advice = _ADVICE.get(home, "pass a plain tensor, as x.as_subclass(torch.Tensor) is where its storage has the values")
+    return f"a {kind.__module__}.{kind.__qualname__}, whose storage is not what it means: {advice}"
+
+
 def is_wrapped(x: torch.Tensor) -> bool:
     """Whether a transformation of `torch.func` sees the tensor (2.11, 2.13)."""
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(x))

@@ -39,6 +39,13 @@ def _(key: Tensor, p: float, shape: Sequence[int]) -> Tensor:
     return key.new_empty(shape, dtype=torch.bool)
 
 
+def beside(x: Tensor, like: Tensor) -> Tensor:
+    """A tensor that our own code has made or was given, where it can meet `like`."""
+    if x.ndim == 0 and x.device != like.device:  # a scalar, which PyTorch lets meet any device
+        x = x.to(like.device)
+    return x
+
+
 def leading(arrays: Sequence[Tensor], dims: Sequence[int | None]) -> list[Tensor]:
     """Tensors with the mapped axis first, of size 1 for those that are not mapped."""
     return [x[None] if dim is None else x.movedim(dim, 0) for x, dim in zip(arrays, dims, strict=True)]
@@ -86,13 +93,14 @@ def _read(arrays: Many, numbers: Numbers, text: str) -> tuple[Tiling, Block]:
 
 @torch.library.custom_op("anyattention::tiled", mutates_args=())  # type: ignore[untyped-decorator]
 def _tiled(arrays: Many, numbers: Numbers, text: str) -> list[Tensor]:
-    return list(forward(*_read(arrays, numbers, text)))
+    return list(backend.arrays.run(arrays[0], forward, *_read(arrays, numbers, text)))
 
 
 @torch.library.custom_op("anyattention::tiled_backward", mutates_args=())  # type: ignore[untyped-decorator]
 def _tiled_backward(arrays: Many, results: Many, doutput: Tensor, numbers: Numbers, text: str) -> list[Tensor]:
     output, base, total = results
-    *gradients, dbias = backward(*_read(arrays, numbers, text), output, base, total, doutput)
+    how, block = _read(arrays, numbers, text)
+    *gradients, dbias = backend.arrays.run(doutput, backward, how, block, output, base, total, doutput)
     return [x.clone() for x in (*gradients, *([] if dbias is None else [dbias]))]
 
 

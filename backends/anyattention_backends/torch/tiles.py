@@ -29,7 +29,10 @@ class TorchTiles(Tiles):
         """BLAS sums one term after the other, and loses twice what XLA does: large sums are float64."""
         if not precise:
             return super().logits(query, key, precision, precise)
-        return torch.matmul(query.double(), key.double().mT).to(query.dtype)
+        try:
+            return torch.matmul(query.double(), key.double().mT).to(query.dtype)
+        except TypeError:  # MPS has no float64
+            return super().logits(query, key, precision, precise)
 
     def row_max(self, x: Array) -> Array:
         """The weights do not depend on what is subtracted, so no derivative of it is needed."""

@@ -75,8 +75,11 @@ class Arrays:
         """The `device` argument that makes a new array stand beside `like`."""
         return threefry.device_of(like)
 
-    def check_array(self, x: Array) -> Array:
-        """An array of this library, or something that stands for one, made plain."""
+    def check_array(self, x: Array, like: Array | None = None) -> Any:
+        """An array of this library, or something that stands for one, made plain, where it can meet `like`.
+
+        A mask by rule for something that stands for that. Raise TypeError or ValueError for what cannot be understood.
+        """
         return x
 
     def check_dtype(self, name: str) -> None:
