@@ -49,6 +49,12 @@ def foreign(kind: type) -> str:
     return f"a {kind.__module__}.{kind.__qualname__}, whose storage is not what it means: {advice}"
 
 
+@constant
+def exports_to_onnx() -> bool:
+    """Whether `torch.onnx.export` is at work, in either of its two ways."""
+    return torch.onnx.is_in_onnx_export()
+
+
 def is_wrapped(x: torch.Tensor) -> bool:
     """Whether a transformation of `torch.func` sees the tensor (2.11, 2.13)."""
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(x))
@@ -91,11 +97,27 @@ def transformations() -> list[str]:
     return [interpreter.key().name for interpreter in stack]
 
 
+def differentiates() -> bool:
+    """Whether one of them is a derivative."""
+    return not {"Grad", "Jvp"}.isdisjoint(transformations())
+
+
 def unwrapped(x: torch.Tensor) -> torch.Tensor:
     """The tensor below all transformations (2.13)."""
     while is_wrapped(x):
         x = torch._C._functorch.get_unwrapped(x)
     return x
+
+
+def is_symbol(size: Any) -> bool:
+    """Whether a size is not known while a program is traced for many; strict export gives integers that are not."""
+    if not isinstance(size, int):
+        return True
+    if not torch.compiler.is_exporting():
+        return False
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # (2.11, 2.13)
+
+    return not any([statically_known_true(size % 7 == rest) for rest in range(7)])
 
 
 def saved_tensor_hooks() -> Any:

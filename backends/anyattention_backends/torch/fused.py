@@ -37,7 +37,7 @@ def beyond(call: Call) -> str:
 
 def can_look(call: Call) -> bool:
     """Whether values can be looked at: not in a compiler's trace, nor while a CUDA graph is recorded."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or compat.is_traced():
         return False
     tensors = [x for x in (call.operands.bias, call.operands.mask) if isinstance(x, Tensor)]
     tensors += [x for x in getattr(call.operands.mask, "arrays", list)() if isinstance(x, Tensor)]
@@ -59,7 +59,7 @@ def for_cuda(four: list[Tensor], options: dict[str, Any]) -> tuple[list[Tensor],
     flash = shown is None and not (options["is_causal"] and query.shape[-2] != key.shape[-2])
     if (group := query.shape[1] // key.shape[1]) != 1 and not flash:
         key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
-    options |= {"attn_mask": shown, "enable_gqa": query.shape[1] != key.shape[1]}
+    options |= {"attn_mask": shown, "enable_gqa": group != 1 and flash}
     if not torch.compiler.is_compiling() and compat.is_math(query, key, value, **options):
         raise RuntimeError("No available kernel: PyTorch would compute all logits, see torch.nn.attention.sdpa_kernel")
     return [query, key, value], options

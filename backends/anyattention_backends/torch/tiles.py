@@ -16,6 +16,11 @@ Array = Any
 
 
 class TorchTiles(Tiles):
+    @property
+    def most_groups(self) -> int:  # type: ignore[override]
+        """None in a trace, where lengths may be symbols."""
+        return 0 if torch.compiler.is_compiling() or compat.is_traced() else 2**31
+
     def sizes(self, block: Block, ruled: bool) -> tuple[int, int]:
         """All heads at once, so that their keep bits are drawn once, in a few megabytes."""
         heads = max(math.prod(block.lead), 1)
@@ -55,6 +60,10 @@ class TorchTiles(Tiles):
             return torch.where(visible, x, value)
         return x.masked_fill_(~visible, value)
 
+    def absent(self) -> str:
+        traced = torch.compiler.is_compiling() or compat.is_traced()
+        return "ONNX lacks the operator that it is in a trace" if traced and compat.exports_to_onnx() else ""
+
     def key_words(self, key: Any, like: Array) -> Array:
         return key.to(like.device)
 
@@ -63,8 +72,10 @@ class TorchTiles(Tiles):
         if torch.compiler.is_compiling():  # one operator, not a program that grows with the number of tiles
             return operators.tiled(tiling, block)
         arrays = leaves(block)
-        if compat.is_traced() or any(forward_ad.unpack_dual(x).tangent is not None for x in arrays):
-            return forward(tiling, block)[0]  # traces have no Function in them, and forward mode does not nest
+        if any(forward_ad.unpack_dual(x).tangent is not None for x in arrays):  # forward mode, which does not nest
+            return forward(tiling, block)[0]
+        if compat.is_traced():  # which has no Function in it, nor torch.func an operator's derivative
+            return forward(tiling, block)[0] if compat.differentiates() else operators.tiled(tiling, block)
         numbers = iter(range(len(arrays)))
         structure = tree_map(lambda _: next(numbers), block)
         return _Tiled.apply(How(forward, backward, tiling, structure), *arrays)[0]

@@ -240,7 +240,7 @@ class Tiles:
 
     #: What exponents are multiplied by before `power`.
     power_unit = 1.0
-    #: Into how many groups of rows a mask by rule may divide the queries.
+    #: Into how many groups of rows a mask by rule may divide the queries; none where lengths may be symbols.
     most_groups = 2**31
 
     def __init__(self, arrays: Arrays) -> None:
@@ -297,6 +297,10 @@ class Tiles:
         """A dropout key of this library as raw words, beside `like`."""
         return key
 
+    def absent(self) -> str:
+        """Why tiles cannot be computed here and now; empty where they can."""
+        return ""
+
     def no_keep(self, key: Any, keep_prob: Any) -> str:
         """Why dropout bits of this key cannot be drawn tile by tile; empty where they can."""
         return ""
@@ -351,6 +355,8 @@ class Backend:
         self.name = self.arrays.name
         #: Kernels of vendors, the best first: see `anyattention.extend.Fused`.
         self.engines: tuple[Any, ...] = ()
+        #: Whether a size is a symbol, on which no choice may depend.
+        self.symbolic: Callable[[Any], bool] = lambda size: not isinstance(size, int)
 
 
 def positions(arrays: Arrays, x: Array, axis: int = -1) -> Array:
