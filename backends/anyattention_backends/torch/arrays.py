@@ -6,7 +6,7 @@ import torch
 
 from anyattention._src import dtypes
 from anyattention.extend import Arrays, CausalMask
-from anyattention_backends.torch import compat, operators
+from anyattention_backends.torch import compat, dtensors, operators
 
 Array = Any
 _KINDS = "bool uint8 uint16 uint32 uint64 int8 int16 int32 int64 bfloat16 float16 float32 float64 complex64 complex128"
@@ -22,14 +22,11 @@ class TorchArrays(Arrays):
         return x.device.type
 
     def run(self, like: Array, function: Callable[..., Any], /, *args: Any) -> Any:
-        """Autocast would compute the products in 16 bits."""
-        if like.is_cpu and not torch.is_autocast_enabled("cpu"):
-            return function(*args)
-        device = like.device.type
-        if not compat.has_autocast(device) or not torch.is_autocast_enabled(device):
-            return function(*args)
-        with torch.autocast(device, enabled=False):
-            return function(*args)
+        """Without autocast; the results contiguous, so that callers may view heads and depth as one axis."""
+        found = operators.without_autocast(like, function, *args)
+        if isinstance(found, tuple):  # of a function with its pullback, or of that
+            return tuple(x.contiguous() if isinstance(x, torch.Tensor) else x for x in found)
+        return found.contiguous() if isinstance(found, torch.Tensor) else found
 
     def check_array(self, x: Array, like: Array | None = None) -> Any:
         """Tensors whose storage is what they mean; unsigned integers of more than 8 bits cannot be compared."""
@@ -110,8 +107,8 @@ class TorchArrays(Arrays):
         return torch.permute(x, axes)
 
     def inspects(self, x: Array) -> bool:
-        """Values can be looked at on a CPU, but for tensors without storage or in a trace."""
-        if torch.compiler.is_compiling() or not isinstance(x, torch.Tensor):
+        """Values can be looked at on a CPU, but for tensors without storage, spread ones, or in a trace."""
+        if torch.compiler.is_compiling() or not isinstance(x, torch.Tensor) or dtensors.is_spread(x):
             return False
         return x.device.type == "cpu" and not compat.is_traced()
 

@@ -9,13 +9,15 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from anyattention.extend import Call, CausalMask, Fused, Operands, Options, Structure, tiled
-from anyattention_backends.torch import compat, operators
+from anyattention_backends.torch import compat, dtensors, operators
 
 
 class TorchKernel(Fused):
     serves = Fused.serves | {"precision"}  # as far as PyTorch's own switches honour it
 
     def limits(self, call: Call, mask: Structure) -> Iterator[str]:
+        if dtensors.is_spread(call.operands.query):
+            yield "PyTorch has no strategy for its gradient of DTensors"
         if reason := beyond(call):
             yield reason
 
@@ -86,7 +88,7 @@ def _again(gradients: tuple[Tensor, ...], cotangents: tuple[Tensor, ...]) -> tup
     """The gradients of the kernel's node, by tiled, where they may be differentiated; None for its own."""
     if not torch.is_grad_enabled():
         return None
-    return operators.backend.arrays.run(cotangents[0], _by_tiled, compat.backward_node(), gradients, cotangents)
+    return operators.without_autocast(cotangents[0], _by_tiled, compat.backward_node(), gradients, cotangents)
 
 
 def _by_tiled(node: Any, gradients: tuple[Tensor, ...], cotangents: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -7,6 +7,7 @@ import torch
 
 from anyattention.extend import Call, CausalMask, Structure, tiled
 from anyattention_backends.torch import operators
+from anyattention_backends.torch.dtensors import is_spread
 from anyattention_backends.torch.fused import TorchKernel, beyond, can_look, for_cuda, with_second_derivative
 
 Array = Any
@@ -30,7 +31,7 @@ class SDPA(TorchKernel):
 
     def refusals(self, call: Call) -> Iterator[str]:
         query, key, value, *_ = call.operands
-        known = call.backend.arrays.platform(query) == "cpu" and call.options.dtype in self.dtypes
+        known = not is_spread(query) and call.backend.arrays.platform(query) == "cpu" and call.options.dtype in self.dtypes
         full = known and _is_plain(call) and query.numel() and key.numel() and value.numel()
         if full and call.needs <= _SIMPLE and not beyond(call):
             return iter(())  # what the long way finds too, in a tenth of its 20 us

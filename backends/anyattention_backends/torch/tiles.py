@@ -65,7 +65,7 @@ class TorchTiles(Tiles):
         return "ONNX lacks the operator that it is in a trace" if traced and compat.exports_to_onnx() else ""
 
     def key_words(self, key: Any, like: Array) -> Array:
-        return key.to(like.device)
+        return operators.beside(key.to(like.device), like)
 
     def differentiable(self, forward: Function, backward: Function, tiling: Any, block: Block) -> Array:
         """The backward pass is the written one; autograd would keep every tile."""
@@ -104,15 +104,20 @@ class How(NamedTuple):
 
     def gradients(self, results: Sequence[Array], doutput: Array, arrays: Sequence[Array]) -> list[Array]:
         """Of those; within autocast as outside it."""
-        run = self.tiling.backend.arrays.run
-        found = run(doutput, self.backward, self.tiling, self.block(arrays), *results, doutput)
-        return [x for x in found if x is not None]
+        block = self.block(arrays)
+        dquery, dkey, dvalue, dbias = operators.without_autocast(
+            doutput, self.backward, self.tiling, block, *results, doutput
+        )
+        found = [operators.as_returned(x, block) for x in (dquery, dkey, dvalue)]
+        return found if dbias is None else [*found, dbias]
 
 
 class _Tiled(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def forward(how: How, *arrays: Array) -> tuple[Array, ...]:
-        return how.forward(how.tiling, how.block(arrays))
+        block = how.block(arrays)
+        output, base, total = how.forward(how.tiling, block)
+        return operators.as_returned(output, block), base, total
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Array, ...]) -> None:
@@ -180,7 +185,7 @@ class _Gradient(torch.autograd.Function):  # type: ignore[misc]
                 each = iter(run(doutput, _grad, *zip(*both, strict=True), of, again))
                 return [next(each) if inputs[index].requires_grad else None for index in wanted]
 
-        again, run = torch.is_grad_enabled(), how.tiling.backend.arrays.run
+        again, run = torch.is_grad_enabled(), operators.without_autocast
         by_index = dict(zip(wanted, compat.mapped(found, *saved, *cotangents), strict=True))
         return (None, None, None, None, *(by_index.get(index) for index in range(len(saved))))
 
