@@ -237,11 +237,12 @@ def key_of(backend: Backend, key: Any) -> Any:
         TypeError: no key, or a key whose bits the library cannot reproduce.
     """
     home = backend_of(key)
+    if home is not None and home.name != "numpy":  # which makes an array of anything
+        key = _checked(home, "dropout_rng", key, None)
     if home is None or not hasattr(key, "shape"):
         raise TypeError(
             f"dropout_rng must be a key, got {type(key).__name__}: make one with anyattention.random.key(seed)"
         )
-    key = _checked(home, "dropout_rng", key, None)
     return key if home is backend else backend.arrays.adopt_key(home.arrays.key_data(key))
 
 
