@@ -18,7 +18,7 @@ class NumPyArrays(Arrays):
             x = x.astype(x.dtype.name.replace("64", "32").replace("128", "64"))
         return self.check_array(x)
 
-    def check_array(self, x: Array) -> Array:
+    def check_array(self, x: Array, like: Array | None = None) -> Array:
         """Subclasses would carry their own arithmetic in: a masked array its mask."""
         if type(x) is np.ndarray:
             return x

@@ -3,7 +3,7 @@
 import array_api_compat.torch as xp
 
 from anyattention.extend import Backend
-from anyattention_backends.torch import operators
+from anyattention_backends.torch import compat, operators
 from anyattention_backends.torch.arrays import TorchArrays
 from anyattention_backends.torch.flex import Flex
 from anyattention_backends.torch.sdpa import SDPA
@@ -11,5 +11,5 @@ from anyattention_backends.torch.steps import TorchSteps
 from anyattention_backends.torch.tiles import TorchTiles
 
 backend = Backend(xp, TorchArrays, TorchSteps, TorchTiles)
-backend.engines = (SDPA(), Flex())
+backend.engines, backend.symbolic = (SDPA(), Flex()), compat.is_symbol
 operators.backend = backend

@@ -5,12 +5,13 @@ import numpy as np
 import torch
 
 from anyattention._src import dtypes
-from anyattention.extend import Arrays
-from anyattention_backends.torch import compat
+from anyattention.extend import Arrays, CausalMask
+from anyattention_backends.torch import compat, dtensors, operators
 
 Array = Any
 _KINDS = "bool uint8 uint16 uint32 uint64 int8 int16 int32 int64 bfloat16 float16 float32 float64 complex64 complex128"
 _DTYPES = {name: getattr(torch, name) for name in _KINDS.split()}
+_UNSIGNED, _STRIDED = (torch.uint16, torch.uint32, torch.uint64), torch.strided
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -21,20 +22,46 @@ class TorchArrays(Arrays):
         return x.device.type
 
     def run(self, like: Array, function: Callable[..., Any], /, *args: Any) -> Any:
-        """Autocast would compute the products in 16 bits."""
-        if like.is_cpu and not torch.is_autocast_enabled("cpu"):
-            return function(*args)
-        device = like.device.type
-        if not compat.has_autocast(device) or not torch.is_autocast_enabled(device):
-            return function(*args)
-        with torch.autocast(device, enabled=False):
-            return function(*args)
+        """Without autocast; the results contiguous, so that callers may view heads and depth as one axis."""
+        found = operators.without_autocast(like, function, *args)
+        if isinstance(found, tuple):  # of a function with its pullback, or of that
+            return tuple(x.contiguous() if isinstance(x, torch.Tensor) else x for x in found)
+        return found.contiguous() if isinstance(found, torch.Tensor) else found
+
+    def check_array(self, x: Array, like: Array | None = None) -> Any:
+        """Tensors whose storage is what they mean; unsigned integers of more than 8 bits cannot be compared."""
+        if type(x) is torch.Tensor and x.layout is _STRIDED and not x.is_nested:
+            return x if like is None else self._met(x, like)
+        if (reason := compat.foreign(type(x))) == "causal":
+            return CausalMask(x.seq_len_kv - x.seq_len_q if x.variant.name == "LOWER_RIGHT" else 0)
+        if reason:
+            raise TypeError(reason)
+        if x.layout is not _STRIDED:
+            raise TypeError(f"a tensor of layout {str(x.layout).removeprefix('torch.')}: pass to_dense()")
+        if x.is_nested:
+            raise TypeError("a nested tensor: pad it, as torch.nested.to_padded_tensor does, and pass masks.LengthMask")
+        return x if like is None else self._met(x, like)
+
+    def _met(self, x: Array, like: Array) -> Array:
+        """A bias, or an array of a mask, where it can meet `like`."""
+        if x.dtype in _UNSIGNED:  # which PyTorch promotes with no other
+            x = x.to(torch.int64) & (2**63 - 1)
+        return operators.beside(x, like)
 
     def adopt(self, guest: Any, like: Array | None) -> Array:
         """PyTorch cannot read NumPy's bfloat16, nor arrays it may not write to without a warning."""
-        device = None if like is None else like.device
+        x = self._adopted(guest, like)
+        return x if like is None else operators.beside(x, like)
+
+    def _adopted(self, guest: Any, like: Array | None) -> Array:
+        device = "cpu" if like is None else like.device
         if torch.compiler.is_compiling():  # NumPy arrays are tensors there already, and have no dtype
             return torch.as_tensor(guest, device=device)
+        if isinstance(guest, float) or (getattr(guest, "ndim", None) == 0 and guest.dtype == np.float64):
+            name = "float32" if like is None else self.dtype_name(like)
+            if hasattr(guest, "dtype") and name != "float64":
+                name = "float32"  # as JAX takes over such a scalar, unless it is to compute in float64
+            return torch.tensor(dtypes.round_to(float(guest), name), dtype=_DTYPES[name], device=device)
         if not hasattr(guest, "dtype"):
             return torch.tensor(guest, device=device)
         name = dtypes.name_of(guest.dtype)
@@ -46,10 +73,15 @@ class TorchArrays(Arrays):
             return torch.tensor(guest, device=device)
         except ValueError as error:  # bytes in the other order
             raise TypeError(f"PyTorch cannot take over an array of {name}: {error}") from None
+        except TypeError:
+            if name != "float64":
+                raise
+        narrow = guest.astype("float32")  # as the device has no float64; what is not zero stays so
+        return torch.tensor(np.where((guest != 0) & (narrow == 0), np.float32(1e-45), narrow), device=device)
 
     def adopt_key(self, words: Any) -> Any:
         """uint32 has no arithmetic in PyTorch."""
-        words = torch.tensor(words)
+        words = torch.tensor(words, device="cpu")
         if words.dtype != torch.uint32:
             raise TypeError(f"a dropout key must have dtype uint32, got {str(words.dtype).removeprefix('torch.')}")
         return words.to(torch.int64)
@@ -75,8 +107,10 @@ class TorchArrays(Arrays):
         return torch.permute(x, axes)
 
     def inspects(self, x: Array) -> bool:
-        """Values can be looked at on a CPU, but for tensors without storage or in a trace."""
-        return isinstance(x, torch.Tensor) and x.device.type == "cpu" and not torch.compiler.is_compiling()
+        """Values can be looked at on a CPU, but for tensors without storage, spread ones, or in a trace."""
+        if torch.compiler.is_compiling() or not isinstance(x, torch.Tensor) or dtensors.is_spread(x):
+            return False
+        return x.device.type == "cpu" and not compat.is_traced()
 
     def surely(self, x: Any, value: bool) -> bool:
         """As `inspects`, and not for tensors that a transformation sees."""

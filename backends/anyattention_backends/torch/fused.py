@@ -9,13 +9,15 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from anyattention.extend import Call, CausalMask, Fused, Operands, Options, Structure, tiled
-from anyattention_backends.torch import compat, operators
+from anyattention_backends.torch import compat, dtensors, operators
 
 
 class TorchKernel(Fused):
     serves = Fused.serves | {"precision"}  # as far as PyTorch's own switches honour it
 
     def limits(self, call: Call, mask: Structure) -> Iterator[str]:
+        if dtensors.is_spread(call.operands.query):
+            yield "PyTorch has no strategy for its gradient of DTensors"
         if reason := beyond(call):
             yield reason
 
@@ -37,7 +39,7 @@ def beyond(call: Call) -> str:
 
 def can_look(call: Call) -> bool:
     """Whether values can be looked at: not in a compiler's trace, nor while a CUDA graph is recorded."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or compat.is_traced():
         return False
     tensors = [x for x in (call.operands.bias, call.operands.mask) if isinstance(x, Tensor)]
     tensors += [x for x in getattr(call.operands.mask, "arrays", list)() if isinstance(x, Tensor)]
@@ -59,7 +61,7 @@ def for_cuda(four: list[Tensor], options: dict[str, Any]) -> tuple[list[Tensor],
     flash = shown is None and not (options["is_causal"] and query.shape[-2] != key.shape[-2])
     if (group := query.shape[1] // key.shape[1]) != 1 and not flash:
         key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
-    options |= {"attn_mask": shown, "enable_gqa": query.shape[1] != key.shape[1]}
+    options |= {"attn_mask": shown, "enable_gqa": group != 1 and flash}
     if not torch.compiler.is_compiling() and compat.is_math(query, key, value, **options):
         raise RuntimeError("No available kernel: PyTorch would compute all logits, see torch.nn.attention.sdpa_kernel")
     return [query, key, value], options
@@ -86,7 +88,11 @@ def _again(gradients: tuple[Tensor, ...], cotangents: tuple[Tensor, ...]) -> tup
     """The gradients of the kernel's node, by tiled, where they may be differentiated; None for its own."""
     if not torch.is_grad_enabled():
         return None
-    node, backend = compat.backward_node(), operators.backend
+    return operators.without_autocast(cotangents[0], _by_tiled, compat.backward_node(), gradients, cotangents)
+
+
+def _by_tiled(node: Any, gradients: tuple[Tensor, ...], cotangents: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    backend = operators.backend
     query, key, value = four = node._saved_query, node._saved_key, node._saved_value
     bias = getattr(node, "_saved_attn_bias", None)  # on CUDA
     bias = getattr(node, "_saved_attn_mask", None) if bias is None else bias  # on CPU

@@ -4,7 +4,7 @@ The text is the call's options and what the block is made of: an option that is 
 """
 
 import ast
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from enum import Enum
 from typing import Any
@@ -16,6 +16,7 @@ from anyattention._src import threefry
 from anyattention._src.blocks import Block, Pairs, leaves
 from anyattention._src.tiles.passes import Tiling, backward, forward, tiling
 from anyattention.extend import Backend, Dropout, Options
+from anyattention_backends.torch import compat, dtensors
 
 Many = Sequence[Tensor]
 Numbers = Sequence[float]
@@ -37,6 +38,39 @@ def keep(key: Tensor, p: float, shape: Sequence[int]) -> Tensor:
 @keep.register_fake  # type: ignore[untyped-decorator]
 def _(key: Tensor, p: float, shape: Sequence[int]) -> Tensor:
     return key.new_empty(shape, dtype=torch.bool)
+
+
+def beside(x: Tensor, like: Tensor) -> Tensor:
+    """A tensor that our own code has made or was given, where it can meet `like`."""
+    if dtensors.is_spread(like):
+        return dtensors.beside(x, like)
+    if x.ndim == 0 and x.device != like.device:  # a scalar, which PyTorch lets meet any device
+        x = x.to(like.device)
+    return x
+
+
+def without_autocast(like: Tensor, function: Callable[..., Any], /, *args: Any) -> Any:
+    """``function(*args)`` for tensors such as `like`: autocast would compute the products in 16 bits."""
+    if dtensors.is_spread(like):
+        with dtensors.Beside(like), torch.autocast(like.device.type, enabled=False):
+            return function(*args)
+    if like.is_cpu and not torch.is_autocast_enabled("cpu"):
+        return function(*args)
+    device = like.device.type
+    if not compat.has_autocast(device) or not torch.is_autocast_enabled(device):
+        return function(*args)
+    with torch.autocast(device, enabled=False):
+        return function(*args)
+
+
+def as_returned(x: Tensor, block: Block) -> Tensor:
+    """Rows of a block, of the same shape, but in memory as callers get them: rows before heads, grouped or not."""
+    axis = _before_heads(block)
+    return x.movedim(-2, axis).contiguous().movedim(axis, -2)
+
+
+def _before_heads(block: Block) -> int:
+    return -3 if block.rows[0].shape[-3] == block.columns[0].shape[-3] else -4
 
 
 def leading(arrays: Sequence[Tensor], dims: Sequence[int | None]) -> list[Tensor]:
@@ -86,20 +120,24 @@ def _read(arrays: Many, numbers: Numbers, text: str) -> tuple[Tiling, Block]:
 
 @torch.library.custom_op("anyattention::tiled", mutates_args=())  # type: ignore[untyped-decorator]
 def _tiled(arrays: Many, numbers: Numbers, text: str) -> list[Tensor]:
-    return list(forward(*_read(arrays, numbers, text)))
+    how, block = _read(arrays, numbers, text)
+    output, base, total = without_autocast(arrays[0], forward, how, block)
+    return [as_returned(output, block), base, total]
 
 
 @torch.library.custom_op("anyattention::tiled_backward", mutates_args=())  # type: ignore[untyped-decorator]
 def _tiled_backward(arrays: Many, results: Many, doutput: Tensor, numbers: Numbers, text: str) -> list[Tensor]:
     output, base, total = results
-    *gradients, dbias = backward(*_read(arrays, numbers, text), output, base, total, doutput)
+    how, block = _read(arrays, numbers, text)
+    *gradients, dbias = without_autocast(doutput, backward, how, block, output, base, total, doutput)
     return [x.clone() for x in (*gradients, *([] if dbias is None else [dbias]))]
 
 
 @_tiled.register_fake  # type: ignore[untyped-decorator]
 def _(arrays: Many, numbers: Numbers, text: str) -> list[Tensor]:
-    query, _, value = arrays[:3]
-    return [query.new_empty((*query.shape[:-1], size)) for size in (value.shape[-1], 1, 1)]
+    query, key, value = arrays[:3]
+    output, *rest = [query.new_empty((*query.shape[:-1], size)) for size in (value.shape[-1], 1, 1)]
+    return [as_returned(output, Block((query,), (key, value), Pairs())), *rest]
 
 
 @_tiled_backward.register_fake  # type: ignore[untyped-decorator]

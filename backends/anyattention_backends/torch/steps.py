@@ -4,7 +4,7 @@ from typing import Any
 import torch
 
 from anyattention.extend import Steps
-from anyattention_backends.torch.operators import keep
+from anyattention_backends.torch.operators import beside, keep
 
 Array = Any
 _STEPWISE = (torch.bfloat16, torch.float16, torch.complex64, torch.complex128)
@@ -39,7 +39,7 @@ class TorchSteps(Steps):
 
     def keep(self, key: Any, keep_prob: Any, shape: Sequence[int], like: Array) -> Array:
         """Inductor makes one expression of threefry's twenty rounds and never ends compiling: it gets an operator."""
-        key = key.to(like.device)
+        key = beside(key.to(like.device), like)
         if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
             return keep(key, float(keep_prob), shape)
         return super().keep(key, keep_prob, tuple(shape), like)

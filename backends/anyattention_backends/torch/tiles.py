@@ -1,7 +1,7 @@
 """Tiles in PyTorch: all heads at once, in place where nothing is differentiated, one step of autograd."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,9 +13,15 @@ from anyattention.extend import Tiles
 from anyattention_backends.torch import compat, operators
 
 Array = Any
+_LOG2_E = math.log2(math.e)
 
 
 class TorchTiles(Tiles):
+    @property
+    def most_groups(self) -> int:  # type: ignore[override]
+        """None in a trace, where lengths may be symbols."""
+        return 0 if torch.compiler.is_compiling() or compat.is_traced() else 2**31
+
     def sizes(self, block: Block, ruled: bool) -> tuple[int, int]:
         """All heads at once, so that their keep bits are drawn once, in a few megabytes."""
         heads = max(block.heads, 1)
@@ -53,16 +59,20 @@ class TorchTiles(Tiles):
         """BLAS sums one term after the other, and loses twice what XLA does: large sums are float64."""
         if not precise:
             return super().logits(query, key, precision, precise)
-        return torch.matmul(query.double(), key.double().mT).to(query.dtype)
+        try:
+            return torch.matmul(query.double(), key.double().mT).to(query.dtype)
+        except TypeError:  # MPS has no float64
+            return super().logits(query, key, precision, precise)
 
     def row_max(self, x: Array) -> Array:
         """The weights do not depend on what is subtracted, so no derivative of it is needed."""
         return torch.amax(x.detach(), dim=-1, keepdim=True)
 
     def exp_minus(self, x: Array, shift: Array | None) -> Array:
+        """By powers of two where exponents may be low: `torch.exp` takes up to 30 times as long below -87."""
         if not _is_plain(x):
             return super().exp_minus(x, shift)
-        return (x if shift is None else x.sub_(shift)).exp_()
+        return x.exp_() if shift is None else x.sub_(shift).mul_(_LOG2_E).exp2_()
 
     def power(self, x: Array) -> Array:
         return self.exp_minus(x, None)
@@ -76,8 +86,12 @@ class TorchTiles(Tiles):
             return torch.where(visible, x, value)
         return x.masked_fill_(~visible, value)
 
+    def absent(self) -> str:
+        traced = torch.compiler.is_compiling() or compat.is_traced()
+        return "ONNX lacks the operator that it is in a trace" if traced and compat.exports_to_onnx() else ""
+
     def key_words(self, key: Any, like: Array) -> Array:
-        return key.to(like.device)
+        return operators.beside(key.to(like.device), like)
 
     def differentiable(self, forward: Function, backward: Function, tiling: Any, block: Block) -> Array:
         """The backward pass is the written one; autograd would keep every tile."""
@@ -86,9 +100,11 @@ class TorchTiles(Tiles):
         arrays = leaves(block)
         if any(forward_ad.unpack_dual(x).tangent is not None for x in arrays):  # forward mode, which does not nest
             return forward(tiling, block)[0]
+        if compat.is_traced():  # which has no Function in it, nor torch.func an operator's derivative
+            return forward(tiling, block)[0] if compat.differentiates() else operators.tiled(tiling, block)
         numbers = iter(range(len(arrays)))
         structure = tree_map(lambda _: next(numbers), block)
-        return _Tiled.apply(forward, backward, tiling, structure, *arrays)[0]
+        return _Tiled.apply(How(forward, backward, tiling, structure), *arrays)[0]
 
 
 def _drawn(draw: Any, counts: Any, size: int) -> Array:
@@ -115,49 +131,109 @@ def _is_plain(*arrays: Array) -> bool:
     return not any(x.requires_grad or compat.is_wrapped(x) for x in arrays)
 
 
-def _pick(structure: Any, arrays: Sequence[Array]) -> Any:
-    return tree_map(lambda index: arrays[index], structure)
+class How(NamedTuple):
+    """Both passes, how tiles are cut, and the block with numbers in place of its arrays."""
+
+    forward: Function
+    backward: Function
+    tiling: Any
+    structure: Block
+
+    def block(self, arrays: Sequence[Array]) -> Block:
+        return tree_map(lambda index: arrays[index], self.structure)
+
+    def differentiated(self) -> list[int]:
+        """The numbers of query, key, value and, if there is one, the bias."""
+        wanted = (self.structure.rows[0], *self.structure.columns, self.structure.pairs.bias)
+        return [index for index in wanted if index is not None]
+
+    def gradients(self, results: Sequence[Array], doutput: Array, arrays: Sequence[Array]) -> list[Array]:
+        """Of those; within autocast as outside it."""
+        block = self.block(arrays)
+        dquery, dkey, dvalue, dbias = operators.without_autocast(
+            doutput, self.backward, self.tiling, block, *results, doutput
+        )
+        found = [operators.as_returned(x, block) for x in (dquery, dkey, dvalue)]
+        return found if dbias is None else [*found, dbias]
 
 
 class _Tiled(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
-    def forward(forward: Any, backward: Any, tiling: Any, structure: Any, *arrays: Array) -> tuple[Array, ...]:
-        return forward(tiling, _pick(structure, arrays))
+    def forward(how: How, *arrays: Array) -> tuple[Array, ...]:
+        block = how.block(arrays)
+        output, base, total = how.forward(how.tiling, block)
+        return operators.as_returned(output, block), base, total
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Array, ...]) -> None:
-        *ctx.how, ctx.structure = inputs[:4]
-        ctx.save_for_backward(*output, *inputs[4:])
-        ctx.save_for_forward(*output, *inputs[4:])
+        ctx.how, *arrays = inputs
+        ctx.save_for_backward(*output, *arrays)
+        ctx.save_for_forward(*output, *arrays)
         ctx.mark_non_differentiable(*output[1:])
 
     @staticmethod
     def backward(ctx: Any, doutput: Array, *_: Any) -> tuple[Any, ...]:
-        forward, backward, tiling = ctx.how
-        results, arrays = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
-        block = _pick(ctx.structure, arrays)
-        if torch.is_grad_enabled():  # a second derivative may follow, through the row statistics too
-            results = forward(tiling, block)
-        gradients = backward(tiling, block, *results, doutput)
-        wanted = (ctx.structure.rows[0], *ctx.structure.columns, ctx.structure.pairs.bias)
-        by_index = dict(zip(wanted, gradients, strict=True))
-        return (None, None, None, None, *(by_index.get(index) for index in range(len(arrays))))
+        how, saved = ctx.how, ctx.saved_tensors  # read once: a checkpoint unpacks each tensor only once
+        results, arrays = saved[:3], saved[3:]
+        if not torch.is_grad_enabled():
+            found = compat.mapped(lambda *x: how.gradients(x[:3], x[3], x[4:]), *results, doutput, *arrays)
+        elif compat.is_transformed():  # a second derivative may follow, through the row statistics too
+            found = how.gradients(how.forward(how.tiling, how.block(arrays)), doutput, arrays)
+        else:
+            found = compat.mapped(lambda *x: _Gradient.apply(how, *x), *results, doutput, *arrays)
+        by_index = dict(zip(how.differentiated(), found, strict=True))
+        return (None, *(by_index.get(index) for index in range(len(arrays))))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         """PyTorch's own forward mode, which keeps nothing, through the tiles."""
-        forward, _, tiling = ctx.how
-        arrays = list(ctx.saved_tensors[3:])
-        moved = {i: tangent for i, tangent in enumerate(tangents[4:]) if tangent is not None}
+        how, arrays = ctx.how, list(ctx.saved_tensors[3:])
+        moved = {i: tangent for i, tangent in enumerate(tangents[1:]) if tangent is not None}
 
         def output(*primals: Array) -> Array:
             given = dict(zip(moved, primals, strict=True))
-            return forward(tiling, _pick(ctx.structure, [given.get(i, x) for i, x in enumerate(arrays)]))[0]
+            return how.forward(how.tiling, how.block([given.get(i, x) for i, x in enumerate(arrays)]))[0]
 
         primals = tuple(arrays[i] for i in moved)
         return torch.func.jvp(output, primals, tuple(moved.values()))[1], None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, *inputs: Any) -> tuple[Any, Any]:
+    def vmap(info: Any, in_dims: Any, how: How, *arrays: Any) -> tuple[Any, Any]:
         """The mapped axis becomes one more lead axis."""
-        return _Tiled.apply(*inputs[:4], *operators.leading(inputs[4:], in_dims[4:])), (0, 0, 0)
+        return _Tiled.apply(how, *operators.leading(arrays, in_dims[1:])), (0, 0, 0)
+
+
+class _Gradient(torch.autograd.Function):  # type: ignore[misc]
+    """The gradients, which can be differentiated again: by autograd through the tiles, once that is asked for."""
+
+    @staticmethod
+    def forward(ctx: Any, how: How, *arrays: Array) -> tuple[Array, ...]:
+        ctx.how = how
+        ctx.save_for_backward(*arrays[3:])
+        return tuple(how.gradients(arrays[:3], arrays[3], arrays[4:]))
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Array) -> tuple[Any, ...]:
+        how, saved = ctx.how, ctx.saved_tensors
+        wanted = [0, *(index + 1 for index in how.differentiated())]
+
+        def found(*given: Array) -> list[Array | None]:
+            with torch.enable_grad():  # each a tensor of its own, of which none depends on another
+                inputs = [x.view_as(x) if again else x.detach() for x in given[: len(saved)]]
+                for x in [] if again else [inputs[index] for index in wanted]:
+                    x.requires_grad_()
+                doutput, *arrays = inputs
+                results = run(doutput, how.forward, how.tiling, how.block(arrays))  # through row statistics too
+                gradients = how.gradients(results, doutput, arrays)
+                of = [inputs[index] for index in wanted if inputs[index].requires_grad]
+                both = [pair for pair in zip(gradients, given[len(saved) :], strict=True) if pair[0].requires_grad]
+                each = iter(run(doutput, _grad, *zip(*both, strict=True), of, again))
+                return [next(each) if inputs[index].requires_grad else None for index in wanted]
+
+        again, run = torch.is_grad_enabled(), operators.without_autocast
+        by_index = dict(zip(wanted, compat.mapped(found, *saved, *cotangents), strict=True))
+        return (None, None, None, None, *(by_index.get(index) for index in range(len(saved))))
+
+
+def _grad(outputs: Any, cotangents: Any, inputs: Any, again: bool) -> Any:
+    return torch.autograd.grad(outputs, inputs, cotangents, create_graph=again, allow_unused=True)

@@ -286,7 +286,7 @@ def _call(
     if bias is not None and type(bias) not in (bool, int, float, complex):
         bias = registry.guest_of(backend, "bias", bias, query)
     if mask is not None:
-        mask = registry.mask_of(backend, mask, query)
+        mask = registry.mask_of(backend, mask, query, key)
     if deterministic or dropout_rate == 0.0:
         dropout_rng = None
     else:

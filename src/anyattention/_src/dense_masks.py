@@ -70,11 +70,11 @@ def combine_masks(*masks: Array | None, dtype: Any = "float32") -> Array | None:
     present = [mask for mask in masks if mask is not None]
     if not present:
         return None
+    backend = registry.backend_for(**{f"masks[{i}]": mask for i, mask in enumerate(present)})
+    present = [registry.dense_of(backend, f"masks[{i}]", mask, None) for i, mask in enumerate(present)]
     ranks = tuple(mask.ndim for mask in present)
     if len(set(ranks)) > 1:
         raise ShapeError(f"masks must have same rank: {ranks}")
-    backend = registry.backend_for(**{f"masks[{i}]": mask for i, mask in enumerate(present)})
-    present = [mask if registry.backend_of(mask) is backend else backend.arrays.adopt(mask, None) for mask in present]
     result = present[0]
     for mask in present[1:]:
         result = backend.xp.logical_and(backend.arrays.truth(result), backend.arrays.truth(mask))

@@ -75,8 +75,11 @@ class Arrays:
         """The `device` argument that makes a new array stand beside `like`."""
         return threefry.device_of(like)
 
-    def check_array(self, x: Array) -> Array:
-        """An array of this library, or something that stands for one, made plain."""
+    def check_array(self, x: Array, like: Array | None = None) -> Any:
+        """An array of this library, or something that stands for one, made plain, where it can meet `like`.
+
+        A mask by rule for something that stands for that. Raise TypeError or ValueError for what cannot be understood.
+        """
         return x
 
     def check_dtype(self, name: str) -> None:
@@ -241,7 +244,7 @@ class Tiles:
 
     #: What exponents are multiplied by before `power`.
     power_unit = 1.0
-    #: Into how many groups of rows a mask by rule may divide the queries.
+    #: Into how many groups of rows a mask by rule may divide the queries; none where lengths may be symbols.
     most_groups = 2**31
 
     def __init__(self, arrays: Arrays) -> None:
@@ -297,6 +300,10 @@ class Tiles:
     def key_words(self, key: Any, like: Array) -> Array:
         """A dropout key of this library as raw words, beside `like`."""
         return key
+
+    def absent(self) -> str:
+        """Why tiles cannot be computed here and now; empty where they can."""
+        return ""
 
     def no_keep(self, key: Any, keep_prob: Any) -> str:
         """Why dropout bits of this key cannot be drawn tile by tile; empty where they can."""
@@ -355,6 +362,8 @@ class Backend:
         self.name = self.arrays.name
         #: Kernels of vendors, the best first: see `anyattention.extend.Fused`.
         self.engines: tuple[Any, ...] = ()
+        #: Whether a size is a symbol, on which no choice may depend.
+        self.symbolic: Callable[[Any], bool] = lambda size: not isinstance(size, int)
 
 
 def positions(arrays: Arrays, x: Array, axis: int = -1) -> Array:

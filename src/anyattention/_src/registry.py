@@ -15,6 +15,7 @@ from typing import Any
 
 import array_api_compat
 
+from anyattention._src.errors import ShapeError
 from anyattention._src.implementations.base import Broken, Implementation
 from anyattention._src.implementations.exact import Exact
 from anyattention._src.implementations.tiled import TILED
@@ -176,7 +177,17 @@ def array_of(backend: Backend, name: str, x: Any) -> Array:
     """A query, key or value as an array of the backend's library."""
     if x is None:
         raise TypeError(f"{name} must be an array, got None")
-    return backend.arrays.check_array(x) if backend_of(x) is backend else backend.arrays.adopt(x, None)
+    return _checked(backend, name, x, None) if backend_of(x) is backend else backend.arrays.adopt(x, None)
+
+
+def _checked(backend: Backend, name: str, x: Any, like: Any) -> Any:
+    """An argument of this name as `Arrays.check_array` takes it."""
+    try:
+        return backend.arrays.check_array(x, like)
+    except (TypeError, ValueError) as error:
+        if type(error) not in (TypeError, ValueError):  # a library's own, which may be made in another way
+            raise
+        raise type(error)(f"{name}: {error}") from None
 
 
 def guest_of(backend: Backend, name: str, x: Any, like: Array) -> Array:
@@ -184,19 +195,39 @@ def guest_of(backend: Backend, name: str, x: Any, like: Array) -> Array:
     if isinstance(x, list | tuple):
         raise TypeError(f"{name} must be an array or a scalar, got a {type(x).__name__}: convert it first")
     home = backend_of(x)
-    if home is not None:
-        x = home.arrays.check_array(x)
     if home is not backend:
-        return backend.arrays.adopt(x, like)
+        return backend.arrays.adopt(x if home is None else _checked(home, name, x, None), like)
+    x = _checked(backend, name, x, like)
+    if isinstance(x, Mask):
+        if name != "mask":
+            raise TypeError(f"{name}: a mask by rule, {x}, is no array: pass it as mask=")
+        return x
     backend.arrays.check_dtype(backend.arrays.dtype_name(x))
     return x
 
 
-def mask_of(backend: Backend, mask: Any, like: Array) -> Any:
+def mask_of(backend: Backend, mask: Any, like: Array, key: Array | None = None) -> Any:
     """A mask, by rule or dense, with its arrays in the backend's library, beside `like`."""
     if not isinstance(mask, Mask):
-        return guest_of(backend, "mask", mask, like)
-    return mask.with_arrays(lambda x: x if backend_of(x) is backend else backend.arrays.adopt(x, like))
+        found = guest_of(backend, "mask", mask, like)
+        if isinstance(found, Mask) and key is not None:
+            lengths, given = (like.shape[-3], key.shape[-3]), tuple(mask.shape[-2:])
+            if lengths != given:
+                raise ShapeError(f"mask is for lengths {given}, but those of query and key are {lengths}")
+        return found
+
+    def take(x: Any) -> Array:
+        return dense_of(backend, f"an array of {type(mask).__name__.strip('_')}", x, like)
+
+    return mask.with_arrays(take)
+
+
+def dense_of(backend: Backend, name: str, x: Any, like: Array | None) -> Array:
+    """An array of a mask as one of the backend's library, where it can meet `like`."""
+    home = backend_of(x)
+    found = _checked(home or backend, name, x, like if home is backend else None)
+    found = found.to_array(*x.shape[-2:]) if isinstance(found, Mask) else found
+    return found if backend_of(found) is backend else _checked(backend, name, backend.arrays.adopt(found, like), like)
 
 
 def key_of(backend: Backend, key: Any) -> Any:
@@ -206,6 +237,8 @@ def key_of(backend: Backend, key: Any) -> Any:
         TypeError: no key, or a key whose bits the library cannot reproduce.
     """
     home = backend_of(key)
+    if home is not None and home.name != "numpy":  # which makes an array of anything
+        key = _checked(home, "dropout_rng", key, None)
     if home is None or not hasattr(key, "shape"):
         raise TypeError(
             f"dropout_rng must be a key, got {type(key).__name__}: make one with anyattention.random.key(seed)"

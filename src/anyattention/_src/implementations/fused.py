@@ -113,8 +113,8 @@ class Fused(Implementation):
             yield from expanded.values()
             if any(not isinstance(x, Mask) for x in mask.rest):
                 yield "it has no arrays as masks"
-        elif expanded and (size := self.elements(call, mask)) > self.most_elements:
-            yield from (f"{reason}, and an array has {size} elements" for reason in expanded.values())
+        elif expanded and self.elements(call, mask) > self.most_elements:  # which may be a symbol, that has no text
+            yield from (f"{reason}, and an array has {self.most_elements} elements or more" for reason in expanded.values())
         yield from self.limits(call, mask)
 
     def remarks(self, call: Call) -> list[str]:

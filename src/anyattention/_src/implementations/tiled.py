@@ -29,6 +29,8 @@ class Tiled(Implementation):
         yield from super().refusals(call)
         if call.has_unknown_sizes:
             yield "lengths are unknown"
+        if reason := call.backend.tiles.absent():
+            yield reason
         arrays, bias, dropout = call.backend.arrays, call.operands.bias, call.options.dropout
         if isinstance(bias, complex) or (hasattr(bias, "shape") and arrays.dtype_name(bias).startswith("complex")):
             yield "the bias is complex"
@@ -97,7 +99,7 @@ def prepare(call: Call) -> tuple[Tiling, Block]:
         words = call.backend.tiles.key_words(dropout_key, query)
         pairs = pairs._replace(counts=threefry.counts(xp, words, shape, origin, options.whole))
     block = Block((q,), (k, v), pairs, shown=shown)
-    ruled = mask if origin is None and options.dropout is None else None
+    ruled = mask if origin is None and options.dropout is None and call.backend.tiles.most_groups else None
     return tiling(call.backend, options, wide, expression, block, ruled), block
 
 
