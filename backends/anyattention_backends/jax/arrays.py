@@ -20,6 +20,13 @@ class JAXArrays(Arrays):
             return next(iter(x.devices())).platform
         return default_platform()
 
+    def run(self, like: Array | None, function: Callable[..., Any], /, *args: Any) -> Any:
+        """JAX's strict modes of promotion are for the caller's arithmetic: attention mixes ranks and dtypes."""
+        if (jax.config.jax_numpy_rank_promotion, jax.config.jax_numpy_dtype_promotion) == ("allow", "standard"):
+            return function(*args)
+        with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+            return function(*args)
+
     def outline(self, function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         """Shapes (`jax.ShapeDtypeStruct`) stand for arrays where the function is traced."""
         leaves, structure = jax.tree.flatten(arguments)

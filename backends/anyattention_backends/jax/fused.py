@@ -52,7 +52,8 @@ def _mended(kernel: JAXKernel, backend: Any, options: Any, mask: Any, arrays: An
 
 
 def _tiled(backend: Any, options: Any, mask: Any, arrays: Any) -> Array:
-    return tiled.compute(_call(backend, options, mask, arrays))
+    # A backward pass calls this outside of `run`.
+    return backend.arrays.run(arrays[0], tiled.compute, _call(backend, options, mask, arrays))
 
 
 def _call(backend: Any, options: Any, mask: Any, arrays: Any) -> Call:

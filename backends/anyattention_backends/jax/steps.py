@@ -1,6 +1,5 @@
 """The steps of exact in JAX: Flax's own calls."""
 
-from contextlib import nullcontext
 from typing import Any
 
 import jax
@@ -23,8 +22,7 @@ class JAXSteps(Steps):
     def contract(self, equation: str, x: Array, y: Array, precision: Any = None, dot_general: Any = None) -> Array:
         """A matrix product of permuted axes rounds differently from Flax's einsum."""
         options = {"_dot_general": dot_general} if dot_general else {}
-        with nullcontext() if x.dtype == y.dtype else jax.numpy_dtype_promotion("standard"):
-            return jnp.einsum(equation, x, y, precision=precision, **options)
+        return jnp.einsum(equation, x, y, precision=precision, **options)
 
     def where(self, mask: Array, x: Array, fill: Any) -> Array:
         """``jnp.where`` takes the mask as it is."""

@@ -254,13 +254,26 @@ def _home(mask: Mask) -> tuple[Backend, Mask, Any]:
     return backend, mask_of(backend, mask, like), like
 
 
-def _made(kind: type) -> None:
-    """Make a class of masks known to JAX's transformations, if JAX is in use; torch.compile cannot trace that."""
+def _jax_in_use() -> bool:
+    """Whether JAX is imported; never within torch.compile, which cannot trace what depends on that."""
     torch = sys.modules.get("torch")
-    if "jax" in sys.modules and not (torch and torch.compiler.is_compiling()):
+    return "jax" in sys.modules and not (torch and torch.compiler.is_compiling())
+
+
+def _made(kind: type) -> None:
+    """Make a class of masks known to JAX's transformations, if JAX is in use."""
+    if _jax_in_use():
         from anyattention_backends.jax.arrays import register
 
         register(kind)
+
+
+def trace_under(settings: Any) -> None:
+    """Let what JAX traces on this thread from now on be found again under these settings alone, if JAX is in use."""
+    if _jax_in_use():
+        from anyattention_backends.jax.settings import trace_under
+
+        trace_under(settings)
 
 
 Mask._home, Mask._made = staticmethod(_home), staticmethod(_made)

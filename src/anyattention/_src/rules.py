@@ -174,7 +174,7 @@ class Mask:
         backend, mask, like = Mask._home(self)
         lengths = q_length, kv_length
         to = Lowering(backend.arrays, None, lengths, like)
-        full = visible(backend.arrays, mask.lower(to), to.operands)
+        full = backend.arrays.run(like, visible, backend.arrays, mask.lower(to), to.operands)
         sizes = (length if size == 1 else size for size, length in zip(full.shape[-2:], lengths, strict=True))
         return backend.arrays.xp.broadcast_to(full, (*full.shape[:-2], *sizes))
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Literal, NamedTuple, get_args
 
-from anyattention._src.registry import ENGINES, engine_names
+from anyattention._src.registry import ENGINES, engine_names, trace_under
 
 Name = Literal["exact", "tiled", "fused"]  # every implementation there is; "fused" is one of the engines
 IMPLEMENTATIONS: tuple[Name, ...] = get_args(Name)
@@ -79,7 +79,8 @@ vars(current)["_dynamo_marked_constant"] = True
 def config(implementation: Name | None = None, engines: list[str] | tuple[str, ...] | None = None) -> Iterator[None]:
     """Settings for the calls inside, where they do not say it themselves; None leaves a setting as it is.
 
-    They are read when a function is called, or traced: what was compiled before does not change.
+    What `torch.compile` and `jax.jit` compiled under other settings is compiled again. What was compiled ahead of time
+    stays as it is, as does all that a JAX without `jax.make_user_context` compiled.
 
     Args:
         implementation: "exact", "tiled" or "fused", as if passed by name.
@@ -92,13 +93,14 @@ def config(implementation: Name | None = None, engines: list[str] | tuple[str, .
     tiled
     """
     before = current()
-    token = _settings.set(
-        Settings(
-            check_implementation(implementation) or before.implementation,
-            before.engines if engines is None else check_engines(engines),
-        )
+    within = Settings(
+        check_implementation(implementation) or before.implementation,
+        before.engines if engines is None else check_engines(engines),
     )
+    token = _settings.set(within)
+    trace_under(None if within == _DEFAULT else within)
     try:
         yield
     finally:
         _settings.reset(token)
+        trace_under(None if before == _DEFAULT else before)

@@ -70,8 +70,8 @@ def device_of(x: Array) -> dict[str, Any]:
     return {"device": x.device} if hasattr(x, "device") else {}
 
 
-def _arange(xp: Any, like: Array, start: int, stop: int) -> Array:
-    return xp.arange(start, stop, dtype=xp.int32, **device_of(like))
+def _arange(xp: Any, beside: dict[str, Any], start: int, stop: int) -> Array:
+    return xp.arange(start, stop, dtype=xp.int32, **beside)
 
 
 def _times(xp: Any, index: Array, factor: int) -> Words:
@@ -97,11 +97,14 @@ def _add(a: Words, b: Words, xp: Any) -> Words:
     return a[0] + b[0] + carry, low
 
 
-def counts(xp: Any, key: Array, shape: Sequence[int], origin: Any = None, whole: Any = None) -> tuple[Any, ...]:
+def counts(
+    xp: Any, key: Array, shape: Sequence[int], beside: dict[str, Any], origin: Any = None, whole: Any = None
+) -> tuple[Any, ...]:
     """What `keep_at` needs for every element of ``[lead..., rows, columns]``, in arrays that cut as its tiles do.
 
     The words of the key, the (high, low) count at the start of each row, high None if all are zero, and the column.
-    Of a shard, `origin` is the row and column of its first element in the `whole`, which has so many of both.
+    `beside` is the `device` argument that places them. Of a shard, `origin` is the row and column of its first element
+    in the `whole`, which has so many of both.
     """
     *lead, rows, columns = shape
     whole = (*lead, *(whole or (rows, columns)))
@@ -109,17 +112,17 @@ def counts(xp: Any, key: Array, shape: Sequence[int], origin: Any = None, whole:
     # A position that is known at run time only is added to arrays that count from zero.
     (row, row_later), (column, column_later) = ((x, 0) if isinstance(x, int) else (0, x) for x in origin or (0, 0))
     words = tuple(xp.reshape(word, ones) for word in _key_words(key, xp))
-    high = low = xp.reshape(_arange(xp, key, 0, 1), ones)
+    high = low = xp.reshape(_arange(xp, beside, 0, 1), ones)
     for axis, (first, last) in enumerate([*((0, size) for size in lead), (row, row + rows)]):
         if first == 0 and last == 1:
             continue
         stride = math.prod(whole[axis + 1 :])
-        index = xp.reshape(_arange(xp, key, first, last), (*ones[:axis], -1, *ones[axis + 1 :]))
+        index = xp.reshape(_arange(xp, beside, first, last), (*ones[:axis], -1, *ones[axis + 1 :]))
         if wide:
             high, low = _add((high, low), _times(xp, index, stride), xp)
         else:
             low = low + (index if stride == 1 else index * _int32(stride))
-    columns = xp.reshape(_arange(xp, key, column, column + columns), (*ones[1:], columns))
+    columns = xp.reshape(_arange(xp, beside, column, column + columns), (*ones[1:], columns))
     if origin is not None:
         high, low = _add((high, low), _times(xp, low * 0 + row_later, whole[-1]), xp)
         columns = columns + column_later
@@ -140,7 +143,7 @@ def keep_at(xp: Any, p: Any, counts: tuple[Any, ...]) -> Array:
 def keep(xp: Any, key: Array, p: Any, shape: Sequence[int]) -> Array:
     """`bernoulli` for an array of this shape."""
     shape = tuple(shape)
-    return xp.reshape(keep_at(xp, p, counts(xp, key, (1,) * (2 - len(shape)) + shape)), shape)
+    return xp.reshape(keep_at(xp, p, counts(xp, key, (1,) * (2 - len(shape)) + shape, device_of(key))), shape)
 
 
 def _below(bits: Array, p: Any) -> Array:
@@ -199,7 +202,7 @@ def fold_in(key: Array, data: int) -> Array:
 def _derived(key: Array, first: int, num: int) -> Array:
     """The keys, ``[num, 2]``, that a key and 32-bit counts from the first make, in the unsigned words that it has."""
     xp = array_api_compat.array_namespace(key)
-    counts = _arange(xp, key, 0, num) + _int32(first)
+    counts = _arange(xp, device_of(key), 0, num) + _int32(first)
     words = xp.stack(threefry2x32(_key_words(key, xp), counts * 0, counts), axis=1)
     if dtypes.name_of(key.dtype) == "int64":
         return xp.astype(words, xp.int64) & 0xFFFFFFFF
