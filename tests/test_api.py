@@ -10,6 +10,7 @@ import torch
 from flax import linen
 
 import anyattention as aa
+from anyattention._src.registry import backend_of
 from anyattention_conformance import within_c2
 
 X = np.random.default_rng(0).standard_normal((2, 5, 4, 8), dtype=np.float32)
@@ -192,3 +193,49 @@ def test_none_chooses_by_shape_and_library(library, shape, kv_length, expected):
     assert aa.explain(query, key, key, module=SimpleNamespace(sow=print)).implementation == "exact"
     with pytest.raises(NotImplementedError, match="module"):
         aa.dot_product_attention(query, key, key, module=SimpleNamespace(sow=print), implementation="tiled")
+
+
+def changed(x):
+    """Write something else into an array of NumPy or PyTorch."""
+    x[...] = x == 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("put", [np.array, torch.tensor], ids=["numpy", "torch"])
+@pytest.mark.parametrize("by_rule", [False, True])
+def test_a_pullback_keeps_what_it_needs(put, dtype, by_rule):
+    """Between the call and its pullback the output and every argument may change in place, as in ``y += x``."""
+    drawn = {name: X.astype(dtype) for name in ("query", "key", "value")} | {"bias": X[0, :, :, :5].transpose(1, 0, 2)}
+    lengths, ids, dense = np.array([3, 4]), np.array([[0, 0, 1, 1, 1]] * 2), np.tri(5) > 0
+    seen = []
+    for write in (False, True):
+        given = {name: put(x) for name, x in drawn.items()}
+        parts = [put(x) for x in (lengths, ids, dense)]
+        mask = aa.masks.LengthMask(parts[0]) & aa.masks.SegmentMask(parts[1], parts[1]) & parts[2]
+        output, pullback = aa.dot_product_attention_vjp(**given, mask=mask if by_rule else parts[2])
+        if write:
+            for x in (output, *given.values(), *parts):
+                changed(x)
+        seen.append([np.asarray(x) for x in pullback(put(X.astype(dtype)))])
+    for actual, expected in zip(*seen, strict=True):
+        np.testing.assert_array_equal(actual, expected)
+
+
+def test_what_a_pullback_keeps_is_no_larger_than_it_was():
+    """A mask or bias that repeats itself stays so."""
+    for x in (np.broadcast_to(np.tri(5), (2, 4, 5, 5)), torch.eye(5).expand(2, 4, 5, 5)):
+        copy = backend_of(x).arrays.own(x)
+        np.testing.assert_array_equal(copy, x)
+        strides = copy.strides if isinstance(copy, np.ndarray) else copy.stride()
+        assert strides[:2] == (0, 0)
+
+
+def test_guests_of_jax_may_change_after_the_call():
+    """JAX may read the memory of an array of NumPy's later, and only sometimes does."""
+    x, key = jnp.asarray(np.tile(X, (1, 60, 1, 8))), np.tile(X, (1, 60, 1, 8))
+    expected = np.asarray(aa.dot_product_attention(x, key.copy(), x))
+    for _ in range(5):
+        guest = key.copy()
+        output = aa.dot_product_attention(x, guest, x)
+        guest[...] = 0
+        np.testing.assert_array_equal(output, expected)

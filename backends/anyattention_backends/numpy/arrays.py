@@ -26,6 +26,12 @@ class NumPyArrays(Arrays):
             raise ValueError("numpy masked arrays are not supported: pass the data, and the mask as mask=")
         return np.asarray(x)
 
+    def own(self, x: Array) -> Array:
+        """What repeats along an axis, as `numpy.broadcast_to` makes it, is copied once."""
+        if x.size and 0 in x.strides:
+            return np.broadcast_to(x[tuple(slice(None) if stride else slice(1) for stride in x.strides)].copy(), x.shape)
+        return x.copy()
+
     def dtype_name(self, x: Array) -> str:
         """From a table: 0.1 us, where NumPy's own name takes 1.9, and hides a swapped byte order."""
         dtype = x.dtype

@@ -1,6 +1,6 @@
 """A call whose arguments are checked: its operands, which are traced and differentiated, and its options."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from anyattention._src import rules
@@ -112,6 +112,16 @@ class Call:
             return self.backend.arrays.truth(mask)
         to = self.lowering()
         return rules.visible(self.backend.arrays, mask.lower(to), to.operands)
+
+    def of_copies(self) -> "Call":
+        """The same call of arrays that nobody else can change; of 16 bits tiles make copies anyway."""
+        own, (query, key, value, bias, mask, *_) = self.backend.arrays.own, self.operands
+        if "16" not in self.options.dtype:
+            query, key, value = own(query), own(key), own(value)
+        bias = own(bias) if hasattr(bias, "shape") else bias
+        mask = mask.with_arrays(own) if isinstance(mask, Mask) else own(mask) if hasattr(mask, "shape") else mask
+        operands = self.operands._replace(query=query, key=key, value=value, bias=bias, mask=mask)
+        return replace(self, operands=operands, _structure=None)
 
     def operands_fit(self) -> bool:
         """Whether bias and mask have no axes, and no sizes, but those of query and key."""

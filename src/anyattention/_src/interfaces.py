@@ -79,9 +79,9 @@ class Arrays:
         """An array of this library, or something that stands for one, made plain."""
         return x
 
-    def check_dtype(self, name: str) -> None:
-        """Raise TypeError for a dtype, by name, that a bias or mask cannot have."""
-        dtypes.promote(name)
+    def own(self, x: Array) -> Array:
+        """A copy, which nobody else can change; the array itself where arrays never change."""
+        return self.xp.asarray(x, copy=True)
 
     def adopt_key(self, words: Any) -> Array:
         """A dropout key of this library from two words as `key_data` gives them."""
