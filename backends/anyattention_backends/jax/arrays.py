@@ -44,8 +44,10 @@ class JAXArrays(Arrays):
         """A tracer has no device, and the sharding of one array does not fit another."""
         return {}
 
-    def check_array(self, x: Array) -> Array:
+    def check_array(self, x: Array, like: Array | None = None) -> Array:
         """Flax variables and the like turn into arrays by ``__jax_array__``."""
+        if isinstance(x, jax.ShapeDtypeStruct):
+            raise TypeError("a jax.ShapeDtypeStruct has no values: explain takes it, and jax.eval_shape any function")
         return x if isinstance(x, jax.Array) else jnp.asarray(x)
 
     def own(self, x: Array) -> Array:
