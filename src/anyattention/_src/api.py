@@ -14,6 +14,10 @@ from anyattention._src.rules import AnyArray, Convertible, Mask
 from anyattention._src.settings import Name
 
 Array = TypeVar("Array", bound=AnyArray)  # what comes in comes out
+_ADDITIVE = (
+    "the mask has negative or infinite numbers, which are truthy, so that their keys are visible: what is meant to be "
+    "added to logits goes into bias="
+)
 Guest = AnyArray | Convertible | complex | None  # beside the arrays of a call
 
 
@@ -263,7 +267,8 @@ def explain(
 def _outlined(implementation: str | None, **arguments: Any) -> Plan:
     """The plan for arguments of which some may be shapes that stand for arrays."""
     backend = _backend(*(arguments[name] for name in ("query", "key", "value", "bias", "mask")))
-    return backend.arrays.outline(lambda **given: plan.explain(_call(**given), implementation), arguments)
+    found = backend.arrays.outline(lambda **given: plan.explain(_call(**given), implementation), arguments)
+    return found._replace(reasons=(*found.reasons, _ADDITIVE)) if registry.additive(arguments["mask"]) else found
 
 
 def _backend(query: Any, key: Any, value: Any, bias: Any, mask: Any) -> Backend:

@@ -20,7 +20,7 @@ from anyattention._src.implementations.base import Broken, Implementation
 from anyattention._src.implementations.exact import Exact
 from anyattention._src.implementations.tiled import TILED
 from anyattention._src.interfaces import Backend
-from anyattention._src.rules import Mask
+from anyattention._src.rules import Mask, conjunction
 
 Array = Any
 #: The project's own engines, each a vendor's kernel for "fused".
@@ -235,11 +235,13 @@ def guest_of(backend: Backend, name: str, x: Any, like: Array | None) -> Any:
     if home is None:
         return backend.arrays.adopt(x if jax or name == "bias" else bool(x), like)
     x = _checked(home, name, x, like if home is backend else None)
+    if home is not backend and (jax or _compiling()):  # torch.compile cannot ask NumPy for a dtype
+        return backend.arrays.adopt(x, like)
     if not jax:  # which knows more dtypes, and refuses the others itself
         dtypes.promote(home.arrays.dtype_name(x))
     if home is backend:
         return x
-    return backend.arrays.adopt(x if jax or name == "bias" else home.arrays.truth(x), like)
+    return backend.arrays.adopt(x if name == "bias" else home.arrays.truth(x), like)
 
 
 def _is_wide(x: Any) -> bool:
@@ -266,6 +268,23 @@ def mask_of(backend: Backend, mask: Any, like: Array | None) -> Any:
 
     fitting = mask.within_32_bits(_is_wide) if backend.name == "jax" else mask
     return fitting.with_arrays(integers, lambda x: guest_of(backend, "mask", x, like))
+
+
+def additive(mask: Any) -> bool:
+    """Whether a mask has numbers as one has that is added to logits, as far as values can be looked at."""
+    for x in conjunction(mask):
+        backend = None if isinstance(x, Mask) else backend_of(x, "mask")
+        if backend is None or not (backend.arrays.inspects(x) or backend.name == "jax"):
+            continue
+        kind = backend.arrays.dtype_name(x)
+        if kind.startswith(("float", "bfloat", "int")):
+            try:
+                odd = x < 0 if kind.startswith("int") else (x < 0) | backend.xp.isinf(x)
+                if bool(backend.xp.any(odd)):
+                    return True
+            except (TypeError, RuntimeError):  # of a tracer
+                pass
+    return False
 
 
 def rate_of(rate: Any) -> Any:
@@ -303,10 +322,15 @@ def _home(mask: Mask) -> tuple[Backend, Mask, Any]:
     return backend, mask_of(backend, mask, like), like
 
 
-def _made(kind: type) -> None:
-    """Make a class of masks known to JAX's transformations, if JAX is in use; torch.compile cannot trace that."""
+def _compiling() -> bool:
+    """Whether torch.compile is tracing, which cannot look at everything."""
     torch = sys.modules.get("torch")
-    if "jax" in sys.modules and not (torch and torch.compiler.is_compiling()):
+    return bool(torch and torch.compiler.is_compiling())
+
+
+def _made(kind: type) -> None:
+    """Make a class of masks known to JAX's transformations, if JAX is in use."""
+    if "jax" in sys.modules and not _compiling():
         from anyattention_backends.jax.arrays import register
 
         register(kind)
