@@ -13,6 +13,7 @@ from flax import linen
 
 import anyattention as aa
 from anyattention._src.registry import backend_of
+from anyattention._src.rules import short
 from anyattention.masks import CausalMask, LengthMask, LocalMask, SegmentMask
 
 TOKENS = np.asarray([[2.0, 3.0, 0.0], [1.0, 0.0, 0.5]], dtype=np.float32)
@@ -308,3 +309,13 @@ def test_none_among_masks(arrays):
 def test_what_is_no_mask(make, sentence):
     with pytest.raises(TypeError, match=sentence):
         make()
+
+
+def test_lengths_as_kernels_take_them(library):
+    for dtype in ("int8", "uint16", "uint32", "int64", "uint64"):
+        largest = np.iinfo(dtype).max
+        if library.name == "jax" and dtype.endswith("64"):
+            continue
+        found = short(backend_of(library.put(HEADS)).arrays, library.put(np.array([0, 5, largest], dtype)))
+        assert library.get(found).tolist() == [0, 5, min(largest, 2**31 - 1)]
+        assert library.get(found).dtype == np.int32

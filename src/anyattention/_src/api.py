@@ -171,12 +171,13 @@ def dot_product_attention_vjp(
 ) -> tuple[Array, Callable[[Array], tuple[Array, Array, Array, Any]]]:
     """The output and its pullback: gradients for any library, NumPy included, in memory that grows with the lengths.
 
-    Computed by the tiled implementation; arguments as `dot_product_attention`.
+    Computed by the tiled implementation, whatever `config` says; arguments as `dot_product_attention`. The pullback
+    keeps copies, so that arguments and output may be changed in place before it is called.
 
     Returns:
         The output, and a function from the gradient of a loss by the output to its gradients by query, key, value
         and bias, each of the shape and dtype of what it belongs to (of integers, in the compute dtype), None where the
-        bias is None or a scalar.
+        bias is None or a Python scalar.
 
     >>> import numpy as np
     >>> x = np.ones((2, 1, 4), dtype=np.float32)

@@ -58,6 +58,13 @@ def signed(arrays: Arrays, x: Array, lengths: bool, unlike: bool = False) -> Arr
     return where(x < 0, 2 ** (bits - 1) - 1 if lengths else -1, x)
 
 
+def short(arrays: Arrays, lengths: Array) -> Array:
+    """Lengths in int32, as kernels take them; those beyond are as long as can be."""
+    x = signed(arrays, lengths, lengths=True)
+    x = arrays.xp.clip(x, -1, 2**31 - 1) if arrays.dtype_name(x) == "int64" else x
+    return arrays.cast(x, "int32")
+
+
 class Lowering:
     """The call that a mask is lowered for, and its operands, ``[batch..., 1, q_length or 1, kv_length or 1]``.
 

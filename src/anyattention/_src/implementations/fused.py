@@ -16,7 +16,7 @@ from anyattention._src.call import Call
 from anyattention._src.implementations.base import Implementation
 from anyattention._src.implementations.tiled import TILED
 from anyattention._src.interfaces import permute
-from anyattention._src.rules import LengthMask, Mask
+from anyattention._src.rules import LengthMask, Mask, short
 from anyattention._src.structure import Structure
 
 Array = Any
@@ -204,7 +204,7 @@ class Fused(Implementation):
         xp, arrays, (rows, columns) = call.backend.xp, call.backend.arrays, call.lengths
         beside = arrays.beside(call.operands.query)
         kv_lengths, query_lengths = (
-            None if x is None else arrays.cast(_array(call, x), "int32") for x in (mask.kv_lengths, mask.query_lengths)
+            None if x is None else short(arrays, _array(call, x)) for x in (mask.kv_lengths, mask.query_lengths)
         )
         if mask.rest or mask.kv_ids is not None:
             visible = _visible(call)
