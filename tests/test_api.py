@@ -10,6 +10,7 @@ import torch
 from flax import linen
 
 import anyattention as aa
+from anyattention._src.registry import backend_of
 from anyattention_conformance import within_c2
 
 X = np.random.default_rng(0).standard_normal((2, 5, 4, 8), dtype=np.float32)
@@ -23,6 +24,24 @@ def test_parameters_are_those_of_flax():
         flax = inspect.signature(getattr(linen, name)).parameters
         assert list(ours)[: len(flax)] == list(flax)
         assert [p.default for p in flax.values()] == [p.default for p in ours.values()][: len(flax)]
+
+
+def test_signatures_are_equal():
+    """They are spelled out, for modules that read them; what functions share they spell alike."""
+    import inspect
+
+    whole = inspect.signature(aa.dot_product_attention).parameters
+    assert inspect.signature(aa.explain).parameters == whole
+    for name, lacks, renamed in (
+        ("dot_product_attention_weights", {"value", "attn_weights_value_einsum"}, {"qk_attn_weights_einsum": "einsum"}),
+        ("dot_product_attention_vjp", {"module", "einsum_dot_general", "qk_attn_weights_einsum"}, {}),
+    ):
+        part = inspect.signature(getattr(aa, name)).parameters
+        lacks = lacks if "vjp" not in name else lacks | {"attn_weights_value_einsum", "implementation"}
+        assert list(part) == [renamed.get(x, x) for x in whole if x not in lacks]
+        for x in part.values():
+            original = whole[next((old for old, new in renamed.items() if new == x.name), x.name)]
+            assert (x.kind, x.default, x.annotation) == (original.kind, original.default, original.annotation), x.name
 
 
 @pytest.mark.parametrize(
@@ -98,6 +117,21 @@ BAD = {  # where Flax raises too, what we raise is also of the class that Flax r
     "list as bias": ({"bias": [0.0] * 5}, TypeError, "bias must be an array"),
     "text as mask": ({"mask": "mask"}, TypeError, "str is not an array"),
     "object as bias": ({"bias": object()}, TypeError, "object is not an array"),
+    "class as mask": (
+        {"mask": aa.masks.CausalMask},
+        TypeError,
+        r"mask is the class CausalMask itself.*CausalMask\(\.\.\.\)",
+    ),
+    "class as bias": ({"bias": np.ndarray}, TypeError, "bias is the class ndarray itself"),
+    "class as key": ({"dropout_rate": 0.1, "dropout_rng": np.ndarray}, TypeError, "dropout_rng is the class ndarray"),
+    "class as query": ({"query": aa.masks.LocalMask}, TypeError, "query is the class LocalMask itself"),
+    "mask as bias": (
+        {"bias": aa.masks.CausalMask()},
+        TypeError,
+        r"bias must be an array, got .*CausalMask\(0\): pass it as mask",
+    ),
+    "text as query": ({"query": "query"}, TypeError, "query: builtins.str is not an array"),
+    "shape as bias": ({"bias": jax.ShapeDtypeStruct((5, 5), "float32")}, TypeError, "bias: .*no values.*|bias is.*"),
     "query missing": ({"query": None}, TypeError, "query must be an array"),
     "one einsum": ({"qk_attn_weights_einsum": np.einsum}, ValueError, "together"),
     "the other einsum": ({"attn_weights_value_einsum": np.einsum}, ValueError, "together"),
@@ -192,3 +226,159 @@ def test_none_chooses_by_shape_and_library(library, shape, kv_length, expected):
     assert aa.explain(query, key, key, module=SimpleNamespace(sow=print)).implementation == "exact"
     with pytest.raises(NotImplementedError, match="module"):
         aa.dot_product_attention(query, key, key, module=SimpleNamespace(sow=print), implementation="tiled")
+
+
+def changed(x):
+    """Write something else into an array of NumPy or PyTorch."""
+    x[...] = x == 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("put", [np.array, torch.tensor], ids=["numpy", "torch"])
+@pytest.mark.parametrize("by_rule", [False, True])
+def test_a_pullback_keeps_what_it_needs(put, dtype, by_rule):
+    """Between the call and its pullback the output and every argument may change in place, as in ``y += x``."""
+    drawn = {name: X.astype(dtype) for name in ("query", "key", "value")} | {"bias": X[0, :, :, :5].transpose(1, 0, 2)}
+    lengths, ids, dense = np.array([3, 4]), np.array([[0, 0, 1, 1, 1]] * 2), np.tri(5) > 0
+    seen = []
+    for write in (False, True):
+        given = {name: put(x) for name, x in drawn.items()}
+        parts = [put(x) for x in (lengths, ids, dense)]
+        mask = aa.masks.LengthMask(parts[0]) & aa.masks.SegmentMask(parts[1], parts[1]) & parts[2]
+        output, pullback = aa.dot_product_attention_vjp(**given, mask=mask if by_rule else parts[2])
+        if write:
+            for x in (output, *given.values(), *parts):
+                changed(x)
+        seen.append([np.asarray(x) for x in pullback(put(X.astype(dtype)))])
+    for actual, expected in zip(*seen, strict=True):
+        np.testing.assert_array_equal(actual, expected)
+
+
+def test_what_a_pullback_keeps_is_no_larger_than_it_was():
+    """A mask or bias that repeats itself stays so."""
+    for x in (np.broadcast_to(np.tri(5), (2, 4, 5, 5)), torch.eye(5).expand(2, 4, 5, 5)):
+        copy = backend_of(x).arrays.own(x)
+        np.testing.assert_array_equal(copy, x)
+        strides = copy.strides if isinstance(copy, np.ndarray) else copy.stride()
+        assert strides[:2] == (0, 0)
+
+
+def test_guests_of_jax_may_change_after_the_call():
+    """JAX may read the memory of an array of NumPy's later, and only sometimes does."""
+    x, key = jnp.asarray(np.tile(X, (1, 60, 1, 8))), np.tile(X, (1, 60, 1, 8))
+    expected = np.asarray(aa.dot_product_attention(x, key.copy(), x))
+    for _ in range(5):
+        guest = key.copy()
+        output = aa.dot_product_attention(x, guest, x)
+        guest[...] = 0
+        np.testing.assert_array_equal(output, expected)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "meant"),
+    [("fp16", "float16"), ("bf16", "bfloat16"), ("fp32", "float32"), ("f64", "float16"), (3, "float16")],
+)
+def test_names_of_dtypes_elsewhere(library, dtype, meant):
+    for attend in (aa.dot_product_attention, aa.explain):
+        with pytest.raises(TypeError, match=f"dtype={dtype!r} is no dtype .* such as '{meant}'"):
+            attend(*[library.put(X)] * 3, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", ["half", "single", "f4", np.float16, jnp.float16, jnp.dtype("float32")], ids=str)
+def test_names_of_dtypes_that_numpy_knows(library, dtype):
+    output = aa.dot_product_attention(*[library.put(X)] * 3, dtype=dtype)
+    assert library.get(output).dtype == np.dtype(dtype)
+
+
+class Begun:
+    """An array with a namespace that is only begun."""
+
+    shape, ndim, dtype = X.shape, 4, "float32"
+
+    def __array_namespace__(self, api_version=None):
+        return SimpleNamespace(__name__="begun", asarray=np.asarray)
+
+
+def test_a_namespace_that_is_only_begun():
+    with pytest.raises(
+        TypeError, match=r"key: .*Begun has __array_namespace__, but .* lacks namespace.arange.* __add__"
+    ):
+        aa.dot_product_attention(X, Begun(), X)
+    with pytest.raises(TypeError, match=r"query: .*Begun has __array_namespace__"):
+        aa.dot_product_attention(Begun(), Begun(), Begun())
+
+
+def test_tensors_on_several_devices():
+    """Between a CPU and meta PyTorch says nothing, and returns a tensor without values."""
+    here, there = torch.tensor(X), torch.tensor(X, device="meta")
+    for name in ("key", "value", "bias", "mask"):
+        given = {
+            "query": here,
+            "key": here,
+            "value": here,
+            name: there if name in ("key", "value") else there[0, 0, 0, :5],
+        }
+        if name in ("bias", "mask"):
+            given[name] = torch.ones(5, 5, device="meta")
+        with pytest.raises(ValueError, match=f"query is on cpu, {name} on meta: move them to one device first"):
+            aa.dot_product_attention(**given)
+    lengths = torch.ones(2, dtype=torch.int32, device="meta")
+    with pytest.raises(ValueError, match="mask on meta"):
+        aa.dot_product_attention(here, here, here, mask=aa.masks.LengthMask(lengths) & torch.ones(5, 5))
+
+
+def test_what_is_no_gradient_of_the_output(library):
+    output, pullback = aa.dot_product_attention_vjp(*[library.put(X)] * 3)
+    for doutput in (output[:1], 1.0, library.put(X[..., :1])):
+        with pytest.raises(aa.ShapeError, match=r"doutput must have the shape of the output, \(2, 5, 4, 8\)"):
+            pullback(doutput)
+    with pytest.raises(TypeError, match="doutput must be an array, got None"):
+        pullback(None)
+    other = torch.tensor(X) if library.name != "torch" else jnp.asarray(X)
+    with pytest.raises(TypeError, match=f"doutput is an array of {'jax' if library.name == 'torch' else 'torch'}"):
+        pullback(other)
+    for actual, expected in zip(pullback(X)[:3], pullback(library.put(X))[:3], strict=True):
+        np.testing.assert_array_equal(library.get(actual), library.get(expected))
+
+
+def test_explain_tells_of_an_additive_mask(library):
+    """Flax takes it as truth, which shows just the keys that it should hide; so do we."""
+    x, low = library.put(X), np.where(np.tri(5) > 0, 0, -np.inf).astype(np.float32)
+    tells = "the mask has negative or infinite numbers"
+    for mask in (low, np.maximum(low, -1e9), low * -1):
+        for given in (library.put(mask), mask, aa.masks.CausalMask() & library.put(mask)):
+            assert tells in aa.explain(x, x, x, mask=given).reasons[-1]
+            assert tells in aa.explain(x, x, x, mask=given, implementation="exact").reasons[-1]
+    for mask in (np.tri(5), np.tri(5) > 0, aa.masks.CausalMask(), None, np.ones((5, 5), np.int32)):
+        assert tells not in str(aa.explain(x, x, x, mask=library.put(mask) if isinstance(mask, np.ndarray) else mask))
+    expected = linen.dot_product_attention(X, X, X, mask=low)
+    np.testing.assert_allclose(
+        library.get(aa.dot_product_attention(x, x, x, mask=library.put(low))), expected, atol=1e-6
+    )
+
+
+def test_explain_takes_shapes_beside_arrays():
+    shape, bias = jax.ShapeDtypeStruct(X.shape, "float32"), jax.ShapeDtypeStruct((5, 5), "float32")
+    lengths = aa.masks.LengthMask(jax.ShapeDtypeStruct((2,), "int32"))
+    for arrays in ((shape, shape, shape), (X, X, X), (jnp.asarray(X), shape, X)):
+        assert aa.explain(*arrays, bias=bias, mask=lengths).implementation == "exact"
+
+
+@pytest.mark.parametrize("bias", [0.5, np.float64(0.5), np.array(0.5), np.float32(0.5), 2, np.int64(2)], ids=repr)
+def test_a_scalar_bias_widens_nothing(library, bias, monkeypatch):
+    """Flax has scalars in 32 bits: logits in 64 would take many times as long, and no engine serves them."""
+    x, seen = library.put(X), []
+    backend = backend_of(x)
+    steps, tiles = type(backend.steps), type(backend.tiles)
+    softmax, sizes = steps.softmax, tiles.sizes
+    monkeypatch.setattr(steps, "softmax", lambda self, x: [seen.append(x), softmax(self, x)][1])
+    monkeypatch.setattr(tiles, "sizes", lambda self, block, r: [seen.append(block.rows[0]), sizes(self, block, r)][1])
+    expected = linen.dot_product_attention(X, X, X, bias)
+    for implementation in ("exact", "tiled"):
+        actual = aa.dot_product_attention(x, x, x, bias, implementation=implementation)
+        np.testing.assert_allclose(library.get(actual), expected, atol=1e-6)
+    assert [backend.arrays.dtype_name(x) for x in seen] == ["float32"] * 2
+    wide = library.put(X.astype(np.float64))
+    if library.name != "jax":
+        aa.dot_product_attention(wide, wide, wide, bias, implementation="exact")
+        assert backend.arrays.dtype_name(seen[-1]) == "float64"

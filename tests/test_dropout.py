@@ -3,6 +3,7 @@
 from functools import lru_cache
 from itertools import product
 
+import array_api_strict
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -132,6 +133,31 @@ def test_an_array_as_rate_where_none_is_tiled():
     assert explain(x, x, x, dropout_rate=jnp.float32(0.1), **options).implementation == "tiled"
     expected = dot_product_attention(x, x, x, dropout_rate=np.float32(0.1), **options)
     assert_same_bits(dot_product_attention(x, x, x, dropout_rate=jnp.float32(0.1), **options), expected)
+
+
+@pytest.mark.parametrize("implementation", ["exact", "tiled"])
+def test_arrays_as_rates(library, implementation):
+    """Of every library, and of one element: they count as the NumPy scalar of their dtype."""
+    inputs = library.put_all(equal_weights() | {"value": equal_weights()["key"] + np.float32(1)})
+    options = {"dropout_rng": random.key(0), "implementation": implementation}
+    for make in (
+        jnp.asarray,
+        np.asarray,
+        torch.tensor,
+        array_api_strict.asarray,
+        lambda x: torch.tensor([x]).to(torch.bfloat16),
+    ):
+        rate = make(np.float32(0.3))
+        scalar = jnp.bfloat16(0.3) if rate.dtype is torch.bfloat16 else np.float32(0.3)
+        expected = dot_product_attention(**inputs, dropout_rate=scalar, **options)
+        actual = dot_product_attention(**inputs, dropout_rate=rate, **options)
+        assert_same_bits(library.get(actual), library.get(expected))
+
+
+@pytest.mark.parametrize("rate", [None, "0.1", [0.1], {}])
+def test_what_is_no_rate(library, rate):
+    with pytest.raises(TypeError, match="dropout_rate must be a number"):
+        weights_of(library, equal_weights(), dropout_rng=random.key(0), dropout_rate=rate)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from flax import linen
 
 import anyattention as aa
 from anyattention._src.registry import backend_of
+from anyattention._src.rules import short
 from anyattention.masks import CausalMask, LengthMask, LocalMask, SegmentMask
 
 TOKENS = np.asarray([[2.0, 3.0, 0.0], [1.0, 0.0, 0.5]], dtype=np.float32)
@@ -180,3 +182,140 @@ for mask in masks:
     jax.jit(lambda x, mask: dot_product_attention(x, x, x, mask=mask))(x, mask)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# --- integers of every dtype ---
+
+WIDE = {  # lengths and ids in a dtype, some beyond 32 bits where it has them; what they denote
+    dtype: (
+        np.array([40, np.iinfo(dtype).max], dtype),
+        np.where(QUERY_IDS > 2, np.array(np.iinfo(dtype).max, dtype), QUERY_IDS.astype(dtype)),
+    )
+    for dtype in ("uint8", "int8", "uint16", "uint32", "int64", "uint64")
+}
+
+
+@pytest.mark.parametrize("implementation", ["exact", "tiled"])
+@pytest.mark.parametrize("dtype", WIDE)
+def test_integers_of_every_dtype(library, dtype, implementation, arrays):
+    """Lengths and ids as tokenizers and Arrow hand them out, of the library and as guests, beside ids of int32."""
+    lengths, ids = WIDE[dtype]
+    other = np.where(KV_IDS > 2, -1, KV_IDS).astype(np.int32)
+    placed = [library.put(x) for x in arrays]
+    for put in (library.put, np.asarray):
+        if library.name == "jax" and put is library.put and dtype.endswith("64"):
+            continue  # which JAX has not, with x64 off
+        masks = {
+            "lengths": (LengthMask(put(lengths)), lengths[:, None, None, None] > COLUMN),
+            "ids": (SegmentMask(put(ids), put(KV_IDS.astype(dtype))), ids[:, None, :, None] == KV_IDS[:, None, None]),
+            "unlike": (SegmentMask(put(ids), put(other)), ids[:, None, :, None].astype(object) == other[:, None, None]),
+        }
+        for name, (mask, dense) in masks.items():
+            expected = linen.dot_product_attention(*arrays, mask=dense.astype(bool))
+            actual = aa.dot_product_attention(*placed, mask=mask, implementation=implementation)
+            np.testing.assert_allclose(library.get(actual), expected, rtol=0, atol=2e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("implementation", ["exact", "tiled"])
+def test_guests_beyond_32_bits_on_jax(arrays, implementation):
+    """JAX keeps the last 32 bits, which would be other lengths and ids."""
+    ids, other = (x.astype(np.int64) * 2**40 - 2**45 for x in (QUERY_IDS, KV_IDS))
+    for mask, dense in (
+        (~SegmentMask(ids, other) | CausalMask(), ~SEGMENTS | CAUSAL),
+        (SegmentMask(ids, jnp.asarray(KV_IDS)), np.zeros((Q_LENGTH, KV_LENGTH), bool)),
+        (
+            LengthMask(np.array([2**40, 3]), np.array([2**32, 2**32 + 1])),
+            np.array([KV_LENGTH, 3])[:, None, None, None] > COLUMN,
+        ),
+        (LengthMask(np.int64(2**40)), np.ones(KV_LENGTH, bool)),
+    ):
+        expected = linen.dot_product_attention(*arrays, mask=dense)
+        actual = aa.dot_product_attention(*map(jnp.asarray, arrays), mask=mask, implementation=implementation)
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-6)
+
+
+# --- as values ---
+
+
+def test_masks_compare_by_value():
+    """Numbers do, arrays are themselves alone; so masks are keys, and JAX's static arguments."""
+    lengths = np.array([3, 4])
+    assert CausalMask() == CausalMask(0) != CausalMask(1)
+    assert CausalMask(1) != LocalMask(1, 0)
+    assert len({CausalMask(), CausalMask(0), ~LocalMask(1, 2), ~LocalMask(1, 2), LocalMask(1, 2)}) == 3
+    assert CausalMask() & LengthMask(lengths) == CausalMask() & LengthMask(lengths)
+    assert LengthMask(lengths) != LengthMask(lengths.copy())
+    assert hash(CausalMask() & lengths) == hash(CausalMask() & lengths)
+    traces = []
+
+    @functools.partial(jax.jit, static_argnames="mask")
+    def attend(x, mask):
+        traces.append(mask)
+        return aa.dot_product_attention(x, x, x, mask=mask)
+
+    for _ in range(2):
+        attend(jnp.ones((1, 4, 1, 4)), mask=CausalMask() & LocalMask(1, 1))
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize(
+    ("mask", "text"),
+    [
+        (CausalMask(), "CausalMask(0)"),
+        (CausalMask(0) & LengthMask(np.zeros(3, int)), "CausalMask(0) & LengthMask(array(3,))"),
+        (~(CausalMask() & np.eye(3)), "~(CausalMask(0) & array(3, 3))"),
+        (~~LocalMask(1, 0), "~~LocalMask(1, 0)"),
+        ((CausalMask() | LocalMask(1, 2)) & ~CausalMask(), "(CausalMask(0) | LocalMask(1, 2)) & ~CausalMask(0)"),
+        (LengthMask([3], [2]) | CausalMask() | np.eye(2), "LengthMask([3], [2]) | CausalMask(0) | array(2, 2)"),
+        (SegmentMask(jnp.zeros((1, 2)), np.zeros(3)), "SegmentMask(array(1, 2), array(3,))"),
+    ],
+    ids=str,
+)
+def test_masks_are_shown_as_they_are_written(mask, text):
+    assert repr(mask) == str(mask) == text
+
+
+def test_none_among_masks(arrays):
+    """As in Flax's `combine_masks` it is no mask; beside `|` it would mean that all is visible."""
+    mask = CausalMask()
+    assert mask & None is mask
+    assert None & mask is mask
+    with pytest.raises(TypeError, match=r"CausalMask\(0\) \| None: .* pass mask=None"):
+        mask | None
+    for scalar, dense in ((True, CAUSAL), (False, CAUSAL & False)):
+        for implementation in ("exact", "tiled"):
+            actual = aa.dot_product_attention(*arrays, mask=mask & scalar, implementation=implementation)
+            np.testing.assert_allclose(actual, linen.dot_product_attention(*arrays, mask=dense), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: CausalMask() & CausalMask, r"the class CausalMask: pass CausalMask\(\.\.\.\)"),
+        (lambda: CausalMask() & [True], "a list: pass an array"),
+        (lambda: "causal" | CausalMask(), "a str: pass an array"),
+        (lambda: LengthMask(None), "kv_lengths of LengthMask must be an array of integers, got None"),
+        (lambda: SegmentMask("ids", [1]), "query_ids of SegmentMask must be an array of integers, got 'ids'"),
+        (lambda: LocalMask(None, 1), "left must be a Python integer"),
+        (lambda: aa.combine_masks(np.eye(2), CausalMask()), r"masks\[1\] is CausalMask\(0\).* CausalMask\(0\) & other"),
+        (lambda: aa.combine_masks([1]), r"masks\[0\] must be an array"),
+        (lambda: aa.make_causal_mask(CausalMask()), "x must be an array, got the mask by rule"),
+        (lambda: aa.make_attention_mask(None, np.ones(2)), "query_input must be an array, got None"),
+        (lambda: aa.make_causal_mask(np.ones(2), dtype="bf16"), "dtype='bf16' .* such as 'bfloat16'"),
+        (lambda: aa.make_causal_mask(torch.ones(2), dtype="fp32"), "dtype='fp32' .* such as 'float32'"),
+        (lambda: aa.make_causal_mask(jnp.ones(2), dtype="nonsense"), "dtype='nonsense' .* such as 'float16'"),
+    ],
+)
+def test_what_is_no_mask(make, sentence):
+    with pytest.raises(TypeError, match=sentence):
+        make()
+
+
+def test_lengths_as_kernels_take_them(library):
+    for dtype in ("int8", "uint16", "uint32", "int64", "uint64"):
+        largest = np.iinfo(dtype).max
+        if library.name == "jax" and dtype.endswith("64"):
+            continue
+        found = short(backend_of(library.put(HEADS)).arrays, library.put(np.array([0, 5, largest], dtype)))
+        assert library.get(found).tolist() == [0, 5, min(largest, 2**31 - 1)]
+        assert library.get(found).dtype == np.int32

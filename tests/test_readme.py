@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from anyattention import RULES
 from anyattention_conformance import Report
 from anyattention_conformance.claims import parse
 from anyattention_conformance.report_text import to_markdown
@@ -55,3 +56,27 @@ def test_the_table_is_that_of_the_committed_run():
     results = sorted((Path(__file__).parents[1] / "conformance" / "results").glob("*.json"))
     assert len(results) >= 10
     assert to_markdown([Report.from_json(path.read_text()) for path in results]).strip() in README
+
+
+def rows_of_rules():
+    """The table of ``anyattention.RULES``: where, sizes and queries that a rule is for, and what it picks."""
+    names = {"numpy": "NumPy", "jax": "JAX", "torch": "PyTorch", "mlx": "MLX"}
+    places = {}  # platforms of one library that have the same rules share their rows
+    for (library, platform), rules in RULES.items():
+        places.setdefault((library, rules), []).append(platform.upper())
+    for (library, rules), platforms in places.items():
+        where = names[library] if library == "numpy" else f"{names[library]}, {' or '.join(platforms)}"
+        for rule in rules:
+            sizes = [f"{prefix}2^{least.bit_length() - 1} or more"
+                     for prefix, least in (("", rule.logits), ("of a head ", rule.of_a_head)) if least]  # fmt: skip
+            queries = f"{rule.least_queries} or more" if rule.least_queries else ""
+            queries = f"{rule.most_queries}" if rule.most_queries < 2**63 else queries
+            assert all(least & (least - 1) == 0 for least in (rule.logits, rule.of_a_head))
+            yield where, ", ".join(sizes), queries, rule.implementation
+
+
+def test_the_table_of_rules():
+    """Row by row; after the name of an implementation the README may say more."""
+    (table,) = re.findall(r"^\| library, platform \|.*\n\|[-|]*\n((?:\|.*\n)*)", README, flags=re.MULTILINE)
+    written = [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in table.splitlines()]
+    assert [(*row[:3], row[3].partition(",")[0].split()[0]) for row in written] == list(rows_of_rules())

@@ -51,6 +51,14 @@ def conforms(site, *arguments):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def installed(folder, entry_points):
+    """A package called lost with these entry points."""
+    about = folder / "lost-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: lost\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text(entry_points)
+
+
 def test_the_recipes_are_what_is_installed():
     """Every line of their examples is one of the package's, but for imports, of which each example has its own."""
     recipes = (ROOT / "DESIGN.md").read_text().partition("## How to add an engine")[2].partition("## Decisions")[0]
@@ -130,12 +138,7 @@ def test_the_environment_knows_the_engine(site, engines, expected):
 
 def test_an_engine_that_does_not_import(site, tmp_path):
     """It refuses with the reason; all else works, the engine beside it too."""
-    about = tmp_path / "lost-1.0.dist-info"
-    about.mkdir()
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: lost\nVersion: 1.0\n")
-    (about / "entry_points.txt").write_text(
-        "[anyattention.implementations]\nnumpy.lost = lost:Lost\ntinyarrays.lost = lost:Lost\n"
-    )
+    installed(tmp_path, "[anyattention.implementations]\nnumpy.lost = lost:Lost\ntinyarrays.lost = lost:Lost\n")
     code = """
 for arrays in libraries.values():
     np.testing.assert_allclose(np.asarray(fused(*arrays)), np.asarray(exact(*arrays)), rtol=2e-5, atol=2e-6)
@@ -152,6 +155,34 @@ for arrays in libraries.values():
     assert explained == reason
     assert raised.startswith(f"implementation='fused' cannot serve this call: {reason};")
     assert others == [explained, raised]
+
+
+def test_an_engine_of_no_library(site, tmp_path):
+    """Its entry point has no dot: no library would ever look for it, and nobody would hear of it."""
+    installed(tmp_path, "[anyattention.implementations]\nsolo = tinyarrays:Plain\n")
+    code = """
+with aa.config(engines=("solo",)):
+    print(aa.explain(*tiny, implementation="fused").reasons[0])
+print(aa.explain(*tiny, implementation="fused").engine)
+"""
+    refusal = "solo: its entry point, 'solo', names no library: call it 'library.solo'"
+    assert output(f"{site}{os.pathsep}{tmp_path}", code) == [refusal, "plain"]
+
+
+def test_a_backend_that_does_not_import(tmp_path):
+    installed(tmp_path, "[anyattention.backends]\ntinyarrays = lost:backend\n")
+    code = """
+for _ in range(2):
+    try:
+        aa.dot_product_attention(*tiny)
+    except ImportError as error:
+        print(error)
+"""
+    said = output(f"{SOURCE}{os.pathsep}{tmp_path}", code)
+    assert said[0] == said[1]
+    assert re.match(
+        "the package lost makes lost:backend the backend of tinyarrays.*No module named 'lost'.*mend", said[0]
+    )
 
 
 def test_the_engine_refuses_what_it_does_not_know(site):

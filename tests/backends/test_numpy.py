@@ -115,3 +115,134 @@ def test_overflow_is_a_result(dtype):
     with jax.enable_x64(dtype == "float64"):
         expected = np.asarray(linen.dot_product_attention(x, x, x, mask=np.tri(4, k=-1)))
     np.testing.assert_array_equal(np.isnan(actual), np.isnan(expected))
+
+
+# --- subclasses: refused where they may mean more than their values ---
+
+
+class Unit(np.ndarray):
+    """Values in units of a factor."""
+
+    def __array_finalize__(self, other):
+        self.factor = getattr(other, "factor", 1000.0)
+
+
+class Masked(np.ndarray):
+    """Values of which some are hidden."""
+
+    def __array_function__(self, *args):
+        raise AssertionError("not asked")
+
+
+class Fixed(np.ndarray):
+    """Integers that are parts of a hundred."""
+
+    def __mul__(self, other):
+        return super().__mul__(other) // 100
+
+
+def named(x):
+    x = x.view(type("Named", (np.ndarray,), {}))
+    x.mask = x > 0
+    return x
+
+
+MEANINGS = {
+    "units": lambda x: x.view(Unit),
+    "masked": lambda x: x.view(Masked),
+    "fixed point": lambda x: x.view(Fixed),
+    "inherited": lambda x: x.view(type("Metres", (Unit,), {})),
+    "of a memmap": lambda x: x.view(type("Mapped", (np.memmap,), {"__array_wrap__": None})),
+    "attributes": named,
+}
+
+
+@pytest.mark.parametrize("put", [np.asarray, jnp.asarray, torch.tensor], ids=["numpy", "jax", "torch"])
+@pytest.mark.parametrize("meaning", MEANINGS)
+def test_subclasses_that_mean_more(arguments, meaning, put):
+    """In every argument, beside every library that takes NumPy's arrays, and in the helpers."""
+    more, key = MEANINGS[meaning], aa.random.key(0)
+    lengths, ids = np.array([3, 4]), np.array([[0, 0, 1, 1, 1]] * 2)
+    given = {name: put(x) for name, x in arguments.items()}
+    changes = [("bias", {"bias": more(arguments["bias"])}), ("mask", {"mask": more(arguments["mask"])})]
+    changes += [("mask", {"mask": aa.masks.CausalMask() & more(arguments["mask"])})]
+    changes += [("mask", {"mask": ~aa.masks.LengthMask(more(lengths))})]
+    changes += [("mask", {"mask": aa.masks.SegmentMask(ids[:, :3], more(ids))})]
+    changes += [("dropout_rng", {"dropout_rng": more(key), "dropout_rate": 0.5})]
+    changes += [("dropout_rate", {"dropout_rng": key, "dropout_rate": more(np.array(0.5))})]
+    if put is not torch.tensor:
+        changes += [(name, {name: more(arguments[name])}) for name in ("query", "key", "value")]
+    for name, change in changes:
+        with pytest.raises(TypeError, match=f"{name}: .* is a subclass of numpy.ndarray with "):
+            aa.dot_product_attention(**given | change)
+    pullback = aa.dot_product_attention_vjp(**given)[1]
+    with pytest.raises(TypeError, match=r"doutput: .* is a subclass"):
+        pullback(more(np.ones((2, 3, 2, 6), np.float32)))
+    for helper in (aa.make_causal_mask, aa.combine_masks, lambda x: aa.make_attention_mask(x, lengths)):
+        with pytest.raises(TypeError, match="is a subclass"):
+            helper(more(lengths))
+    with pytest.raises(TypeError, match="is a subclass"):
+        aa.masks.LengthMask(more(lengths)).to_array(3, 3)
+
+
+PLAIN = {
+    "memmap": lambda x: x.view(np.memmap),
+    "recarray": lambda x: x.view(np.recarray),
+    "subclass": lambda x: x.view(type("Plain", (np.ndarray,), {"shown": property(lambda self: "x"), "__repr__": str})),
+}
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_subclasses_that_mean_their_values(arguments, kind, tmp_path):
+    given = {name: PLAIN[kind](x) for name, x in arguments.items()}
+    np.testing.assert_array_equal(aa.dot_product_attention(**given), aa.dot_product_attention(**arguments))
+    matrix = arguments["bias"].view(np.matrix)
+    actual = aa.dot_product_attention(**arguments | {"bias": matrix})
+    np.testing.assert_array_equal(actual, aa.dot_product_attention(**arguments))
+    file = np.memmap(tmp_path / "query", np.float32, "w+", shape=SHAPES["query"])
+    file[...] = arguments["query"]
+    actual = aa.dot_product_attention(**arguments | {"query": file})
+    np.testing.assert_array_equal(actual, aa.dot_product_attention(**arguments))
+
+
+# --- NumPy's own error handling ---
+
+TINY = np.array([1e-50, 1e-30, 1.0, -3.0])[:, None, None] * np.ones((4, 2, 3))
+LARGE = np.array([1e6, 1e30, 1.0, -3.0])[:, None, None] * np.ones((4, 2, 3))
+LOW = np.full((4, 4), -np.inf)
+TINY_HALF = TINY.astype("f2")
+with np.errstate(all="ignore"):
+    LARGE_HALF = LARGE.astype("f2")
+QUIET = {
+    "float32 of 1e-50": lambda impl: aa.dot_product_attention(TINY, TINY, TINY, dtype="float32", implementation=impl),
+    "float16 of 1e6": lambda impl: aa.dot_product_attention(LARGE, LARGE, LARGE, dtype="float16", implementation=impl),
+    "bfloat16 of 1e-50": lambda impl: aa.dot_product_attention(TINY, TINY, TINY, dtype="bfloat16", implementation=impl),
+    "mixed dtypes": lambda impl: aa.dot_product_attention(TINY_HALF, TINY, LARGE, implementation=impl),
+    "low biases": lambda impl: aa.dot_product_attention(TINY, LARGE, TINY, bias=LOW, implementation=impl),
+    "lists": lambda impl: aa.dot_product_attention(LARGE.tolist(), TINY.tolist(), TINY.tolist(), implementation=impl),
+    "scalar bias": lambda impl: aa.dot_product_attention(TINY, TINY, TINY, np.float64(1e300), dtype="float32"),
+    "Python bias": lambda impl: aa.dot_product_attention(*[TINY_HALF] * 3, 1e300, implementation=impl),
+    "weights": lambda impl: aa.dot_product_attention_weights(TINY, LARGE, LOW, dtype="float16"),
+    "dropout": lambda impl: aa.dot_product_attention(
+        TINY, TINY, TINY, dropout_rng=aa.random.key(3), dropout_rate=np.float16(6e-8), implementation=impl
+    ),
+    "pullback": lambda impl: aa.dot_product_attention_vjp(TINY, LARGE, TINY, LOW, dtype="float16")[1](LARGE_HALF),
+    "pullback of a wide cotangent": lambda impl: aa.dot_product_attention_vjp(*[TINY_HALF] * 3)[1](LARGE),
+    "make_attention_mask": lambda impl: aa.make_attention_mask(np.full(3, 1e250), np.full(3, 1e250), dtype="f2"),
+    "mask of NaN": lambda impl: aa.make_attention_mask(np.array([np.nan, 1e30]), np.ones(2), dtype="int32"),
+    "combine_masks": lambda impl: aa.combine_masks(LARGE, dtype="float16"),
+    "random": lambda impl: aa.random.bernoulli(
+        aa.random.fold_in(aa.random.split(aa.random.key(2**32 - 1))[0], 2**32 - 1), np.float16(6e-8), (3, 3)
+    ),
+    "rules": lambda impl: (aa.masks.LengthMask(np.array([2**40, 3], "u8"))).to_array(4, 4),
+    "explain": lambda impl: aa.explain(TINY, LARGE, TINY, bias=LOW, dtype="float16"),
+}
+
+
+@pytest.mark.parametrize("implementation", ["exact", "tiled"])
+@pytest.mark.parametrize("name", QUIET)
+def test_numpy_raises_of_nothing(name, implementation):
+    """Whatever NumPy is set to do about overflow, underflow and NaN; warnings are errors here anyway."""
+    QUIET[name](implementation)
+    with np.errstate(all="raise"):
+        QUIET[name](implementation)

@@ -12,6 +12,7 @@ import pytest
 import threadpoolctl
 
 import anyattention as aa
+from anyattention_backends.numpy.threads import _guard
 from anyattention_backends.numpy.tiles import NumPyTiles
 
 TIMEOUT = 20.0  # seconds, after which a test fails rather than hang
@@ -35,13 +36,15 @@ def attend(given):
 
 
 def limits():
-    """The number of threads of each BLAS library that is loaded."""
+    """The number of threads of each BLAS library that is loaded, as everybody sees it."""
     return {x["filepath"]: x["num_threads"] for x in threadpoolctl.threadpool_info() if x["user_api"] == "blas"}
 
 
 def held():
     """Whether BLAS is held to one thread: NumPy's, whatever others are loaded."""
-    return min(limits().values()) == 1
+    if _guard.limits is None:
+        return min(limits().values()) == 1
+    return min(_guard.limits.methods[type(library)][1](library) for library in _guard.limits.shared) == 1
 
 
 @pytest.fixture(autouse=True)
@@ -144,6 +147,108 @@ def test_limit_of_the_caller(in_tiles, limit):
     assert limits() == before
     assert len(workers) == limit
     np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+@pytest.mark.parametrize("entered", ["before", "during"])
+@pytest.mark.parametrize("left", ["during", "after"])
+def test_limits_of_others(in_tiles, limit, entered, left):
+    """What somebody sets around a call, or a part of it, on another thread, is there while it is meant to be."""
+    call, before = arguments(), limits()
+    inside = dict.fromkeys(before, limit)
+    started, may_go = threading.Event(), threading.Event()
+
+    def wait():
+        started.set()
+        assert may_go.wait(TIMEOUT)
+
+    in_tiles["float32"] = wait
+    with ThreadPoolExecutor(1) as caller:
+        user = threadpoolctl.threadpool_limits(limit, user_api="blas") if entered == "before" else None
+        result = caller.submit(attend, call)
+        assert started.wait(TIMEOUT)
+        user = user or threadpoolctl.threadpool_limits(limit, user_api="blas")
+        assert held()
+        assert limits() == inside
+        if left == "during":
+            user.restore_original_limits()
+            assert held()
+        may_go.set()
+        result.result(TIMEOUT)
+        if left == "after":
+            assert limits() == inside
+            assert held() == (limit == 1)
+            user.restore_original_limits()
+    assert limits() == before
+    assert not held()
+
+
+def test_limits_of_others_at_any_time():
+    call, before = arguments(length=64), limits()
+    with ThreadPoolExecutor(1) as caller:
+        calls = caller.submit(lambda: [attend(call) for _ in range(150)])
+        while not calls.done():
+            with threadpoolctl.threadpool_limits(1, user_api="blas"):
+                assert set(limits().values()) == {1}
+            assert limits() == before
+        calls.result()
+    assert limits() == before
+    assert not held()
+
+
+@several_workers
+def test_libraries_that_count_by_thread(in_tiles, monkeypatch):
+    """As MKL does: each thread is held to one while it computes tiles, and no other is touched."""
+
+    class Library(threading.local):
+        threads = 4
+        get_num_threads = lambda self: self.threads  # noqa: E731
+
+        def set_num_threads(self, threads):
+            self.threads = threads
+
+    attend(arguments())
+    library, seen = Library(), []
+    monkeypatch.setattr(_guard.limits, "local", [library])
+    in_tiles["float32"] = lambda: seen.append(library.threads)
+    with ThreadPoolExecutor(2) as callers:
+        list(callers.map(attend, [arguments()] * 2))
+        assert set(callers.map(lambda _: library.threads, range(2))) == {4}
+    assert set(seen) == {1}
+    assert set(_guard.pool.map(lambda _: library.threads, range(4))) == {4}
+
+
+EXIT = """
+import atexit, sys, threading, time
+def call():
+    import numpy as np
+    import anyattention as aa
+    x = np.random.default_rng(0).standard_normal((1, 300, 4, 8), dtype="f4")
+    drop = {"dropout_rng": aa.random.key(0), "dropout_rate": 0.1}
+    expected = aa.dot_product_attention(x, x, x, implementation="exact", **drop)
+    output, pullback = aa.dot_product_attention_vjp(x, x, x, **drop)
+    pullback(output)
+    print(np.allclose(output, expected, atol=1e-5))
+def late():
+    threading.main_thread().join()
+    time.sleep(0.1)
+    call()
+if "warm" in sys.argv:
+    call()
+if "atexit" in sys.argv:
+    atexit.register(call)
+else:
+    threading.Thread(target=late).start()
+"""
+
+
+@pytest.mark.parametrize("warm", [[], ["warm"]], ids=["first call", "later call"])
+@pytest.mark.parametrize("when", ["atexit", "late thread"])
+def test_while_the_interpreter_exits(when, warm):
+    """There are no new threads then, and some modules cannot be imported."""
+    command = [sys.executable, "-W", "error", "-c", EXIT, when, *warm]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.stdout.split(), done.stderr) == (["True"] * (1 + len(warm)), "")
 
 
 @several_workers

@@ -44,8 +44,8 @@ class JAXArrays(Arrays):
         return results[0]
 
     def adopt(self, guest: Any, like: Array | None) -> Array:
-        """Placement is left to JAX, which moves guests to where they are used."""
-        return jnp.asarray(guest)
+        """JAX may read NumPy's memory after the call, so it gets a copy; placement is left to JAX."""
+        return jnp.asarray(guest.copy() if isinstance(guest, np.ndarray) else guest)
 
     def beside(self, like: Array | None) -> dict[str, Any]:
         """A tracer has no device, and the sharding of one array does not fit another."""
@@ -53,10 +53,13 @@ class JAXArrays(Arrays):
 
     def check_array(self, x: Array, like: Array | None = None) -> Array:
         """Flax variables and the like turn into arrays by ``__jax_array__``."""
+        if isinstance(x, jax.ShapeDtypeStruct):
+            raise TypeError("a jax.ShapeDtypeStruct has no values: explain takes it, and jax.eval_shape any function")
         return x if isinstance(x, jax.Array) else jnp.asarray(x)
 
-    def check_dtype(self, name: str) -> None:
-        """JAX knows more dtypes, and refuses the others itself."""
+    def own(self, x: Array) -> Array:
+        """Arrays never change."""
+        return x
 
     def key_data(self, key: Any) -> Any:
         """A typed key hides its words; only threefry's can be drawn from elsewhere."""

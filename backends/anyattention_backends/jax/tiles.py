@@ -111,7 +111,7 @@ def _checked(forward: Function, tiling: Any, block: Block) -> Array:
     return jax.lax.cond(finite, lambda block: output, lambda block: _compiled(forward, tiling, block)[0], block)
 
 
-@_checked.defjvp
+@_checked.defjvp  # type: ignore[untyped-decorator]
 def _(forward: Function, tiling: Any, primals: tuple[Block], tangents: tuple[Block]) -> Any:
     return jax.jvp(lambda block: _compiled(forward, tiling, block)[0], primals, tangents)
 

@@ -81,8 +81,9 @@ def leading(arrays: Sequence[Tensor], dims: Sequence[int | None]) -> list[Tensor
 def tiled(how: Tiling, block: Block) -> Tensor:
     numbers: list[float] = []
     options = tuple([(name, getattr(how.options, name)) for name in _OPTIONS])
-    bias, mask, counts, _ = block.pairs
-    present = bias is not None, len(mask), None if counts is None else tuple(x is not None for x in counts)
+    bias, mask, counts = block.pairs[:3]
+    has_counts = None if counts is None else tuple(x is not None for x in counts)
+    present = bias is not None, len(mask), has_counts, block.shown is not None
     text = _write((options, how.dtype, how.expression, present), numbers)
     return _tiled(leaves(block), numbers, text)[0]
 
@@ -105,7 +106,7 @@ def _read(arrays: Many, numbers: Numbers, text: str) -> tuple[Tiling, Block]:
             return x
         return numbers[x[1]] if x[:1] == (_NUMBER,) else tuple(map(number, x))
 
-    named, dtype, expression, (has_bias, masks, has_counts) = ast.literal_eval(text)
+    named, dtype, expression, (has_bias, masks, has_counts, has_shown) = ast.literal_eval(text)
     options = {name: number(value) for name, value in named}
     if options["dropout"] is not None:
         options["dropout"] = Dropout(*options["dropout"])
@@ -114,7 +115,7 @@ def _read(arrays: Many, numbers: Numbers, text: str) -> tuple[Tiling, Block]:
     bias = next(each) if has_bias else None
     mask = tuple(next(each) for _ in range(masks))
     counts = None if has_counts is None else tuple(next(each) if here else None for here in has_counts)
-    block = Block((query,), (key, value), Pairs(bias, mask, counts))
+    block = Block((query,), (key, value), Pairs(bias, mask, counts), shown=next(each) if has_shown else None)
     return tiling(backend, Options(**options), dtype, expression, block), block
 
 

@@ -1,5 +1,6 @@
 """Tiles in PyTorch: all heads at once, in place where nothing is differentiated, one step of autograd."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 

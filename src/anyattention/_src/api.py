@@ -6,12 +6,18 @@ from typing import Any, TypeVar
 
 from anyattention._src import plan, registry
 from anyattention._src.call import Call, Operands, dropout_of, make_call
+from anyattention._src.errors import ShapeError
 from anyattention._src.implementations.tiled import TILED
+from anyattention._src.interfaces import Backend
 from anyattention._src.plan import Plan
 from anyattention._src.rules import AnyArray, Convertible, Mask
 from anyattention._src.settings import Name
 
 Array = TypeVar("Array", bound=AnyArray)  # what comes in comes out
+_ADDITIVE = (
+    "the mask has negative or infinite numbers, which are truthy, so that their keys are visible: what is meant to be "
+    "added to logits goes into bias="
+)
 Guest = AnyArray | Convertible | complex | None  # beside the arrays of a call
 
 
@@ -165,12 +171,13 @@ def dot_product_attention_vjp(
 ) -> tuple[Array, Callable[[Array], tuple[Array, Array, Array, Any]]]:
     """The output and its pullback: gradients for any library, NumPy included, in memory that grows with the lengths.
 
-    Computed by the tiled implementation; arguments as `dot_product_attention`.
+    Computed by the tiled implementation, whatever `config` says; arguments as `dot_product_attention`. The pullback
+    keeps copies, so that arguments and output may be changed in place before it is called.
 
     Returns:
         The output, and a function from the gradient of a loss by the output to its gradients by query, key, value
         and bias, each of the shape and dtype of what it belongs to (of integers, in the compute dtype), None where the
-        bias is None or a scalar.
+        bias is None or a Python scalar.
 
     >>> import numpy as np
     >>> x = np.ones((2, 1, 4), dtype=np.float32)
@@ -197,7 +204,15 @@ def dot_product_attention_vjp(
     arrays = call.backend.arrays
     given = [arrays.dtype_name(registry.array_of(call.backend, "", x)) for x in (query, key, value)]
     output, pullback = arrays.run(call.operands.query, TILED.vjp, call, given)
-    return output, partial(arrays.run, call.operands.query, pullback)
+    return output, partial(_pulled_back, call.backend, pullback, tuple(output.shape))
+
+
+def _pulled_back(backend: Backend, pullback: Callable[[Array], Any], shape: tuple[Any, ...], doutput: Array) -> Any:
+    """The gradients, from that of the output."""
+    doutput = registry.array_of(backend, "doutput", doutput)
+    if tuple(doutput.shape) != shape:
+        raise ShapeError(f"doutput must have the shape of the output, {shape}, got {tuple(doutput.shape)}")
+    return backend.arrays.run(doutput, pullback, doutput)
 
 
 def explain(
@@ -252,8 +267,15 @@ def explain(
 
 def _outlined(implementation: str | None, **arguments: Any) -> Plan:
     """The plan for arguments of which some may be shapes that stand for arrays."""
-    backend = registry.backend_for(**{name: arguments[name] for name in ("query", "key", "value")})
-    return backend.arrays.outline(lambda **given: plan.explain(_call(**given), implementation), arguments)
+    backend = _backend(*(arguments[name] for name in ("query", "key", "value", "bias", "mask")))
+    found = backend.arrays.outline(lambda **given: plan.explain(_call(**given), implementation), arguments)
+    return found._replace(reasons=(*found.reasons, _ADDITIVE)) if registry.additive(arguments["mask"]) else found
+
+
+def _backend(query: Any, key: Any, value: Any, bias: Any, mask: Any) -> Backend:
+    """The backend of the one library that serves these arguments."""
+    masks = {f"mask[{i}]": x for i, x in enumerate(mask.arrays())} if isinstance(mask, Mask) else {"mask": mask}
+    return registry.backend_for(query=query, key=key, value=value, bias=bias, **masks)
 
 
 def _call(
@@ -274,12 +296,9 @@ def _call(
     asked = {name: option for name, option in options.items() if option or isinstance(option, str)}
     kind = type(query)
     if bias is mask is None and kind is type(key) and (kind is type(value) or value is None) and query is not None:
-        backend = registry.backend_of(query) or registry.backend_for(query=query)
-    elif isinstance(mask, Mask):
-        masked_by = {f"mask[{i}]": x for i, x in enumerate(mask.arrays())}
-        backend = registry.backend_for(query=query, key=key, value=value, bias=bias, **masked_by)
+        backend = registry.backend_of(query, "query") or registry.backend_for(query=query)
     else:
-        backend = registry.backend_for(query=query, key=key, value=value, bias=bias, mask=mask)
+        backend = _backend(query, key, value, bias, mask)
     query, key = registry.array_of(backend, "query", query), registry.array_of(backend, "key", key)
     if "weights_only" not in asked:
         value = registry.array_of(backend, "value", value)
@@ -290,6 +309,6 @@ def _call(
     if deterministic or dropout_rate == 0.0:
         dropout_rng = None
     else:
-        asked["dropout"] = dropout_of(dropout_rate, broadcast_dropout, dropout_rng)
+        asked["dropout"] = dropout_of(registry.rate_of(dropout_rate), broadcast_dropout, dropout_rng)
         dropout_rng = registry.key_of(backend, dropout_rng)
     return make_call(backend, Operands(query, key, value, bias, mask, dropout_rng, None), dtype, asked)

@@ -1,9 +1,9 @@
 """A call whose arguments are checked: its operands, which are traced and differentiated, and its options."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from anyattention._src import rules
+from anyattention._src import dtypes, rules
 from anyattention._src.errors import ShapeError
 from anyattention._src.interfaces import Backend, causal, unknown
 from anyattention._src.rules import CausalMask, Mask, as_mask
@@ -113,6 +113,16 @@ class Call:
         to = self.lowering()
         return rules.visible(self.backend.arrays, mask.lower(to), to.operands)
 
+    def of_copies(self) -> "Call":
+        """The same call of arrays that nobody else can change; of 16 bits tiles make copies anyway."""
+        own, (query, key, value, bias, mask, *_) = self.backend.arrays.own, self.operands
+        if "16" not in self.options.dtype:
+            query, key, value = own(query), own(key), own(value)
+        bias = own(bias) if hasattr(bias, "shape") else bias
+        mask = mask.with_arrays(own) if isinstance(mask, Mask) else own(mask) if hasattr(mask, "shape") else mask
+        operands = self.operands._replace(query=query, key=key, value=value, bias=bias, mask=mask)
+        return replace(self, operands=operands, _structure=None)
+
     def operands_fit(self) -> bool:
         """Whether bias and mask have no axes, and no sizes, but those of query and key."""
         shape = (*self.batch, self.operands.query.shape[-2], *self.lengths)
@@ -134,13 +144,20 @@ def make_call(backend: Backend, operands: Operands, dtype: Any, asked: dict[str,
     """
     query, key, value, bias, mask, dropout_key, origin = operands
     whole_products = bool(asked) and _check_einsums(asked)
-    if value is None:
-        (query, key), name = backend.arrays.promote([query, key], dtype)
-    else:
-        (query, key, value), name = backend.arrays.promote([query, key, value], dtype)
+    try:
+        if value is None:
+            (query, key), name = backend.arrays.promote([query, key], dtype)
+        else:
+            (query, key, value), name = backend.arrays.promote([query, key, value], dtype)
+    except TypeError as error:
+        raise error if dtype is None else dtypes.refused(dtype, error) from None
+    if backend.name == "torch":
+        _check_devices(operands)
     _check_shapes(query, key, value, grouped=not whole_products)
     if bias is not None or mask is not None:
         _check_broadcast(query, key, bias, mask)
+        if bias is not None and not getattr(bias, "shape", True) and name not in dtypes.NARROW:
+            bias = _in_32_bits(backend, bias)
     if asked.pop("is_causal", False):
         mask = _with_causality(backend, query, key, mask)
     operands = Operands(query, key, value, bias, mask, dropout_key, origin)
@@ -152,19 +169,20 @@ def make_call(backend: Backend, operands: Operands, dtype: Any, asked: dict[str,
     return Call(backend=backend, operands=operands, options=options)
 
 
+def _in_32_bits(backend: Backend, bias: Array) -> Array:
+    """A bias that is a scalar of 64 bits, as results of NumPy are, in JAX's 32, lest it widen all logits."""
+    name = backend.arrays.dtype_name(bias)
+    wide = name in dtypes.NARROW and backend.name != "jax"
+    return backend.arrays.cast(bias, dtypes.NARROW[name]) if wide else bias
+
+
 def dropout_of(rate: Any, broadcast: Any, key: Any) -> Dropout:
     """Dropout that is switched on; checked only there, since Flax's modules always pass a rate."""
-    is_array = not isinstance(rate, int | float) and hasattr(rate, "shape")
-    if is_array and rate.shape:
-        rate = rate.reshape(())  # of one element, or the comparison with zero would have raised
     if not 0.0 <= rate < 1.0:
         raise ValueError(f"dropout_rate must be in [0, 1), got {rate}; deterministic=True switches dropout off")
     if key is None:
         raise ValueError("dropout needs a key: pass dropout_rng=anyattention.random.key(seed), or deterministic=True")
-    keep_prob = 1.0 - rate
-    if is_array and hasattr(rate, "aval"):  # of JAX's, the NumPy scalar
-        keep_prob = keep_prob.__array__()[()]
-    return Dropout(keep_prob, bool(broadcast))
+    return Dropout(type(rate)(1.0 - rate), bool(broadcast))  # bfloat16 alone would become float64
 
 
 def _check_einsums(asked: dict[str, Any]) -> bool:
@@ -209,6 +227,17 @@ def _check_shapes(query: Array, key: Array, value: Array | None, grouped: bool) 
         raise fail("k, v lengths must match.")
     if not _same(q[-1:], k[-1:]):
         raise fail("q, k depths must match.")
+
+
+def _check_devices(operands: Operands) -> None:
+    """Raise ValueError where tensors are on several devices, of which PyTorch names no argument, or says nothing."""
+    query, key, value, bias, mask, *_ = operands
+    if query.device == key.device and bias is mask is None and (value is None or query.device == value.device):
+        return
+    masks = mask.arrays() if isinstance(mask, Mask) else [mask]
+    for name, x in (("key", key), ("value", value), ("bias", bias), *(("mask", x) for x in masks)):
+        if hasattr(x, "device") and x.device != query.device:
+            raise ValueError(f"query is on {query.device}, {name} on {x.device}: move them to one device first")
 
 
 def _same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:

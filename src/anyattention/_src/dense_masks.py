@@ -6,7 +6,8 @@ from typing import Any
 
 from anyattention._src import dtypes, registry
 from anyattention._src.errors import ShapeError
-from anyattention._src.interfaces import positions
+from anyattention._src.interfaces import Backend, positions
+from anyattention._src.rules import Mask
 
 Array = Any
 
@@ -33,14 +34,32 @@ def make_attention_mask(
     """
     backend = registry.backend_for(query_input=query_input, key_input=key_input)
     xp = backend.xp
-    for name, x in (("query_input", query_input), ("key_input", key_input)):
-        if x.ndim == 0:
-            raise ShapeError(f"{name} needs a length axis, got shape ()")
-    query_input, key_input = backend.arrays.join(query_input, key_input)
-    mask = pairwise_fn(xp.expand_dims(query_input, axis=-1), xp.expand_dims(key_input, axis=-2))
-    for axis in (-3, *(0,) * extra_batch_dims):
-        mask = xp.expand_dims(mask, axis=axis)
-    return backend.arrays.cast(mask, dtypes.name_of(dtype))
+    query_input, key_input = (
+        _with_length(backend, name, x) for name, x in (("query_input", query_input), ("key_input", key_input))
+    )
+
+    def mask() -> Array:
+        one, two = backend.arrays.join(query_input, key_input)
+        result = pairwise_fn(xp.expand_dims(one, axis=-1), xp.expand_dims(two, axis=-2))
+        for axis in (-3, *(0,) * extra_batch_dims):
+            result = xp.expand_dims(result, axis=axis)
+        return result
+
+    return _cast(backend, backend.arrays.run(query_input, mask), dtype)
+
+
+def _with_length(backend: Backend, name: str, x: Any) -> Array:
+    x = registry.array_of(backend, name, x)
+    if x.ndim == 0:
+        raise ShapeError(f"{name} needs a length axis, got shape ()")
+    return x
+
+
+def _cast(backend: Backend, mask: Array, dtype: Any) -> Array:
+    try:
+        return backend.arrays.cast(mask, dtypes.name_of(dtype))
+    except (TypeError, KeyError) as error:
+        raise dtypes.refused(dtype, error) from None
 
 
 def make_causal_mask(x: Array, extra_batch_dims: int = 0, dtype: Any = "float32") -> Array:
@@ -53,8 +72,7 @@ def make_causal_mask(x: Array, extra_batch_dims: int = 0, dtype: Any = "float32"
     [[[1, 0, 0], [1, 1, 0], [1, 1, 1]]]
     """
     backend = registry.backend_for(x=x)
-    if x.ndim == 0:
-        raise ShapeError("x needs a length axis, got shape ()")
+    x = _with_length(backend, "x", x)
     index, _ = backend.xp.broadcast_arrays(positions(backend.arrays, x), x)
     return make_attention_mask(index, index, operator.ge, extra_batch_dims, dtype)
 
@@ -67,15 +85,18 @@ def combine_masks(*masks: Array | None, dtype: Any = "float32") -> Array | None:
     Raises:
         ShapeError: masks of different rank.
     """
-    present = [mask for mask in masks if mask is not None]
-    if not present:
+    given = {f"masks[{i}]": mask for i, mask in enumerate(masks) if mask is not None}
+    if not given:
         return None
-    backend = registry.backend_for(**{f"masks[{i}]": mask for i, mask in enumerate(present)})
-    present = [registry.dense_of(backend, f"masks[{i}]", mask, None) for i, mask in enumerate(present)]
+    for name, mask in given.items():
+        if isinstance(mask, Mask):
+            raise TypeError(f"{name} is {mask}, a mask by rule: join such masks and arrays by &, as in {mask} & other")
+    backend = registry.backend_for(**given)
+    present = [registry.dense_of(backend, name, mask, None) for name, mask in given.items()]
     ranks = tuple(mask.ndim for mask in present)
     if len(set(ranks)) > 1:
         raise ShapeError(f"masks must have same rank: {ranks}")
     result = present[0]
     for mask in present[1:]:
         result = backend.xp.logical_and(backend.arrays.truth(result), backend.arrays.truth(mask))
-    return backend.arrays.cast(result, dtypes.name_of(dtype))
+    return _cast(backend, result, dtype)

@@ -33,6 +33,8 @@ _ABOVE: dict[str, tuple[str, ...]] = {
 # Explicit mantissa bits and largest exponent.
 _FORMATS = {"bfloat16": (7, 127), "float16": (10, 15), "float32": (23, 127), "float64": (52, 1023)}
 _PART = {"complex64": "float32", "complex128": "float64"}
+# What JAX has with x64 off.
+NARROW = {"float64": "float32", "complex128": "complex64"}
 # NumPy's other names of floating and complex dtypes.
 _ALIASES = {
     **dict.fromkeys(("f2", "e", "half"), "float16"),
@@ -41,6 +43,8 @@ _ALIASES = {
     **dict.fromkeys(("c8", "F", "csingle"), "complex64"),
     **dict.fromkeys(("c16", "D", "cdouble", "complex"), "complex128"),
 }
+# What other programs call them.
+_ELSEWHERE = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "fp64": "float64", "f16": "float16"}
 # Lattice names of Python's scalars, which never widen an array of their own kind.
 PYTHON_SCALARS: dict[Any, str] = {bool: "bool", int: "int*", float: "float*", complex: "complex*"}
 
@@ -66,6 +70,13 @@ def name_of(dtype: Any) -> str:
     else:
         name = str(dtype).rpartition(".")[2]  # "torch.float32", "mlx.core.float32"
     return name.removesuffix("_")  # "bool_"
+
+
+def refused(dtype: Any, why: Exception) -> TypeError:
+    """What to raise for a `dtype` that a library does not take."""
+    meant = _ELSEWHERE.get(dtype, "float16") if isinstance(dtype, str) else name_of(dtype)
+    meant = meant if meant in _FORMATS else "float16"
+    return TypeError(f"dtype={dtype!r} is no dtype to compute in ({why}): pass one by its name, such as {meant!r}")
 
 
 def promote(*names: str) -> str:
@@ -107,7 +118,9 @@ def compute_dtype(names: tuple[str, ...], dtype: Any = None) -> str:
         name = promote(*names)
         return name if is_inexact(name) else promote("float32", name)
     name = name_of(dtype)
-    if not is_inexact(promote(name)):
+    if name not in _ABOVE:
+        raise TypeError("attention computes in bfloat16, float16, float32 and float64")
+    if not is_inexact(name):
         raise ValueError(f"Dtype must be inexact: {dtype!r}; pass a floating or complex dtype, or None to infer it")
     return name
 

@@ -6,8 +6,11 @@ else has a folder in ``anyattention_backends``, with a file for each interface t
 """
 
 import operator
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
+
+import array_api_compat
 
 from anyattention._src import dtypes, threefry
 from anyattention._src.blocks import Block, Group, Sizes, cut_columns, cut_group, tree_map
@@ -60,16 +63,32 @@ class Arrays:
         return "cpu"
 
     def run(self, like: Array, function: Function, /, *args: Any) -> Any:
-        """Call an implementation, for arrays such as `like`, under whatever settings this library needs around it."""
-        return function(*args)
+        """Call an implementation, for arrays such as `like`, under whatever settings this library needs around it.
+
+        NumPy, which may stand beneath it, is not to warn of infinities, which are results here.
+        """
+        numpy = sys.modules.get("numpy")
+        if numpy is None:
+            return function(*args)
+        with numpy.errstate(all="ignore"):
+            return function(*args)
 
     def outline(self, function: Function, arguments: dict[str, Any]) -> Any:
         """``function(**arguments)``, of which some may be shapes that stand for arrays, where the library has such."""
         return function(**arguments)
 
     def adopt(self, guest: Any, like: Array | None) -> Array:
-        """An array of this library, on the device of `like`, from a scalar, a NumPy array or a nested list."""
-        return self.xp.asarray(guest, **self.beside(like))
+        """An array of this library, on the device of `like`, from a scalar, a NumPy array or a nested list.
+
+        A Python float takes the dtype of `like`. An array is in 32 bits where the device has no more.
+        """
+        if like is not None and type(guest) is float:
+            return self.xp.asarray(dtypes.round_to(guest, self.dtype_name(like)), dtype=like.dtype, **self.beside(like))
+        beside, name = self.beside(like), dtypes.name_of(getattr(guest, "dtype", ""))
+        about = getattr(self.xp, "__array_namespace_info__", None) if beside and name in dtypes.NARROW else None
+        if about is not None and name not in about().dtypes(**beside):
+            guest = self.run(like, guest.astype, dtypes.NARROW[name])
+        return self.xp.asarray(guest, **beside)
 
     def beside(self, like: Array | None) -> dict[str, Any]:
         """The `device` argument that makes a new array stand beside `like`."""
@@ -80,11 +99,11 @@ class Arrays:
 
         A mask by rule for something that stands for that. Raise TypeError or ValueError for what cannot be understood.
         """
-        return x
+        return x if like is None or x.shape else place(self, x, like)  # a scalar goes where it is needed
 
-    def check_dtype(self, name: str) -> None:
-        """Raise TypeError for a dtype, by name, that a bias or mask cannot have."""
-        dtypes.promote(name)
+    def own(self, x: Array) -> Array:
+        """A copy, which nobody else can change; the array itself where arrays never change."""
+        return self.xp.asarray(x, copy=True)
 
     def adopt_key(self, words: Any) -> Array:
         """A dropout key of this library from two words as `key_data` gives them."""
@@ -103,7 +122,7 @@ class Arrays:
         dtype = getattr(self.xp, name, None)
         if dtype is None:
             raise TypeError(f"{self.name} has no dtype {name}")
-        return x if x.dtype == dtype else self.xp.astype(x, dtype)
+        return x if x.dtype == dtype else self.run(x, self.xp.astype, x, dtype)
 
     def promote(self, arrays: Sequence[Array], dtype: Any = None) -> tuple[list[Array], str]:
         """The arrays in Flax's compute dtype, and its name: by JAX's lattice, or as `dtype` says."""
@@ -154,6 +173,12 @@ class Arrays:
     def surely(self, x: Any, value: bool) -> bool:
         """Whether the array is known to hold this value throughout; False where that cannot be known, and of None."""
         return False
+
+
+def place(arrays: Arrays, x: Array, like: Array) -> Array:
+    """The array beside another, on whose device it may not be yet."""
+    device = arrays.beside(like).get("device")
+    return x if device is None or x.device == device else array_api_compat.to_device(x, device)
 
 
 def permute(arrays: Arrays, x: Array, axes: Axes) -> Array:
@@ -236,7 +261,7 @@ class Steps:
         """The dropout mask of this key: True with probability `keep_prob`."""
         if any(map(unknown, shape)):
             raise ValueError(f"dropout needs known lengths, got the weights' shape {shape}")
-        return threefry.keep(self.xp, key, keep_prob, shape)
+        return threefry.keep(self.xp, place(self.arrays, key, like), keep_prob, shape)
 
 
 class Tiles:
@@ -299,7 +324,7 @@ class Tiles:
 
     def key_words(self, key: Any, like: Array) -> Array:
         """A dropout key of this library as raw words, beside `like`."""
-        return key
+        return place(self.arrays, key, like)
 
     def absent(self) -> str:
         """Why tiles cannot be computed here and now; empty where they can."""

@@ -15,12 +15,13 @@ from typing import Any
 
 import array_api_compat
 
+from anyattention._src import dtypes
 from anyattention._src.errors import ShapeError
 from anyattention._src.implementations.base import Broken, Implementation
 from anyattention._src.implementations.exact import Exact
 from anyattention._src.implementations.tiled import TILED
 from anyattention._src.interfaces import Backend
-from anyattention._src.rules import Mask
+from anyattention._src.rules import Mask, conjunction
 
 Array = Any
 #: The project's own engines, each a vendor's kernel for "fused".
@@ -33,15 +34,15 @@ LIBRARIES = ("numpy", "jax", "jaxlib", "torch", "mlx", "ndonnx")
 _BY_TYPE: dict[type, Backend | None] = dict.fromkeys((type(None), bool, int, float, complex, list, tuple))
 
 
-def backend_of(x: Any) -> Backend | None:
+def backend_of(x: Any, name: str = "an argument") -> Backend | None:
     """The backend of an array's library; None for what has no library: None, Python scalars, lists and tuples.
 
     Raises:
-        TypeError: something that is no array.
+        TypeError: something that is no array, with the argument's name.
     """
     kind = type(x)
     if kind not in _BY_TYPE:
-        _BY_TYPE[kind] = _find(x)
+        _BY_TYPE[kind] = _find(x, name)
     return _BY_TYPE[kind]
 
 
@@ -66,29 +67,58 @@ def load(library: str) -> Backend:
     return backend
 
 
-def _find(x: Any) -> Backend:
+def _find(x: Any, name: str) -> Backend:
+    if isinstance(x, type):
+        raise TypeError(f"{name} is the class {x.__name__} itself: pass an instance, as {x.__name__}(...) makes it")
+    if isinstance(x, Mask):
+        raise TypeError(f"{name} must be an array, got the mask by rule {x}: pass it as mask")
     roots = [kind.__module__.partition(".")[0] for kind in (type(x), *type(x).__mro__)]
     for root in roots:
         if root in LIBRARIES:
             return load(root)
+        for entry in metadata.entry_points(group="anyattention.backends", name=root):
+            return _backend_elsewhere(entry)
     if hasattr(type(x), "__jax_array__"):
         return load("jax")
-    for entry in metadata.entry_points(group="anyattention.backends"):
-        if entry.name in roots:
-            return entry.load()
+    kind = f"{type(x).__module__}.{type(x).__qualname__}"
     try:
-        return _standard(array_api_compat.array_namespace(x))
-    except TypeError:
+        xp = array_api_compat.array_namespace(x)
+    except (TypeError, AttributeError):
         raise TypeError(
-            f"{type(x).__module__}.{type(x).__qualname__} is not an array of a library that follows the array API "
-            "standard: convert it first, for example with numpy.asarray"
+            f"{name}: {kind} is not an array of a library that follows the array API standard: convert it first, for "
+            "example with numpy.asarray"
         ) from None
+    lacking = [f"namespace.{part}" for part in _FUNCTIONS.split() if not hasattr(xp, part)]
+    lacking += [part for part in _METHODS.split() if not hasattr(x, part)]
+    if lacking:
+        raise TypeError(
+            f"{name}: {kind} has __array_namespace__, but not all of the array API standard: it lacks "
+            f"{', '.join(lacking)}. Convert it first, for example with numpy.asarray"
+        )
+    return _standard(xp)
+
+
+# Some of what attention asks of the standard, by which a namespace that is only begun is told.
+_FUNCTIONS = "arange asarray astype broadcast_to exp expand_dims matmul max permute_dims reshape sum where zeros"
+_METHODS = "dtype ndim shape __add__ __getitem__ __mul__ __sub__ __truediv__"
 
 
 @cache
 def _standard(xp: Any) -> Backend:
     """The backend of a library that has none of its own: the standard's terms alone."""
     return Backend(xp)
+
+
+def _backend_elsewhere(entry: Any) -> Backend:
+    """The backend of another package, or an error that names the package."""
+    try:
+        return entry.load()
+    except Exception as error:
+        package = f"the package {entry.dist.name}" if entry.dist else "a package"
+        raise ImportError(
+            f"{package} makes {entry.value} the backend of {entry.name} in anyattention, but that does not import "
+            f"({type(error).__name__}: {error}): mend or uninstall it, or convert the arrays, for example to NumPy's"
+        ) from error
 
 
 @cache
@@ -99,7 +129,7 @@ def _elsewhere() -> tuple[Any, ...]:
 
 def engine_names() -> tuple[str, ...]:
     """The names of all engines, those of other packages too, none of which is imported."""
-    return tuple(dict.fromkeys([*ENGINES, *(entry.name.partition(".")[2] for entry in _elsewhere())]))
+    return tuple(dict.fromkeys([*ENGINES, *(entry.name.partition(".")[2] or entry.name for entry in _elsewhere())]))
 
 
 @cache
@@ -107,7 +137,9 @@ def _load(library: str) -> tuple[Implementation, ...]:
     found: list[Implementation] = []
     for entry in _elsewhere():
         home, _, name = entry.name.partition(".")
-        if home == library:
+        if not name:
+            found.append(Broken(home, f"its entry point, {entry.name!r}, names no library: call it 'library.{home}'"))
+        elif home == library:
             try:
                 engine = entry.load()()
                 engine.name = name
@@ -147,8 +179,8 @@ def backend_for(**arrays: Any) -> Backend:
     """
     found = None
     mixed = False
-    for x in arrays.values():
-        backend = backend_of(x)
+    for name, x in arrays.items():
+        backend = backend_of(x, name)
         if backend is None or backend is found:
             continue
         mixed = mixed or found is not None
@@ -177,7 +209,13 @@ def array_of(backend: Backend, name: str, x: Any) -> Array:
     """A query, key or value as an array of the backend's library."""
     if x is None:
         raise TypeError(f"{name} must be an array, got None")
-    return _checked(backend, name, x, None) if backend_of(x) is backend else backend.arrays.adopt(x, None)
+    home = backend_of(x, name)
+    if home is None:
+        return backend.arrays.adopt(x, None)
+    if home is not backend and home.name != "numpy":
+        raise TypeError(f"{name} is an array of {home.name}, beside arrays of {backend.name}: convert it first")
+    x = _checked(home, name, x, None)
+    return x if home is backend else backend.arrays.adopt(x, None)
 
 
 def _checked(backend: Backend, name: str, x: Any, like: Any) -> Any:
@@ -190,44 +228,91 @@ def _checked(backend: Backend, name: str, x: Any, like: Any) -> Any:
         raise type(error)(f"{name}: {error}") from None
 
 
-def guest_of(backend: Backend, name: str, x: Any, like: Array) -> Array:
+def guest_of(backend: Backend, name: str, x: Any, like: Array | None) -> Any:
     """A bias or dense mask as an array of the backend's library, beside `like`."""
     if isinstance(x, list | tuple):
         raise TypeError(f"{name} must be an array or a scalar, got a {type(x).__name__}: convert it first")
-    home = backend_of(x)
-    if home is not backend:
-        return backend.arrays.adopt(x if home is None else _checked(home, name, x, None), like)
-    x = _checked(backend, name, x, like)
+    home, jax = backend_of(x, name), backend.name == "jax"
+    if home is None:
+        return backend.arrays.adopt(x if jax or name == "bias" else bool(x), like)
+    x = _checked(home, name, x, like if home is backend else None)
     if isinstance(x, Mask):
-        if name != "mask":
+        if name == "bias":
             raise TypeError(f"{name}: a mask by rule, {x}, is no array: pass it as mask=")
         return x
-    backend.arrays.check_dtype(backend.arrays.dtype_name(x))
-    return x
+    if home is not backend and (jax or _compiling()):  # torch.compile cannot ask NumPy for a dtype
+        return backend.arrays.adopt(x, like)
+    if not jax:  # which knows more dtypes, and refuses the others itself
+        dtypes.promote(home.arrays.dtype_name(x))
+    if home is backend:
+        return x
+    return backend.arrays.adopt(x if name == "bias" else home.arrays.truth(x), like)
 
 
-def mask_of(backend: Backend, mask: Any, like: Array, key: Array | None = None) -> Any:
+def dense_of(backend: Backend, name: str, x: Any, like: Array | None) -> Array:
+    """A dense mask, or an array of a mask, where it can meet `like`; a mask by rule is expanded."""
+    found = guest_of(backend, name, x, like)
+    return found.to_array(*x.shape[-2:]) if isinstance(found, Mask) else found
+
+
+def _is_wide(x: Any) -> bool:
+    """Whether an array of NumPy's has integers beyond 32 bits."""
+    if (
+        isinstance(x, int | list | tuple)
+        or backend_of(x) is not load("numpy")
+        or x.dtype.kind not in "iu"
+        or not x.size
+    ):
+        return False
+    return int(x.max()) >= 2**31 or int(x.min()) < -(2**31)
+
+
+def mask_of(backend: Backend, mask: Any, like: Array | None, key: Array | None = None) -> Any:
     """A mask, by rule or dense, with its arrays in the backend's library, beside `like`."""
     if not isinstance(mask, Mask):
         found = guest_of(backend, "mask", mask, like)
-        if isinstance(found, Mask) and key is not None:
+        if isinstance(found, Mask) and like is not None and key is not None:
             lengths, given = (like.shape[-3], key.shape[-3]), tuple(mask.shape[-2:])
             if lengths != given:
                 raise ShapeError(f"mask is for lengths {given}, but those of query and key are {lengths}")
         return found
 
-    def take(x: Any) -> Array:
-        return dense_of(backend, f"an array of {type(mask).__name__.strip('_')}", x, like)
+    def integers(x: Any) -> Array:
+        home = backend_of(x, "mask")
+        x = _checked(home, "mask", x, like if home is backend else None) if home else x
+        return x if home is backend else backend.arrays.adopt(x, like)
 
-    return mask.with_arrays(take)
+    fitting = mask.within_32_bits(_is_wide) if backend.name == "jax" else mask
+    return fitting.with_arrays(integers, lambda x: dense_of(backend, "mask", x, like))
 
 
-def dense_of(backend: Backend, name: str, x: Any, like: Array | None) -> Array:
-    """An array of a mask as one of the backend's library, where it can meet `like`."""
-    home = backend_of(x)
-    found = _checked(home or backend, name, x, like if home is backend else None)
-    found = found.to_array(*x.shape[-2:]) if isinstance(found, Mask) else found
-    return found if backend_of(found) is backend else _checked(backend, name, backend.arrays.adopt(found, like), like)
+def additive(mask: Any) -> bool:
+    """Whether a mask has numbers as one has that is added to logits, as far as values can be looked at."""
+    for x in conjunction(mask):
+        backend = None if isinstance(x, Mask) else backend_of(x, "mask")
+        if backend is None or not (backend.arrays.inspects(x) or backend.name == "jax"):
+            continue
+        kind = backend.arrays.dtype_name(x)
+        if kind.startswith(("float", "bfloat", "int")):
+            try:
+                odd = x < 0 if kind.startswith("int") else (x < 0) | backend.xp.isinf(x)
+                if bool(backend.xp.any(odd)):
+                    return True
+            except (TypeError, RuntimeError):  # of a tracer
+                pass
+    return False
+
+
+def rate_of(rate: Any) -> Any:
+    """A dropout rate as a Python number, or of an array of one element, whose dtype counts, the NumPy scalar."""
+    if isinstance(rate, int | float):
+        return rate
+    if rate is None or not hasattr(rate, "shape"):
+        raise TypeError(f"dropout_rate must be a number in [0, 1), got {rate!r}; pass 0.0 for no dropout")
+    home = backend_of(rate, "dropout_rate") or load("numpy")
+    rate, numpy = home.xp.reshape(_checked(home, "dropout_rate", rate, None), ()), load("numpy").arrays
+    value = rate.tolist() if hasattr(rate, "tolist") else float(rate)  # which PyTorch warns of, where it has a gradient
+    return numpy.cast(numpy.adopt(value, None), home.arrays.dtype_name(rate))[()]
 
 
 def key_of(backend: Backend, key: Any) -> Any:
@@ -236,13 +321,13 @@ def key_of(backend: Backend, key: Any) -> Any:
     Raises:
         TypeError: no key, or a key whose bits the library cannot reproduce.
     """
-    home = backend_of(key)
-    if home is not None and home.name != "numpy":  # which makes an array of anything
-        key = _checked(home, "dropout_rng", key, None)
+    home = backend_of(key, "dropout_rng")
     if home is None or not hasattr(key, "shape"):
         raise TypeError(
             f"dropout_rng must be a key, got {type(key).__name__}: make one with anyattention.random.key(seed)"
         )
+    if home.name != "numpy":  # which makes an array of anything
+        key = _checked(home, "dropout_rng", key, None)
     return key if home is backend else backend.arrays.adopt_key(home.arrays.key_data(key))
 
 
@@ -254,10 +339,15 @@ def _home(mask: Mask) -> tuple[Backend, Mask, Any]:
     return backend, mask_of(backend, mask, like), like
 
 
+def _compiling() -> bool:
+    """Whether torch.compile is tracing, which cannot look at everything."""
+    torch = sys.modules.get("torch")
+    return bool(torch and torch.compiler.is_compiling())
+
+
 def _jax_in_use() -> bool:
     """Whether JAX is imported; never within torch.compile, which cannot trace what depends on that."""
-    torch = sys.modules.get("torch")
-    return "jax" in sys.modules and not (torch and torch.compiler.is_compiling())
+    return "jax" in sys.modules and not _compiling()
 
 
 def _made(kind: type) -> None:

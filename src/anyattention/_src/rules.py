@@ -42,6 +42,29 @@ def visible(arrays: Arrays, expression: Expression, operands: Sequence[Array]) -
     return _JOIN[name](*(visible(arrays, part, operands) for part in parts))
 
 
+def signed(arrays: Arrays, x: Array, lengths: bool, unlike: bool = False) -> Array:
+    """Unsigned integers as signed ones, beside which not every library compares them.
+
+    Of lengths, those that become negative are as long as can be. Of ids, where the others are `unlike`, signed or not,
+    they become -1, and what was negative before -2: neither is equal to any.
+    """
+    name, where = arrays.dtype_name(x), arrays.xp.where
+    if name not in ("uint16", "uint32", "uint64"):
+        return where(x < 0, -2, x) if unlike and name.startswith("int") else x
+    bits = 64 if name == "uint64" or (name == "uint32" and not lengths and arrays.name != "jax") else 32
+    x = arrays.cast(x, f"int{bits}")
+    if name != f"uint{bits}" or not (lengths or unlike):
+        return x
+    return where(x < 0, 2 ** (bits - 1) - 1 if lengths else -1, x)
+
+
+def short(arrays: Arrays, lengths: Array) -> Array:
+    """Lengths in int32, as kernels take them; those beyond are as long as can be."""
+    x = signed(arrays, lengths, lengths=True)
+    x = arrays.xp.clip(x, -1, 2**31 - 1) if arrays.dtype_name(x) == "int64" else x
+    return arrays.cast(x, "int32")
+
+
 class Lowering:
     """The call that a mask is lowered for, and its operands, ``[batch..., 1, q_length or 1, kv_length or 1]``.
 
@@ -69,7 +92,7 @@ class Lowering:
         x = x if isinstance(first, int) else x + first
         return self.add(xp.reshape(x, (length, 1) if axis == -2 else (1, length)))
 
-    def given(self, mask: "Mask", name: str, axis: int | None = None) -> int:
+    def given(self, mask: "Mask", name: str, axis: int | None = None, unlike: bool = False) -> int:
         """Numbers that a mask has, ``[batch...]``, or ids ``[batch..., length]`` of queries (axis -2) or keys (-1)."""
         x = getattr(mask, name)
         x = x if hasattr(x, "shape") else self.arrays.adopt(x, self.like)  # an integer is one for all batch entries
@@ -85,7 +108,7 @@ class Lowering:
             if len(batch) > len(self.batch) or not all(a == b or a == 1 for a, b in pairs):
                 where = f"the batch axes {self.batch} of query"
                 raise ShapeError(f"{name} of {mask} has shape {tuple(x.shape)}, which does not fit {where}")
-        return self.add(self.arrays.xp.reshape(x, (*batch, 1, *sizes)))
+        return self.add(self.arrays.xp.reshape(signed(self.arrays, x, axis is None, unlike), (*batch, 1, *sizes)))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -96,8 +119,9 @@ class Mask:
     #: what hears of each class of masks when one is made.
     _home: ClassVar[Callable[..., Any]]
     _made: ClassVar[Callable[[type], None]]
-    #: The fields that are integers.
+    #: The fields that are integers, and those that are arrays of integers.
     _integers: ClassVar[tuple[str, ...]] = ()
+    _arrays: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         Mask._made(type(self))
@@ -105,6 +129,9 @@ class Mask:
             if not isinstance(x := getattr(self, name), int):
                 kind = type(x).__name__
                 raise TypeError(f"{name} must be a Python integer, known when the mask is made, got {kind}")
+        for name in self._arrays:
+            if (x := getattr(self, name)) is None or isinstance(x, str | type | Mask):
+                raise TypeError(f"{name} of {type(self).__name__} must be an array of integers, got {x!r}")
 
     def lower(self, to: Lowering) -> Expression:
         """The mask as an expression over operands, which are added to `to`."""
@@ -118,9 +145,12 @@ class Mask:
         return (0, kv_length), (0, 0)
 
     def __and__(self, other: "Mask | AnyArray") -> "Mask":
-        return _Join("&", self, as_mask(other))
+        """None, as in Flax's `combine_masks`, is no mask."""
+        return self if other is None else _Join("&", self, as_mask(other))
 
     def __or__(self, other: "Mask | AnyArray") -> "Mask":
+        if other is None:
+            raise TypeError(f"{self} | None: where None stands for no mask, every key is visible; pass mask=None")
         return _Join("|", self, as_mask(other))
 
     __rand__, __ror__ = __and__, __or__
@@ -130,12 +160,26 @@ class Mask:
         return _Not(self)
 
     def __repr__(self) -> str:
+        values = [getattr(self, field.name) for field in fields(self)]
+        while len(values) > 1 and values[-1] is None:
+            values.pop()
+        return f"{type(self).__name__}({', '.join(map(_shown, values))})"
+
+    def _identity(self) -> tuple[Any, ...]:
+        """What is equal in equal masks: numbers by value, arrays by identity."""
         values = (getattr(self, field.name) for field in fields(self))
-        shown = (f"array{tuple(x.shape)}" if hasattr(x, "shape") else repr(x) for x in values)
-        return f"{type(self).__name__.strip('_')}({', '.join(shown)})"
+        return type(self), *(x if x is None or isinstance(x, int | float | str | Mask) else id(x) for x in values)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Mask) and self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        return hash(self._identity())
 
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
-        raise TypeError(f"{type(self).__name__} is no array: expand it with to_array(q_length, kv_length) first")
+        raise TypeError(
+            f"{self} is no array: join it with others by &, |, ~, or expand it with to_array(q_length, kv_length) first"
+        )
 
     __array__ = __bool__ = __len__ = __iter__ = _refuse
     ndim = property(_refuse)  # asked for by Flax's combine_masks, as in its decode path
@@ -151,17 +195,27 @@ class Mask:
         self.with_arrays(take)
         return found
 
-    def with_arrays(self, function: Callable[[Array], Array]) -> "Mask":
-        """The mask with the function applied to each of its arrays; to lengths and ids given as lists too."""
+    def with_arrays(self, function: Callable[[Array], Array], dense: Callable[[Array], Array] | None = None) -> "Mask":
+        """The mask with the function applied to each of its arrays; to lengths and ids given as lists too.
+
+        `dense`, where given, is for dense masks instead.
+        """
         changed = {}
         for name, x in vars(self).items():
             if isinstance(x, Mask):
-                y: Any = x.with_arrays(function)
+                y: Any = x.with_arrays(function, dense)
+            elif isinstance(self, _Array):
+                y = (dense or function)(x)
             else:
                 y = x if x is None or isinstance(x, int | str) else function(x)
             if y is not x:
                 changed[name] = y
         return replace(self, **changed) if changed else self
+
+    def within_32_bits(self, is_wide: Callable[[Any], bool]) -> "Mask":
+        """The same without integers beyond 32 bits, of which `is_wide` tells the arrays that have some."""
+        parts = {name: x.within_32_bits(is_wide) for name, x in vars(self).items() if isinstance(x, Mask)}
+        return replace(self, **parts) if parts else self
 
     def to_array(self, q_length: int, kv_length: int) -> Array:
         """The mask expanded: bool, ``[batch..., 1, q_length, kv_length]``, or the last two where there is no batch.
@@ -217,9 +271,27 @@ class SegmentMask(Mask):
 
     query_ids: Array
     kv_ids: Array
+    _arrays = ("query_ids", "kv_ids")
 
     def lower(self, to: Lowering) -> Expression:
-        return "==", to.given(self, "query_ids", -2), to.given(self, "kv_ids", -1)
+        kinds = {hasattr(x, "dtype") and to.arrays.dtype_name(x).startswith("u") for x in (self.query_ids, self.kv_ids)}
+        unlike = len(kinds) > 1
+        return "==", to.given(self, "query_ids", -2, unlike), to.given(self, "kv_ids", -1, unlike)
+
+    def within_32_bits(self, is_wide: Callable[[Any], bool]) -> Mask:
+        """Ids are equal where all their parts are, of 22, 22 and 20 bits."""
+        ids = self.query_ids, self.kv_ids
+        if not any(map(is_wide, ids)):
+            return self
+        low, middle, high = zip(*(_parts(x, is_wide(x)) for x in ids), strict=True)
+        return SegmentMask(*low) & SegmentMask(*middle) & SegmentMask(*high)
+
+
+def _parts(x: Any, wide: bool) -> tuple[Any, ...]:
+    """Integers as three of 32 bits, whose signs are the last one's."""
+    bits, x = 2**22 - 1, x if x.dtype.itemsize >= 4 else x.astype("int32")
+    parts = x & bits, (x >> 22) & bits, x >> 44 if wide else (x < 0) * -1
+    return tuple(part.astype("int32") for part in parts)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -231,12 +303,18 @@ class LengthMask(Mask):
 
     kv_lengths: Array
     query_lengths: Array | None = None
+    _arrays = ("kv_lengths",)
 
     def lower(self, to: Lowering) -> Expression:
         keys = "<", to.position(-1), to.given(self, "kv_lengths")
         if self.query_lengths is None:
             return keys
         return "&", keys, ("<", to.position(-2), to.given(self, "query_lengths"))
+
+    def within_32_bits(self, is_wide: Callable[[Any], bool]) -> Mask:
+        """No array is longer than 32 bits can tell."""
+        lengths: Any = self.kv_lengths, self.query_lengths
+        return LengthMask(*(x.clip(max=2**31 - 1).astype("int32") if is_wide(x) else x for x in lengths))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -245,6 +323,9 @@ class _Array(Mask):
 
     array: Array
 
+    def __repr__(self) -> str:
+        return _shown(self.array)
+
     def lower(self, to: Lowering) -> Expression:
         return "array", to.add(self.array)
 
@@ -252,6 +333,9 @@ class _Array(Mask):
 @dataclass(frozen=True, eq=False, repr=False)
 class _Not(Mask):
     mask: Mask
+
+    def __repr__(self) -> str:
+        return f"~({self.mask})" if isinstance(self.mask, _Join) else f"~{self.mask}"
 
     def lower(self, to: Lowering) -> Expression:
         return "~", self.mask.lower(to)
@@ -262,6 +346,12 @@ class _Join(Mask):
     how: str
     one: Mask
     two: Mask
+
+    def __repr__(self) -> str:
+        parts = (self.one, self.two)
+        return f" {self.how} ".join(
+            f"({part})" if isinstance(part, _Join) and part.how != self.how else repr(part) for part in parts
+        )
 
     def lower(self, to: Lowering) -> Expression:
         return self.how, self.one.lower(to), self.two.lower(to)
@@ -274,9 +364,19 @@ class _Join(Mask):
         return (min(max(one[0], two[0]), last), last), (max(sure[0], surely[0]), min(sure[1], surely[1]))
 
 
+def _shown(x: Any) -> str:
+    return f"array{tuple(x.shape)}" if hasattr(x, "shape") else repr(x)
+
+
 def as_mask(x: Any) -> Any:
     """A dense mask as one by rule, so that they mix; None stays."""
-    return x if x is None or isinstance(x, Mask) else _Array(x)
+    if x is None or isinstance(x, Mask):
+        return x
+    if isinstance(x, type) or not (isinstance(x, bool) or hasattr(x, "shape") or hasattr(x, "__jax_array__")):
+        made = f"{x.__name__}(...)" if isinstance(x, type) else "an array, as numpy.asarray makes it"
+        got = f"the class {x.__name__}" if isinstance(x, type) else f"a {type(x).__name__}"
+        raise TypeError(f"a mask by rule joins other masks and arrays, got {got}: pass {made}")
+    return _Array(x)
 
 
 def conjunction(mask: Any) -> list[Any]:

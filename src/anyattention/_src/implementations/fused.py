@@ -17,7 +17,7 @@ from anyattention._src.hidden import shown_keys
 from anyattention._src.implementations.base import Implementation
 from anyattention._src.implementations.tiled import TILED
 from anyattention._src.interfaces import permute
-from anyattention._src.rules import LengthMask, Mask
+from anyattention._src.rules import LengthMask, Mask, short
 from anyattention._src.structure import Structure
 
 Array = Any
@@ -114,7 +114,9 @@ class Fused(Implementation):
             if any(not isinstance(x, Mask) for x in mask.rest):
                 yield "it has no arrays as masks"
         elif expanded and self.elements(call, mask) > self.most_elements:  # which may be a symbol, that has no text
-            yield from (f"{reason}, and an array has {self.most_elements} elements or more" for reason in expanded.values())
+            yield from (
+                f"{reason}, and an array has {self.most_elements} elements or more" for reason in expanded.values()
+            )
         yield from self.limits(call, mask)
 
     def remarks(self, call: Call) -> list[str]:
@@ -199,7 +201,7 @@ class Fused(Implementation):
         xp, arrays, (rows, columns) = call.backend.xp, call.backend.arrays, call.lengths
         beside = arrays.beside(call.operands.query)
         kv_lengths, query_lengths = (
-            None if x is None else arrays.cast(_array(call, x), "int32") for x in (mask.kv_lengths, mask.query_lengths)
+            None if x is None else short(arrays, _array(call, x)) for x in (mask.kv_lengths, mask.query_lengths)
         )
         if mask.rest or mask.kv_ids is not None:
             visible = _visible(call)

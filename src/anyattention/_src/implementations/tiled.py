@@ -51,8 +51,10 @@ class Tiled(Implementation):
     def vjp(self, call: Call, given: Sequence[str]) -> tuple[Array, Callable[[Array], Gradients]]:
         """The output, and a function from its gradient to those of query, key, value and bias.
 
-        `given` are the dtypes that query, key and value had before promotion, which their gradients get back.
+        `given` are the dtypes that query, key and value had before promotion, which their gradients get back. The
+        function keeps copies: whoever calls it may have changed the arguments and the output in place.
         """
+        call = call.of_copies()
         how, block = prepare(call)
         arrays, tiles, bias, group = call.backend.arrays, call.backend.tiles, call.operands.bias, _group(call)
         results = tiles.compiled(forward, how, block)
@@ -67,7 +69,7 @@ class Tiled(Implementation):
             dbias = arrays.cast(arrays.xp.reshape(dbias, tuple(bias.shape)), arrays.dtype_name(bias))
             return dquery, dkey, dvalue, dbias
 
-        return _restored(call, results[0]), pullback
+        return arrays.own(_restored(call, results[0])), pullback
 
 
 TILED = Tiled()

@@ -48,7 +48,7 @@ def merge(tiles: Tiles, a: Partial, b: Partial) -> Partial:
 
 def finish(partial: Partial, keep_prob: float) -> Array:
     """The output, ``[..., rows, v_depth]``; NaN where every logit was minus infinity, as a softmax gives."""
-    return partial.output / (partial.total * keep_prob)
+    return partial.output / (partial.total * float(keep_prob))
 
 
 def finite(tiles: Tiles, base: Array | None) -> Array | None:
