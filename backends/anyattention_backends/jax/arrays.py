@@ -108,16 +108,12 @@ class JAXArrays(Arrays):
             x = jnp.expand_dims(x, tuple(range(y.ndim - x.ndim)))
         return x, y
 
-    def opaque(self, x: Array) -> Array:
-        return jax.lax.optimization_barrier(x)
+    def traced(self, x: Array) -> bool:
+        return isinstance(x, jax.core.Tracer)
 
     def truth(self, mask: Array) -> Array:
         """The same test for zero that ``jnp.where`` makes."""
         return mask if mask.dtype == bool else mask != jnp.zeros((), mask.dtype)
-
-    def lowest(self, dtype: str) -> Any:
-        """JAX has more floating dtypes than the project's own table."""
-        return jnp.finfo(dtype).min
 
 
 @cache

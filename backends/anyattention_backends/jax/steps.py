@@ -28,6 +28,10 @@ class JAXSteps(Steps):
         """``jnp.where`` takes the mask as it is."""
         return jnp.where(mask, x, np.asarray(fill).astype(x.dtype))
 
+    def lowest(self, dtype: str) -> Any:
+        """JAX has more floating dtypes than the project's own table."""
+        return jnp.finfo(dtype).min
+
     def softmax(self, logits: Array) -> Array:
         """JAX's, whose gradient has other bits than that of the steps."""
         return jax.nn.softmax(logits)

@@ -72,8 +72,14 @@ class JAXTiles(Tiles):
         """A typed key hides its words."""
         return jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jnp.asarray(key)
 
-    def no_keep(self, key: Any, keep_prob: Any) -> str:
+    def opaque(self, x: Array) -> Array:
+        return jax.lax.optimization_barrier(x)
+
+    def refusal(self, dropout_key: Any, keep_prob: Any) -> str:
         """Some layouts of random bits are not a function of key and index."""
+        key = dropout_key
+        if key is None:
+            return ""
         typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
         kind = str(jax.random.key_impl(key)) if typed else jax.config.jax_default_prng_impl
         if kind != "threefry2x32":

@@ -87,7 +87,7 @@ class TorchTiles(Tiles):
             return torch.where(visible, x, value)
         return x.masked_fill_(~visible, value)
 
-    def absent(self) -> str:
+    def refusal(self, dropout_key: Any, keep_prob: Any) -> str:
         traced = torch.compiler.is_compiling() or compat.is_traced()
         return "ONNX lacks the operator that it is in a trace" if traced and compat.exports_to_onnx() else ""
 

@@ -150,10 +150,6 @@ class Arrays:
         """Where the mask is truthy: any nonzero, NaN too."""
         return mask if self.dtype_name(mask) == "bool" else mask != 0
 
-    def lowest(self, dtype: str) -> Any:
-        """The finite minimum of a dtype."""
-        return dtypes.lowest(dtype)
-
     def matmul(self, x: Array, y: Array) -> Array:
         """Matrix product over the last two axes, in one dtype."""
         return self.xp.matmul(x, y)
@@ -162,9 +158,9 @@ class Arrays:
         """All axes in this order."""
         return self.xp.permute_dims(x, axes)
 
-    def opaque(self, x: Array) -> Array:
-        """The array; to a compiler no constant, of which it would compute functions itself, slowly."""
-        return x
+    def traced(self, x: Array) -> bool:
+        """Whether the array is part of a program that is compiled as a whole."""
+        return False
 
     def inspects(self, x: Array) -> bool:
         """Whether the values of masks can be looked at, as `surely` needs them."""
@@ -249,6 +245,10 @@ class Steps:
         """`x` where the mask is truthy (any nonzero, NaN too), `fill` elsewhere."""
         return self.xp.where(self.arrays.truth(mask), x, fill)
 
+    def lowest(self, dtype: str) -> Any:
+        """The finite minimum of a dtype."""
+        return dtypes.lowest(dtype)
+
     def softmax(self, logits: Array) -> Array:
         """Softmax over the last axis, each step rounded to the logits' dtype."""
         xp = self.xp
@@ -326,13 +326,13 @@ class Tiles:
         """A dropout key of this library as raw words, beside `like`."""
         return place(self.arrays, key, like)
 
-    def absent(self) -> str:
-        """Why tiles cannot be computed here and now; empty where they can."""
+    def refusal(self, dropout_key: Any, keep_prob: Any) -> str:
+        """Why tiles cannot be computed here and now, or dropout bits of this key, if any, not be drawn; else empty."""
         return ""
 
-    def no_keep(self, key: Any, keep_prob: Any) -> str:
-        """Why dropout bits of this key cannot be drawn tile by tile; empty where they can."""
-        return ""
+    def opaque(self, x: Array) -> Array:
+        """The array; to a compiler no constant, of which it would compute functions itself, slowly."""
+        return x
 
     def span(self, visible: Array) -> Sizes:
         """The columns from the first to the last with something visible, where `Arrays.inspects`."""

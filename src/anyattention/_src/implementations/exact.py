@@ -68,7 +68,7 @@ def attention_weights(call: Call) -> Array:
     if mask is not None:
         if isinstance(mask, Mask):  # by rule no longer, since all the logits are here anyway
             mask = call.visible(mask)
-        logits = steps.where(mask, logits, arrays.lowest(dtype))
+        logits = steps.where(mask, logits, steps.lowest(dtype))
 
     if options.force_fp32_for_softmax and dtype != "float32":
         weights = steps.softmax(arrays.cast(logits, "float32"))

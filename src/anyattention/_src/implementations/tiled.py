@@ -29,14 +29,12 @@ class Tiled(Implementation):
         yield from super().refusals(call)
         if call.has_unknown_sizes:
             yield "lengths are unknown"
-        if reason := call.backend.tiles.absent():
-            yield reason
         arrays, bias, dropout = call.backend.arrays, call.operands.bias, call.options.dropout
         if isinstance(bias, complex) or (hasattr(bias, "shape") and arrays.dtype_name(bias).startswith("complex")):
             yield "the bias is complex"
         if call.options.dtype not in ("bfloat16", "float16", "float32", "float64"):
             yield f"tiles of {call.options.dtype} are not supported"
-        if dropout and (reason := call.backend.tiles.no_keep(call.operands.dropout_key, dropout.keep_prob)):
+        if reason := call.backend.tiles.refusal(call.operands.dropout_key, dropout and dropout.keep_prob):
             yield reason
 
     def compute(self, call: Call) -> Array:

@@ -59,7 +59,7 @@ def tiling(
     rows, columns = block.lengths
     ruled = mask is not None and mask.ranges(0, 1, columns)[0] != mask.ranges(rows - 1, rows, columns)[0]
     sizes, bias = backend.tiles.sizes(block, ruled), block.pairs.bias
-    root, fill = max(block.rows[0].shape[-1], 1) ** 0.5, float(backend.arrays.lowest(options.dtype))
+    root, fill = max(block.rows[0].shape[-1], 1) ** 0.5, float(backend.steps.lowest(options.dtype))
     bias_axes = (False, False) if bias is None else tuple(size != 1 for size in bias.shape[-2:])
     groups = _groups(mask, block, sizes[0], backend.tiles.most_groups) if ruled else (everything(block),)
     skip, precise = expression is not None and backend.arrays.inspects(block.rows[0]), options.dtype == "float32"
