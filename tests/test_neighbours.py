@@ -91,6 +91,20 @@ def test_an_entry_has_the_same_bits_alone_and_among_others(library, shape, kind)
             np.testing.assert_array_equal(x, y, err_msg=f"{name}, batch of {batch}")
 
 
+@pytest.mark.parametrize("kind", ["plain", "causal", "lengths"])
+@pytest.mark.parametrize("shape", ["long", "grouped", "short"])
+def test_the_kernel_of_pytorch_on_cpu(shape, kind):
+    """Whose engine tells so in `explain`."""
+    outputs = []
+    for batch in (1, 2, 8):
+        rest = options(shape, kind, batch, torch.tensor)
+        outputs.append(
+            aa.dot_product_attention(*map(torch.tensor, arrays(shape, batch)), **rest, implementation="fused")
+        )
+    assert torch.equal(outputs[0][0], outputs[1][0])
+    assert torch.equal(outputs[0][0], outputs[2][0])
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_none_chooses_by_one_entry(library, shape):
     plans = [aa.explain(*map(library.put, arrays(shape, batch))) for batch in (1, 2, 8)]

@@ -112,8 +112,26 @@ def test_explain_explains_what_would_raise():
 
 def test_explain_gives_sizes_and_thresholds():
     small = np.zeros((1, 12, 2, 4), np.float32)
-    assert "288 logits, 144 of a head, 12 queries" in aa.explain(small, small, small).reasons
-    assert "tiled from 65536 of a head, 64 queries" in aa.explain(small, small, small).reasons
+    assert "144 logits of a head, 288 of a batch entry, 12 queries" in aa.explain(small, small, small).reasons
+    assert "tiled from 65536 logits of a head, 64 queries" in aa.explain(small, small, small).reasons
+
+
+def test_one_query_on_jax():
+    """Tiled where it is faster than Flax's steps: in a compiled program, which a growing cache would be anew, in 32 bits."""
+    arrays = [jnp.zeros((2, n, 8, 16)) for n in (1, 4096, 4096)]
+    assert aa.explain(*arrays).implementation == "exact"
+    seen = []
+    jax.eval_shape(lambda *x: seen.append(aa.explain(*x)), *arrays)
+    jax.eval_shape(lambda *x: seen.append(aa.explain(*x)), *(x.astype(jnp.bfloat16) for x in arrays))
+    assert [plan.implementation for plan in seen] == ["tiled", "exact"]
+
+
+def test_explain_tells_what_kernels_do_with_neighbours():
+    x = torch.zeros(2, 64, 1, 8)
+    told = str(aa.explain(x, x, x, is_causal=True))
+    assert "the bits of a batch entry do not depend on the other entries" in told
+    assert "NaN or infinity may show in a row whose query may not see it" in told
+    assert "may depend on the other entries" in str(aa.explain(x, x, x, bias=torch.zeros(64)))
 
 
 def test_explain_takes_shapes():

@@ -59,7 +59,7 @@ def test_the_table_is_that_of_the_committed_run():
 
 
 def rows_of_rules():
-    """The table of ``anyattention.RULES``: where, sizes and queries that a rule is for, and what it picks."""
+    """The table of ``anyattention.RULES``: where, sizes that a rule is for, for which of these, and what it picks."""
     names = {"numpy": "NumPy", "jax": "JAX", "torch": "PyTorch", "mlx": "MLX"}
     places = {}  # platforms of one library that have the same rules share their rows
     for (library, platform), rules in RULES.items():
@@ -67,12 +67,14 @@ def rows_of_rules():
     for (library, rules), platforms in places.items():
         where = names[library] if library == "numpy" else f"{names[library]}, {' or '.join(platforms)}"
         for rule in rules:
-            sizes = [f"{prefix}2^{least.bit_length() - 1} or more"
-                     for prefix, least in (("", rule.logits), ("of a head ", rule.of_a_head)) if least]  # fmt: skip
-            queries = f"{rule.least_queries} or more" if rule.least_queries else ""
-            queries = f"{rule.most_queries}" if rule.most_queries < 2**63 else queries
-            assert all(least & (least - 1) == 0 for least in (rule.logits, rule.of_a_head))
-            yield where, ", ".join(sizes), queries, rule.implementation
+            sizes = {"a head": rule.of_a_head, "a batch entry": rule.of_an_entry}
+            assert all(least & (least - 1) == 0 for least in sizes.values())
+            bounds = [f"{of} 2^{least.bit_length() - 1}" for of, least in sizes.items() if least]
+            only = [f"{rule.least_queries} queries or more"] if rule.least_queries else []
+            only += [f"at most {rule.most_queries} query"] if rule.most_queries < 2**63 else []
+            only += [" and ".join(rule.dtypes)] if rule.dtypes else []
+            only += ["under jit"] if rule.traced else []
+            yield where, ", ".join(bounds), ", ".join(only), rule.implementation
 
 
 def test_the_table_of_rules():

@@ -21,6 +21,11 @@ class TorchKernel(Fused):
         if reason := beyond(call):
             yield reason
 
+    def is_low(self, call: Call) -> bool:
+        """Whether some query is shown low biases alone; first by a few keys, which mostly tell."""
+        step = self.sample(call)
+        return not (step > 1 and bool(self.reaches(call, step).all())) and not bool(self.reaches(call).all())
+
 
 def beyond(call: Call) -> str:
     """Why a transformation's derivatives are not there, but the first in reverse mode; empty where they are."""

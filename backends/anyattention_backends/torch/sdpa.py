@@ -24,6 +24,7 @@ class SDPA(TorchKernel):
     on_cuda = ("bfloat16", "float16")  # of float32 its kernel is up to 6 times less accurate than Flax (H100)
     one_depth = True
     broadcasts = True
+    alone = ("cpu",)
     wider = "float32"
 
     def rank(self, call: Call) -> int:
@@ -31,9 +32,7 @@ class SDPA(TorchKernel):
 
     def refusals(self, call: Call) -> Iterator[str]:
         query, key, value, *_ = call.operands
-        known = (
-            not is_spread(query) and call.backend.arrays.platform(query) == "cpu" and call.options.dtype in self.dtypes
-        )
+        known = not is_spread(query) and call.options.dtype in self.dtypes and query.is_cpu
         full = known and _is_plain(call) and query.numel() and key.numel() and value.numel()
         if full and call.needs <= _SIMPLE and not beyond(call):
             return iter(())  # what the long way finds too, in a tenth of its 20 us
@@ -69,7 +68,7 @@ class SDPA(TorchKernel):
         query, key, value, bias, mask, _, _ = call.operands
         if call.options.precision is not None:
             call.backend.steps.check_precision(call.options.precision, None, query)
-        if bias is not None and self._is_low(call):
+        if bias is not None and self.is_low(call):
             return tiled.compute(call)
         depth = query.shape[-1]
         fits = depth % 8 == 0 or call.backend.arrays.platform(query) == "cpu"
@@ -78,11 +77,6 @@ class SDPA(TorchKernel):
         if fits and depth == value.shape[-1] and query.ndim == 4 and _is_plain(call):
             return self.kernel(query, key, value, None, _FULL if mask is None else _CAUSAL, depth**-0.5)
         return self.mended(call)
-
-    def _is_low(self, call: Call) -> bool:
-        """Whether some query is shown low biases alone; first by a few keys, which mostly tell."""
-        step = self.sample(call)
-        return not (step > 1 and bool(self.reaches(call, step).all())) and not bool(self.reaches(call).all())
 
     def kernel(self, query: Array, key: Array, value: Array, bias: Array | None, mask: Structure, scale: float) -> Any:
         causal, shown = mask.causal and bias is None and not mask.rest, mask.joined
@@ -96,9 +90,8 @@ class SDPA(TorchKernel):
             options["enable_gqa"] = True
         if operators.backend.arrays.platform(query) == "cuda":
             four, options = for_cuda(four, options)
-        return with_second_derivative(torch.nn.functional.scaled_dot_product_attention, *four, **options).transpose(
-            1, 2
-        )
+        output = with_second_derivative(torch.nn.functional.scaled_dot_product_attention, *four, **options)
+        return output.transpose(1, 2)
 
 
 def _is_plain(call: Call) -> bool:

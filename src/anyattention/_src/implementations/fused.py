@@ -26,6 +26,9 @@ SWITCH = (
     "implementation='tiled'."
 )
 _LOW = "falls back to tiled when the call runs, if all biases of some row are far below zero"
+_HIDDEN = "NaN or infinity may show in a row whose query may not see it, if another query may"
+_ALONE = "the bits of a batch entry do not depend on the other entries, in all tests"
+_NEIGHBOURS = "the bits of a batch entry may depend on the other entries"
 _SAMPLE = 64  # keys of which the biases are looked at first
 
 
@@ -42,6 +45,7 @@ class Fused(Implementation):
     broadcasts = False  # leaves axes of size 1 of such an array as they are, so that lengths cost nothing
     most_elements = 2**30  # of an array that stands for a mask by rule
     wider = ""  # dtype of a bias that may be wider than the call's
+    alone: tuple[str, ...] = ()  # platforms on which the bits of a batch entry do not depend on the others, in tests
     low_biases = False  # has right gradients where all biases of a row are far below zero
 
     # --- what a subclass says ---
@@ -124,7 +128,11 @@ class Fused(Implementation):
         size = self.elements(call, mask)
         array = f"the mask is an array of {size} elements" if size else "the mask is an array"
         found = [f"{array}: {reason}" for reason in expanded.values()]
-        return found if call.operands.bias is None or self.low_biases else [*found, _LOW]
+        found += [] if call.operands.mask is None else [_HIDDEN]
+        biased, platform = call.operands.bias is not None, call.backend.arrays.platform(call.operands.query)
+        alone = platform in self.alone and call.lengths[0] > 1 and not biased  # of one query kernels share out the keys
+        found += [_ALONE if alone else _NEIGHBOURS]
+        return [*found, _LOW] if biased and not self.low_biases else found
 
     def elements(self, call: Call, mask: Structure) -> int:
         """How many an array has that stands for masks by rule, one for all heads; none where they are small."""
@@ -177,7 +185,7 @@ class Fused(Implementation):
         xp, arrays, lengths = call.backend.xp, call.backend.arrays, call.lengths
         query, _, _, bias, *_ = call.operands
         seen, mask = self.shown(call, self.fit(call)[0])
-        mask, (key, value) = _of_one_batch(call, mask), cleared(call)
+        mask, (key, value) = _of_one_batch(call, mask), self.cleared(call)
         rows, columns = (n + n % 2 for n in lengths) if self.even and trained else lengths
         parts = zip((query, key, value), (rows, columns, columns), self.depths(call), strict=True)
         flat = query.ndim == 4  # else of other batch axes, which become one
@@ -195,6 +203,16 @@ class Fused(Implementation):
             output = output[:, : lengths[0], :, : value.shape[-1]]
         output = output if flat else xp.reshape(output, (*query.shape[:-1], value.shape[-1]))
         return output if seen is None else xp.where(permute(arrays, seen, (-1, -2))[..., None], output, _mean(call))
+
+    def cleared(self, call: Call) -> tuple[Array, Array]:
+        """Keys and values, zeros where no query of their batch entry may see them."""
+        key, value = call.operands[1:3]
+        keys = shown_keys(call)
+        if keys is None or call.backend.arrays.surely(keys, True):
+            return key, value
+        keys = _ranked(call.backend.xp, keys, 3)
+        keys, where = call.backend.xp.reshape(keys, (*keys.shape[:-3], -1, 1, 1)), call.backend.steps.where
+        return where(keys, key, 0.0), where(keys, value, 0.0)
 
     def shown(self, call: Call, mask: Structure) -> tuple[Array | None, Structure]:
         """Which queries see a key, ``[batch..., heads or 1, q_length or 1]``; None for all. A mask that shows each."""
@@ -240,17 +258,6 @@ class Fused(Implementation):
     def sample(self, call: Call) -> int:
         """The step between the keys that `reaches` looks at first, which mostly tell; 1 where keys are few."""
         return max(call.lengths[1] // _SAMPLE, 1)
-
-
-def cleared(call: Call) -> tuple[Array, Array]:
-    """Keys and values, zeros where no query of their batch entry may see them."""
-    key, value = call.operands[1:3]
-    keys = shown_keys(call)
-    if keys is None or call.backend.arrays.surely(keys, True):
-        return key, value
-    keys = _ranked(call.backend.xp, keys, 3)
-    keys, where = call.backend.xp.reshape(keys, (*keys.shape[:-3], -1, 1, 1)), call.backend.steps.where
-    return where(keys, key, 0.0), where(keys, value, 0.0)
 
 
 def least_bias(dtype: str) -> float:
