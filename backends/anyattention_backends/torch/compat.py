@@ -34,7 +34,7 @@ _ADVICE = {
 
 
 @constant
-def foreign(kind: type) -> str:
+def foreign(kind: Any) -> str:
     """Why tensors of a class are not what their storage says; "causal" of `CausalBias`, empty where they are."""
     if not issubclass(kind, torch.Tensor):
         return f"a {kind.__module__}.{kind.__qualname__}, which is no tensor: pass one, or a mask of anyattention.masks"
@@ -45,7 +45,9 @@ def foreign(kind: type) -> str:
     home = ".".join(kind.__module__.split(".")[:2])
     if plain and home != "torch.sparse":
         return ""
-    advice = _ADVICE.get(home, "pass a plain tensor, as x.as_subclass(torch.Tensor) is where its storage has the values")
+    advice = _ADVICE.get(
+        home, "pass a plain tensor, as x.as_subclass(torch.Tensor) is where its storage has the values"
+    )
     return f"a {kind.__module__}.{kind.__qualname__}, whose storage is not what it means: {advice}"
 
 
@@ -117,7 +119,8 @@ def is_symbol(size: Any) -> bool:
         return False
     from torch.fx.experimental.symbolic_shapes import statically_known_true  # (2.11, 2.13)
 
-    return not any([statically_known_true(size % 7 == rest) for rest in range(7)])
+    known = [statically_known_true(size % 7 == rest) for rest in range(7)]  # of a number one is
+    return not any(known)
 
 
 def saved_tensor_hooks() -> Any:

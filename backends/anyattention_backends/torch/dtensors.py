@@ -28,7 +28,7 @@ def beside(x: Tensor, like: Any) -> Tensor:
     return DTensor.from_local(x.to(like.device), mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
-class Beside(TorchFunctionMode):
+class Beside(TorchFunctionMode):  # type: ignore[misc]
     """Makes new tensors DTensors beside `like`, and shifts right."""
 
     def __init__(self, like: Any) -> None:

@@ -123,7 +123,9 @@ def _rules(call: Call, told: list[str] | None) -> Sequence[Rule]:
     fitting: Sequence[Rule] = ()
     if library not in _RULED:
         reasons = ["exact is the default of this library"]
-    elif call.backend.symbolic(logits := (of_a_head := queries * call.operands.key.shape[-3]) * heads * prod(shape[:-3])):
+    elif call.backend.symbolic(
+        logits := (of_a_head := queries * call.operands.key.shape[-3]) * heads * prod(shape[:-3])
+    ):
         reasons = ["lengths are symbols"]
     else:
         platform = call.backend.arrays.platform(query)
