@@ -67,7 +67,7 @@ def load(library: str) -> Backend:
 
 
 def _find(x: Any) -> Backend:
-    roots = [kind.__module__.partition(".")[0] for kind in (type(x), *type(x).__mro__)]
+    roots = _roots(type(x))
     for root in roots:
         if root in LIBRARIES:
             return load(root)
@@ -83,6 +83,14 @@ def _find(x: Any) -> Backend:
             f"{type(x).__module__}.{type(x).__qualname__} is not an array of a library that follows the array API "
             "standard: convert it first, for example with numpy.asarray"
         ) from None
+
+
+def _roots(kind: type) -> list[str]:
+    """The root modules of a class and of those that it inherits from."""
+    return [x.__module__.partition(".")[0] for x in kind.__mro__]
+
+
+vars(_roots)["_dynamo_marked_constant"] = True  # the compiler of PyTorch 2.11 knows no names of modules
 
 
 @cache

@@ -154,7 +154,8 @@ class Mask:
     def with_arrays(self, function: Callable[[Array], Array]) -> "Mask":
         """The mask with the function applied to each of its arrays; to lengths and ids given as lists too."""
         changed = {}
-        for name, x in vars(self).items():
+        for name in [field.name for field in fields(self)]:  # not `vars`, which PyTorch 2.11 cannot compile
+            x = getattr(self, name)
             if isinstance(x, Mask):
                 y: Any = x.with_arrays(function)
             else:
