@@ -94,7 +94,7 @@ def mapped(function: Callable[..., Sequence[Any]], *arrays: torch.Tensor) -> Seq
 
 
 def transformations() -> list[str]:
-    """Those of `torch.func` in force, the outermost first: "Grad", "Vmap", "Jvp", ... (2.13)."""
+    """Those of `torch.func` in force, the outermost first: "Grad", "Vmap", "Jvp", ... (2.11, 2.13)."""
     stack = torch._C._functorch.get_interpreter_stack() or []
     return [interpreter.key().name for interpreter in stack]
 
@@ -105,7 +105,7 @@ def differentiates() -> bool:
 
 
 def unwrapped(x: torch.Tensor) -> torch.Tensor:
-    """The tensor below all transformations (2.13)."""
+    """The tensor below all transformations (2.11, 2.13)."""
     while is_wrapped(x):
         x = torch._C._functorch.get_unwrapped(x)
     return x
@@ -124,7 +124,7 @@ def is_symbol(size: Any) -> bool:
 
 
 def saved_tensor_hooks() -> Any:
-    """The hooks that pack and unpack what autograd saves, as checkpoints set them; None without (2.13)."""
+    """The hooks that pack and unpack what autograd saves, as checkpoints set them; None without (2.11, 2.13)."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False)
 
 

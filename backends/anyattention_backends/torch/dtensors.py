@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 _MAKE = {torch.arange, torch.asarray, torch.as_tensor, torch.empty, torch.full, torch.ones, torch.tensor, torch.zeros}
-# The operators give DTensors back as they were (2.13).
+# The operators give DTensors back as they were (2.11, 2.13).
 _SHIFTS = {Tensor.__lshift__: torch.bitwise_left_shift, Tensor.__rshift__: torch.bitwise_right_shift}
 
 
