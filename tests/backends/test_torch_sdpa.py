@@ -162,7 +162,7 @@ def test_one_look_at_a_few_keys_mostly_tells(monkeypatch, keys):
 
 
 def test_queries_that_see_nothing_on_a_kernel_that_answers_nan(monkeypatch):
-    def kernel(query, key, value, attn_mask, is_causal, scale, enable_gqa):
+    def kernel(query, key, value, attn_mask, is_causal, scale):
         logits = query @ key.mT / query.shape[-1] ** 0.5
         return torch.softmax(torch.where(attn_mask, logits, -torch.inf), dim=-1) @ value
 

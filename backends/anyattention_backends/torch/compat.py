@@ -34,7 +34,7 @@ _ADVICE = {
 
 
 @constant
-def foreign(kind: type) -> str:
+def foreign(kind: Any) -> str:
     """Why tensors of a class are not what their storage says; "causal" of `CausalBias`, empty where they are."""
     if not issubclass(kind, torch.Tensor):
         return f"a {kind.__module__}.{kind.__qualname__}, which is no tensor: pass one, or a mask of anyattention.masks"
@@ -94,7 +94,7 @@ def mapped(function: Callable[..., Sequence[Any]], *arrays: torch.Tensor) -> Seq
 
 
 def transformations() -> list[str]:
-    """Those of `torch.func` in force, the outermost first: "Grad", "Vmap", "Jvp", ... (2.13)."""
+    """Those of `torch.func` in force, the outermost first: "Grad", "Vmap", "Jvp", ... (2.11, 2.13)."""
     stack = torch._C._functorch.get_interpreter_stack() or []
     return [interpreter.key().name for interpreter in stack]
 
@@ -105,7 +105,7 @@ def differentiates() -> bool:
 
 
 def unwrapped(x: torch.Tensor) -> torch.Tensor:
-    """The tensor below all transformations (2.13)."""
+    """The tensor below all transformations (2.11, 2.13)."""
     while is_wrapped(x):
         x = torch._C._functorch.get_unwrapped(x)
     return x
@@ -119,11 +119,12 @@ def is_symbol(size: Any) -> bool:
         return False
     from torch.fx.experimental.symbolic_shapes import statically_known_true  # (2.11, 2.13)
 
-    return not any(statically_known_true(size % 7 == rest) for rest in range(7))
+    known = [statically_known_true(size % 7 == rest) for rest in range(7)]  # of a number one is
+    return not any(known)
 
 
 def saved_tensor_hooks() -> Any:
-    """The hooks that pack and unpack what autograd saves, as checkpoints set them; None without (2.13)."""
+    """The hooks that pack and unpack what autograd saves, as checkpoints set them; None without (2.11, 2.13)."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False)
 
 

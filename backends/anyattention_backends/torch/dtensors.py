@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 _MAKE = {torch.arange, torch.asarray, torch.as_tensor, torch.empty, torch.full, torch.ones, torch.tensor, torch.zeros}
-# The operators give DTensors back as they were (2.13).
+# The operators give DTensors back as they were (2.11, 2.13).
 _SHIFTS = {Tensor.__lshift__: torch.bitwise_left_shift, Tensor.__rshift__: torch.bitwise_right_shift}
 
 
@@ -28,7 +28,7 @@ def beside(x: Tensor, like: Any) -> Tensor:
     return DTensor.from_local(x.to(like.device), mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
-class Beside(TorchFunctionMode):
+class Beside(TorchFunctionMode):  # type: ignore[misc]
     """Makes new tensors DTensors beside `like`, and shifts right."""
 
     def __init__(self, like: Any) -> None:

@@ -16,8 +16,6 @@ class TorchKernel(Fused):
     serves = Fused.serves | {"precision"}  # as far as PyTorch's own switches honour it
 
     def limits(self, call: Call, mask: Structure) -> Iterator[str]:
-        if dtensors.is_spread(call.operands.query):
-            yield "PyTorch has no strategy for its gradient of DTensors"
         if reason := beyond(call):
             yield reason
 
@@ -29,6 +27,8 @@ class TorchKernel(Fused):
 
 def beyond(call: Call) -> str:
     """Why a transformation's derivatives are not there, but the first in reverse mode; empty where they are."""
+    if dtensors.is_spread(call.operands.query):
+        return "PyTorch has no strategy for its gradient of DTensors"
     if torch.compiler.is_compiling() or not compat.is_transformed():
         return ""
     arrays, kinds = call.operands[:3], compat.transformations()
@@ -40,6 +40,11 @@ def beyond(call: Call) -> str:
     if kinds.count("Grad") + outside > 1:
         return "it has no second derivative within torch.func"
     return ""
+
+
+def told(size: int) -> str:
+    """How many elements an array has; nothing in a trace, where it may be a symbol, which has no text."""
+    return "" if torch.compiler.is_compiling() else f" of {size} elements"
 
 
 def can_look(call: Call) -> bool:

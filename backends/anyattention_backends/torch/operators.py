@@ -119,14 +119,14 @@ def _read(arrays: Many, numbers: Numbers, text: str) -> tuple[Tiling, Block]:
     return tiling(backend, Options(**options), dtype, expression, block), block
 
 
-@torch.library.custom_op("anyattention::tiled", mutates_args=())  # type: ignore[untyped-decorator]
+@torch.library.custom_op("anyattention::attend_by_tiles", mutates_args=())  # type: ignore[untyped-decorator]
 def _tiled(arrays: Many, numbers: Numbers, text: str) -> list[Tensor]:
     how, block = _read(arrays, numbers, text)
     output, base, total = without_autocast(arrays[0], forward, how, block)
     return [as_returned(output, block), base, total]
 
 
-@torch.library.custom_op("anyattention::tiled_backward", mutates_args=())  # type: ignore[untyped-decorator]
+@torch.library.custom_op("anyattention::attend_by_tiles_backward", mutates_args=())  # type: ignore[untyped-decorator]
 def _tiled_backward(arrays: Many, results: Many, doutput: Tensor, numbers: Numbers, text: str) -> list[Tensor]:
     output, base, total = results
     how, block = _read(arrays, numbers, text)

@@ -7,12 +7,10 @@ import torch
 
 from anyattention.extend import Call, CausalMask, Structure, tiled
 from anyattention_backends.torch import operators
-from anyattention_backends.torch.dtensors import is_spread
-from anyattention_backends.torch.fused import TorchKernel, beyond, can_look, for_cuda, with_second_derivative
+from anyattention_backends.torch.fused import TorchKernel, beyond, can_look, for_cuda, told, with_second_derivative
 
 Array = Any
-_FULL, _CAUSAL = Structure(), Structure(right=0)
-_SIMPLE = frozenset(("mask", "grouped heads"))
+_FULL, _CAUSAL, _SIMPLE = Structure(), Structure(right=0), frozenset(("mask", "grouped heads"))
 
 
 class SDPA(TorchKernel):
@@ -32,7 +30,7 @@ class SDPA(TorchKernel):
 
     def refusals(self, call: Call) -> Iterator[str]:
         query, key, value, *_ = call.operands
-        known = not is_spread(query) and call.options.dtype in self.dtypes and query.is_cpu
+        known = query.is_cpu and call.options.dtype in self.dtypes
         full = known and _is_plain(call) and query.numel() and key.numel() and value.numel()
         if full and call.needs <= _SIMPLE and not beyond(call):
             return iter(())  # what the long way finds too, in a tenth of its 20 us
@@ -47,8 +45,7 @@ class SDPA(TorchKernel):
             if max(query.shape[-1], value.shape[-1]) > 256:
                 yield "there is no kernel for depths beyond 256"
         elif (size := self.elements(call, mask)) > 0:
-            of = "" if torch.compiler.is_compiling() else f" of {size} elements"  # a symbol has no text
-            yield f"the mask would be an array{of}, where tiled skips what is hidden"
+            yield f"the mask would be an array{told(size)}, where tiled skips what is hidden"
         if bias is not None and not can_look(call):
             yield "how low the bias goes cannot be seen here"
         if getattr(bias, "requires_grad", False):
@@ -85,13 +82,12 @@ class SDPA(TorchKernel):
         if not query.stride(-1) == key.stride(-1) == value.stride(-1) == 1:
             query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
         four = [query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)]
-        options = {"attn_mask": shown, "is_causal": causal, "scale": scale}
-        if query.shape[2] != key.shape[2]:  # to a compiler a comparison may be a symbol, which is no bool
-            options["enable_gqa"] = True
+        grouped = {"enable_gqa": True} if query.shape[2] != key.shape[2] else {}  # a symbol is no bool
+        options = {"attn_mask": shown, "is_causal": causal, "scale": scale, **grouped}
         if operators.backend.arrays.platform(query) == "cuda":
             four, options = for_cuda(four, options)
-        output = with_second_derivative(torch.nn.functional.scaled_dot_product_attention, *four, **options)
-        return output.transpose(1, 2)
+        attend = torch.nn.functional.scaled_dot_product_attention
+        return with_second_derivative(attend, *four, **options).transpose(1, 2)
 
 
 def _is_plain(call: Call) -> bool:

@@ -72,7 +72,7 @@ def _find(x: Any, name: str) -> Backend:
         raise TypeError(f"{name} is the class {x.__name__} itself: pass an instance, as {x.__name__}(...) makes it")
     if isinstance(x, Mask):
         raise TypeError(f"{name} must be an array, got the mask by rule {x}: pass it as mask")
-    roots = [kind.__module__.partition(".")[0] for kind in (type(x), *type(x).__mro__)]
+    roots = _roots(type(x))
     for root in roots:
         if root in LIBRARIES:
             return load(root)
@@ -101,6 +101,14 @@ def _find(x: Any, name: str) -> Backend:
 # Some of what attention asks of the standard, by which a namespace that is only begun is told.
 _FUNCTIONS = "arange asarray astype broadcast_to exp expand_dims matmul max permute_dims reshape sum where zeros"
 _METHODS = "dtype ndim shape __add__ __getitem__ __mul__ __sub__ __truediv__"
+
+
+def _roots(kind: type) -> list[str]:
+    """The root modules of a class and of those that it inherits from."""
+    return [x.__module__.partition(".")[0] for x in kind.__mro__]
+
+
+vars(_roots)["_dynamo_marked_constant"] = True  # the compiler of PyTorch 2.11 knows no names of modules
 
 
 @cache

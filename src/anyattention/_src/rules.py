@@ -201,7 +201,8 @@ class Mask:
         `dense`, where given, is for dense masks instead.
         """
         changed = {}
-        for name, x in vars(self).items():
+        for name in [field.name for field in fields(self)]:  # not `vars`, which PyTorch 2.11 cannot compile
+            x = getattr(self, name)
             if isinstance(x, Mask):
                 y: Any = x.with_arrays(function, dense)
             elif isinstance(self, _Array):
