@@ -294,8 +294,12 @@ class Tiles:
         """A dropout key of this library as raw words, beside `like`."""
         return key
 
-    def no_keep(self, key: Any, keep_prob: Any) -> str:
-        """Why dropout bits of this key cannot be drawn tile by tile; empty where they can."""
+    def no_tiles(self, call: Any) -> str:
+        """Why a call, or its dropout bits, cannot be cut into tiles; empty where they can."""
+        return ""
+
+    def wasteful(self, call: Any) -> str:
+        """Why a call is better not cut into tiles, though it can be; empty where nothing speaks against it."""
         return ""
 
     def span(self, visible: Array) -> Sizes:

@@ -129,10 +129,14 @@ def _rules(call: Call, told: list[str] | None) -> Sequence[Rule]:
         platform = call.backend.arrays.platform(query)
         rules = RULES.get((library, platform), ())
         fitting = [x for x in rules if x.fits(logits, of_a_head, queries)]
+        if wasteful := call.backend.tiles.wasteful(call) if fitting else "":
+            fitting = [x for x in fitting if x.implementation != "tiled"]
         if told is None:
             return fitting
         reasons = [f"{logits} logits, {of_a_head} of a head, {queries} queries"]
-        reasons += [str(x) for x in rules if x not in fitting] if rules else [f"there is no rule for {platform}"]
+        unfit = [str(x) for x in rules if not x.fits(logits, of_a_head, queries)]
+        reasons += unfit if rules else [f"there is no rule for {platform}"]
+        reasons += [f"not tiled: {wasteful}"] if wasteful else []
     if told is not None:
         told += reasons
     return fitting

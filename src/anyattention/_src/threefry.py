@@ -108,7 +108,8 @@ def counts(
     """
     *lead, rows, columns = shape
     whole = (*lead, *(whole or (rows, columns)))
-    wide, ones = math.prod(whole) > 2**32, (1,) * len(shape)
+    size, ones = math.prod(whole), (1,) * len(shape)
+    wide = not isinstance(size, int) or size > 2**32  # a symbol of jax.export may stand for as many
     # A position that is known at run time only is added to arrays that count from zero.
     (row, row_later), (column, column_later) = ((x, 0) if isinstance(x, int) else (0, x) for x in origin or (0, 0))
     words = tuple(xp.reshape(word, ones) for word in _key_words(key, xp))
