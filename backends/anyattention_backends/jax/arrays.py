@@ -135,6 +135,11 @@ def register(kind: Any) -> None:
     jax.tree_util.register_pytree_node(kind, flatten, unflatten)
 
 
+def is_symbol(size: Any) -> bool:
+    """Whether a size is a symbol of `jax.export`, of which comparisons may raise."""
+    return not isinstance(size, int | np.integer)
+
+
 def default_platform() -> str:
     """The platform of `jax.default_device`, a device or a platform's name, else of the default backend."""
     device = jax.config.jax_default_device

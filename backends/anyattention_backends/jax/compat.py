@@ -11,3 +11,8 @@ def has_cudnn() -> bool:
 def lacks_forward_mode(error: TypeError) -> bool:
     """Whether a custom derivative met forward mode: JAX has no class for it, but a sentence (0.5.0 to 0.12.0)."""
     return "forward-mode" in str(error)
+
+
+def is_ambiguous(error: Exception) -> bool:
+    """Whether explicit shardings leave open how a result lies: JAX's class has no public name (0.10.2)."""
+    return type(error).__name__ == "ShardingTypeError"

@@ -8,6 +8,8 @@ import numpy as np
 from jax import Array
 
 from anyattention.extend import Steps
+from anyattention_backends.jax.compat import is_ambiguous
+from anyattention_backends.jax.placement import whole
 
 
 class JAXSteps(Steps):
@@ -20,9 +22,18 @@ class JAXSteps(Steps):
         return x / jnp.asarray(value, dtype=x.dtype)
 
     def contract(self, equation: str, x: Array, y: Array, precision: Any = None, dot_general: Any = None) -> Array:
-        """A matrix product of permuted axes rounds differently from Flax's einsum."""
+        """A matrix product of permuted axes rounds differently from Flax's einsum.
+
+        Where Flax's is ambiguous to JAX, keys or values that explicit axes of a mesh shard by length are gathered.
+        """
         options = {"_dot_general": dot_general} if dot_general else {}
-        return jnp.einsum(equation, x, y, precision=precision, **options)
+        try:
+            return jnp.einsum(equation, x, y, precision=precision, **options)
+        except Exception as error:
+            if not is_ambiguous(error):
+                raise
+            keys = equation.partition(",")[2].partition("->")[0].removeprefix("...")
+            return jnp.einsum(equation, x, whole(y, -len(keys)), precision=precision, **options)
 
     def where(self, mask: Array, x: Array, fill: Any) -> Array:
         """``jnp.where`` takes the mask as it is."""

@@ -11,8 +11,10 @@ from jax import Array
 
 from anyattention._src.blocks import Block, Group, Sizes, cut_columns, cut_group, cut_rows
 from anyattention._src.interfaces import Function, OfTiles, Pair, Step, join_rows
-from anyattention.extend import Tiles
-from anyattention_backends.jax.arrays import default_platform
+from anyattention.extend import Call, Tiles
+from anyattention_backends.jax.arrays import default_platform, is_symbol
+from anyattention_backends.jax.opaque import opaque
+from anyattention_backends.jax.placement import axes_of, gathered, placed_as, whole
 
 
 class JAXTiles(Tiles):
@@ -51,8 +53,9 @@ class JAXTiles(Tiles):
 
         sums = jax.tree.map(jnp.zeros_like, jax.eval_shape(function, cut_group(block, groups[0]))[1])
         results = []
-        for group in groups:  # which are cut outside the loop, for XLA would copy them every time
-            sums, rows = _scan(step, sums, cut_group(block, group), sizes[0], -2)
+        for group in groups:  # which are cut outside the loop, for XLA would copy them every time; but not kept
+            of_group = jax.checkpoint(partial(_of_group, step, group, sizes[0]), prevent_cse=False)
+            sums, rows = of_group(sums, block)
             results += rows
         return join_rows(self.xp, results), sums
 
@@ -72,21 +75,32 @@ class JAXTiles(Tiles):
         """A typed key hides its words."""
         return jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jnp.asarray(key)
 
-    def opaque(self, x: Array) -> Array:
+    def unfolded(self, x: Array) -> Array:
         return jax.lax.optimization_barrier(x)
 
-    def refusal(self, dropout_key: Any, keep_prob: Any) -> str:
-        """Some layouts of random bits are not a function of key and index."""
-        key = dropout_key
-        if key is None:
+    def no_tiles(self, call: Call, by_rule: bool = False) -> str:
+        """A loop of XLA's has tiles of one size, known when compiled; not all bits depend on key and index alone.
+
+        Shardings are known of explicit axes of a mesh, and of the others where arrays are concrete.
+        """
+        if by_rule:
+            found = [(name, axes_of(x, -3)) for name, x in zip(("query", "key"), call.operands[:2], strict=True)]
+            sharded = [f"the length of {name} is sharded over {', '.join(axes)}" for name, axes in found if axes]
+            return f"{' and '.join(sharded)}, and each device would compute all of it" if sharded else ""
+        if any(is_symbol(n) for n in call.lengths):
+            return "lengths are symbols of jax.export, and tiles have fixed sizes"
+        (key, dropout), heads = (call.operands.dropout_key, call.options.dropout), call.operands.query.shape[-2]
+        if dropout is None:
             return ""
+        if not dropout.broadcast and is_symbol(heads):
+            return "dropout of each head needs a known number of heads, not a symbol of jax.export"
         typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
         kind = str(jax.random.key_impl(key)) if typed else jax.config.jax_default_prng_impl
         if kind != "threefry2x32":
             return f"dropout bits of {kind} keys cannot be drawn by tiles"
         if not jax.config.jax_threefry_partitionable:
             return "with jax_threefry_partitionable off, dropout bits cannot be drawn by tiles"
-        if jax.config.jax_enable_x64 and jnp.asarray(keep_prob).dtype == jnp.float64:
+        if jax.config.jax_enable_x64 and jnp.asarray(dropout.keep_prob).dtype == jnp.float64:
             return "under x64 a float64 rate draws 64 bits an element: pass numpy.float32(rate)"
         return ""
 
@@ -102,8 +116,16 @@ class JAXTiles(Tiles):
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _compiled(function: Function, tiling: Any, *arrays: Any) -> Any:
-    return function(tiling, *arrays)
+def _compiled(function: Function, tiling: Any, block: Block, *results: Array) -> Any:
+    """Forward, or backward from its results: to checkpoint policies one operation, and all lengths are whole."""
+
+    def local(block: Block, *results: Array) -> Any:
+        results = tuple(whole(x, -2) for x in results)
+        return function(tiling, gathered(block, by_column=len(tiling.groups) > 1), *results)
+
+    (query, *_), columns, *_ = block
+    places = (query, *columns, None) if results else (query,) * 3
+    return tuple(map(placed_as, opaque(local, block, *results), places))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -124,6 +146,8 @@ def _(forward: Function, tiling: Any, primals: tuple[Block], tangents: tuple[Blo
 
 def _few(x: Array, y: Array) -> bool:
     """Whether the rows of `x` are so few, and its heads those of `y`, that all are better served by one product."""
+    if x.ndim > 2 and is_symbol(x.shape[-3]):
+        return False
     return _one_cpu() and x.ndim > 2 and x.shape[-3] == y.shape[-3] > 1 and x.shape[-3] * x.shape[-2] <= 64
 
 
@@ -184,6 +208,11 @@ def _map_lead(function: Callable[[Block], Any], block: Block) -> Any:
     if block.lead[0] == 1:
         return jax.tree.map(lambda x: x[None], one([]))
     return jax.lax.map(one, [x for x in leaves if x.shape[0] != 1])
+
+
+def _of_group(step: Function, group: Group, size: int, sums: Any, block: Block) -> tuple[Any, list[Any]]:
+    """Carry sums through the tiles of rows of a group."""
+    return _scan(step, sums, cut_group(block, group), size, -2)
 
 
 def _scan(step: Function, carry: Any, blocks: Any, size: int, axis: int, alone: int = 0) -> tuple[Any, list[Any]]:

@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 
 from anyattention._src.blocks import Block, Group, Sizes, cut_lead, cut_rows, lead_parts, leaves, tree_map
 from anyattention._src.interfaces import Function, OfTiles, Pair
-from anyattention.extend import Tiles
+from anyattention.extend import Call, Tiles
 from anyattention_backends.torch import compat, operators
 
 Array = Any
@@ -87,7 +87,7 @@ class TorchTiles(Tiles):
             return torch.where(visible, x, value)
         return x.masked_fill_(~visible, value)
 
-    def refusal(self, dropout_key: Any, keep_prob: Any) -> str:
+    def no_tiles(self, call: Call, by_rule: bool = False) -> str:
         traced = torch.compiler.is_compiling() or compat.is_traced()
         return "ONNX lacks the operator that it is in a trace" if traced and compat.exports_to_onnx() else ""
 

@@ -83,7 +83,7 @@ def _some_row(expression: Any, to: Lowering, tiles: Tiles) -> Array:
     """Which keys the mask shows to some query, some queries at a time."""
     xp, rows, found = tiles.xp, _rows(to), None
     size = max(_ROWS, -(-rows // tiles.most_groups))
-    operands = [tiles.opaque(x) for x in to.operands] if rows > 1 else to.operands
+    operands = [tiles.unfolded(x) for x in to.operands] if rows > 1 else to.operands
     for start in range(0, rows, size):
         some = [x if x.ndim < 2 or x.shape[-2] == 1 else x[..., start : start + size, :] for x in operands]
         shown = visible(to.arrays, expression, some)

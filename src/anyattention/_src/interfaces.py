@@ -326,11 +326,11 @@ class Tiles:
         """A dropout key of this library as raw words, beside `like`."""
         return place(self.arrays, key, like)
 
-    def refusal(self, dropout_key: Any, keep_prob: Any) -> str:
-        """Why tiles cannot be computed here and now, or dropout bits of this key, if any, not be drawn; else empty."""
+    def no_tiles(self, call: Any, by_rule: bool = False) -> str:
+        """Why a call, or its dropout bits, cannot be cut into tiles; `by_rule`, why not unless it is asked for."""
         return ""
 
-    def opaque(self, x: Array) -> Array:
+    def unfolded(self, x: Array) -> Array:
         """The array; to a compiler no constant, of which it would compute functions itself, slowly."""
         return x
 

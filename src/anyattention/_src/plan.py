@@ -144,10 +144,14 @@ def _rules(call: Call, told: list[str] | None) -> Sequence[Rule]:
         platform = call.backend.arrays.platform(query)
         rules: Sequence[Rule] = RULES.get((library, platform), ())
         fitting = tuple([x for x in rules if x.fits(call)])
+        unfit = [str(x) for x in rules if x not in fitting] if told is not None else []
+        if wasteful := call.backend.tiles.no_tiles(call, by_rule=True) if fitting else "":
+            fitting = tuple([x for x in fitting if x.implementation != "tiled"])
         if told is None:
             return fitting
         reasons = [f"{queries * keys} logits of a head, {queries * keys * heads} of a batch entry, {queries} queries"]
-        reasons += [str(x) for x in rules if x not in fitting] if rules else [f"there is no rule for {platform}"]
+        reasons += unfit if rules else [f"there is no rule for {platform}"]
+        reasons += [f"not tiled: {wasteful}"] if wasteful else []
     if told is not None:
         told += reasons
     return fitting

@@ -98,17 +98,19 @@ def _add(a: Words, b: Words, xp: Any) -> Words:
 
 
 def counts(
-    xp: Any, key: Array, shape: Sequence[int], beside: dict[str, Any], origin: Any = None, whole: Any = None
+    xp: Any, key: Array, shape: Sequence[int], origin: Any = None, whole: Any = None, beside: Any = None
 ) -> tuple[Any, ...]:
     """What `keep_at` needs for every element of ``[lead..., rows, columns]``, in arrays that cut as its tiles do.
 
     The words of the key, the (high, low) count at the start of each row, high None if all are zero, and the column.
-    `beside` is the `device` argument that places them. Of a shard, `origin` is the row and column of its first element
-    in the `whole`, which has so many of both.
+    Of a shard, `origin` is the row and column of its first element in the `whole`, which has so many of both. `beside`
+    is the `device` argument that places the counts, by default with the key.
     """
     *lead, rows, columns = shape
+    beside = device_of(key) if beside is None else beside
     whole = (*lead, *(whole or (rows, columns)))
-    wide, ones = math.prod(whole) > 2**32, (1,) * len(shape)
+    size, ones = math.prod(whole), (1,) * len(shape)
+    wide = not isinstance(size, int) or size > 2**32  # a symbol of jax.export may stand for as many
     # A position that is known at run time only is added to arrays that count from zero.
     (row, row_later), (column, column_later) = ((x, 0) if isinstance(x, int) else (0, x) for x in origin or (0, 0))
     words = tuple(xp.reshape(word, ones) for word in _key_words(key, xp))
@@ -143,7 +145,7 @@ def keep_at(xp: Any, p: Any, counts: tuple[Any, ...]) -> Array:
 def keep(xp: Any, key: Array, p: Any, shape: Sequence[int]) -> Array:
     """`bernoulli` for an array of this shape."""
     shape = tuple(shape)
-    return xp.reshape(keep_at(xp, p, counts(xp, key, (1,) * (2 - len(shape)) + shape, device_of(key))), shape)
+    return xp.reshape(keep_at(xp, p, counts(xp, key, (1,) * (2 - len(shape)) + shape)), shape)
 
 
 def _below(bits: Array, p: Any) -> Array:

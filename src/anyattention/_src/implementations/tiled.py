@@ -29,13 +29,13 @@ class Tiled(Implementation):
         yield from super().refusals(call)
         if call.has_unknown_sizes:
             yield "lengths are unknown"
-        arrays, bias, dropout = call.backend.arrays, call.operands.bias, call.options.dropout
+        if reason := call.backend.tiles.no_tiles(call):
+            yield reason
+        arrays, bias = call.backend.arrays, call.operands.bias
         if isinstance(bias, complex) or (hasattr(bias, "shape") and arrays.dtype_name(bias).startswith("complex")):
             yield "the bias is complex"
         if call.options.dtype not in ("bfloat16", "float16", "float32", "float64"):
             yield f"tiles of {call.options.dtype} are not supported"
-        if reason := call.backend.tiles.refusal(call.operands.dropout_key, dropout and dropout.keep_prob):
-            yield reason
 
     def compute(self, call: Call) -> Array:
         """The output. Sums are in float32 at least; `force_fp32_for_softmax` returns them so."""
