@@ -2,8 +2,9 @@
 
 A mask is truthy where a query may see a key. `CausalMask`, `LocalMask`, `SegmentMask` and `LengthMask` go wherever
 `dot_product_attention` takes an array as `mask`, join by ``&``, ``|`` and ``~``, and are no larger than their ids and
-lengths: a tile compares what its rows know with what its columns know. Like Flax's, the helpers for dense masks
-return float32 zeros and ones unless told otherwise.
+lengths: a tile compares what its rows know with what its columns know. They are equal, and hash alike, where their
+integers are equal and their arrays are the same, so that they can be keys and static arguments. Like Flax's, the
+helpers for dense masks return float32 zeros and ones unless told otherwise.
 """
 
 from anyattention._src.dense_masks import combine_masks, make_attention_mask, make_causal_mask
