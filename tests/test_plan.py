@@ -117,7 +117,7 @@ def test_explain_gives_sizes_and_thresholds():
 
 
 def test_one_query_on_jax():
-    """Tiled where it is faster than Flax's steps: in a compiled program, which a growing cache would be anew, in 32 bits."""
+    """Tiled where it is faster than Flax: in 32 bits, and in a program, which a growing cache would compile anew."""
     arrays = [jnp.zeros((2, n, 8, 16)) for n in (1, 4096, 4096)]
     assert aa.explain(*arrays).implementation == "exact"
     seen = []
