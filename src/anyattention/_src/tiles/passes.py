@@ -253,7 +253,7 @@ def prologue(tiling: Tiling, block: Block) -> Block:
     base = None if tiling.backend.arrays.surely(base == 0.0, True) else finite(tiles, base)
     delta = tiles.row_sum(doutput * output) / total
     unit = tiles.power_unit if tiling.bounded else 1.0
-    rows = query / (tiling.root / unit), doutput / (total * tiling.keep_prob)
+    rows = query / (tiling.root / unit), doutput / (total * float(tiling.keep_prob))
     return Block(rows, block.columns, block.pairs._replace(statistics=(base, delta)))
 
 
