@@ -139,3 +139,11 @@ def test_export_with_symbolic_lengths(symbols):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6), actual, expected)
     with pytest.raises(NotImplementedError, match="lengths are symbols"):
         exported(symbols, CALLS["lengths"], "tiled")
+
+
+def test_taylor_mode():
+    """JAX's has no rule for loops, and says so by a KeyError."""
+    from jax.experimental import jet
+
+    with pytest.raises(NotImplementedError, match="pass implementation='exact'"):
+        jet.jet(lambda q: aa.dot_product_attention(q, K, V, implementation="tiled"), (Q,), ((T,),))

@@ -12,6 +12,7 @@ import jax
 import jax.extend.core
 import jax.numpy as jnp
 from jax import Array
+from jax.experimental import jet
 from jax.interpreters import ad, batching, mlir
 
 from anyattention_backends.jax.placement import placed_as
@@ -109,9 +110,14 @@ def _primitive(name: str, function: Function) -> Any:
     return primitive
 
 
+def _no_series(*args: Any, **parameters: Any) -> Any:
+    raise NotImplementedError("tiled has no jax.experimental.jet, which lacks loops: pass implementation='exact'")
+
+
 _call = _primitive("attention", _as_call)
 _tangent = _primitive("tangent_of_attention", _as_tangent)
 ad.primitive_jvps[_call], ad.primitive_jvps[_tangent] = _jvp, _jvp_of_tangent
 ad.primitive_transposes[_tangent] = _transposed
 for primitive, function in ((_call, _as_call), (_tangent, _as_tangent)):
     batching.primitive_batchers[primitive] = _batched(primitive, function)
+    jet.jet_rules[primitive] = _no_series
