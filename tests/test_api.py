@@ -208,15 +208,15 @@ def test_explain_returns_the_plan():
     ("shape", "kv_length", "expected"),
     [  # the smallest calls of each rule, and others that just miss them
         ((256, 1, 2), 256, {"numpy": "tiled", "jax": "exact", "torch": "fused"}),
-        ((256, 1, 2), 255, {"numpy": "exact", "jax": "exact", "torch": "exact"}),
+        ((256, 1, 2), 255, {"numpy": "exact", "jax": "exact", "torch": "fused"}),
+        ((8, 1, 2), 8, {"numpy": "exact", "jax": "exact", "torch": "fused"}),
+        ((8, 8, 8, 2), 7, {"numpy": "exact", "jax": "exact", "torch": "exact"}),
         ((64, 1, 2), 1024, {"numpy": "tiled", "jax": "exact", "torch": "fused"}),
         ((63, 1, 2), 2048, {"numpy": "exact", "jax": "exact", "torch": "fused"}),
         ((2, 512, 8, 2), 512, {"numpy": "tiled", "jax": "tiled", "torch": "fused"}),
         ((2, 512, 8, 2), 511, {"numpy": "tiled", "jax": "exact", "torch": "fused"}),
-        ((15, 512, 1, 2), 512, {"numpy": "tiled", "jax": "exact", "torch": "fused"}),
-        ((16, 1, 8, 2), 512, {"numpy": "exact", "jax": "tiled", "torch": "fused"}),
-        ((16, 1, 8, 2), 511, {"numpy": "exact", "jax": "exact", "torch": "exact"}),
-        ((16, 2, 8, 2), 512, {"numpy": "exact", "jax": "exact", "torch": "fused"}),
+        ((1, 512, 1, 2), 512, {"numpy": "tiled", "jax": "tiled", "torch": "fused"}),
+        ((16, 1, 8, 2), 4096, {"numpy": "exact", "jax": "exact", "torch": "fused"}),
     ],
 )
 def test_none_chooses_by_shape_and_library(library, shape, kv_length, expected):

@@ -42,7 +42,7 @@ def test_indices_beyond_32_bits():
     start = tuple(size - side for size in shape)
     import array_api_compat.numpy as xp
 
-    counts = threefry.counts(xp, aa.random.key(3), (side, side), {}, start, shape)
+    counts = threefry.counts(xp, aa.random.key(3), (side, side), start, shape)
     index = np.ravel_multi_index(np.indices((side, side)).reshape(2, -1) + np.reshape(start, (2, 1)), shape)
     assert index.max() == 2**34 - 1
     words = np.concatenate([index >> 32, index & 0xFFFFFFFF]).astype(np.uint32)

@@ -334,8 +334,7 @@ def key_of(backend: Backend, key: Any) -> Any:
         raise TypeError(
             f"dropout_rng must be a key, got {type(key).__name__}: make one with anyattention.random.key(seed)"
         )
-    if home.name != "numpy":  # which makes an array of anything
-        key = _checked(home, "dropout_rng", key, None)
+    key = _checked(home, "dropout_rng", key, None)
     return key if home is backend else backend.arrays.adopt_key(home.arrays.key_data(key))
 
 

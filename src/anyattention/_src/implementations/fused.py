@@ -312,7 +312,8 @@ def _mean(call: Call) -> Array:
     """The mean of all values for each query head, ``[batch..., 1, num_heads, v_depth]``, summed in float32 at least."""
     xp, arrays, dtype = call.backend.xp, call.backend.arrays, call.options.dtype
     wide = arrays.cast(call.operands.value, dtypes.promote(dtype, "float32"))
-    mean = arrays.cast(xp.mean(wide, axis=-3, keepdims=True), dtype)[..., None, :]
+    mean = xp.sum(wide / wide.shape[-3], axis=-3, keepdims=True)  # which does not overflow where the mean does not
+    mean = arrays.cast(mean, dtype)[..., None, :]
     (*lead, kv_heads, _, depth), heads = mean.shape, call.operands.query.shape[-2]
     return xp.reshape(xp.broadcast_to(mean, (*lead, kv_heads, heads // kv_heads, depth)), (*lead, heads, depth))
 

@@ -97,7 +97,7 @@ def prepare(call: Call) -> tuple[Tiling, Block]:
     if options.dropout is not None:
         shape = (*((1,) * len(lead) if options.dropout.broadcast else lead), rows, columns)
         words = call.backend.tiles.key_words(dropout_key, query)
-        pairs = pairs._replace(counts=threefry.counts(xp, words, shape, arrays.beside(query), origin, options.whole))
+        pairs = pairs._replace(counts=threefry.counts(xp, words, shape, origin, options.whole, arrays.beside(query)))
     block = Block((q,), (k, v), pairs, shown=shown)
     ruled = mask if origin is None and options.dropout is None and call.backend.tiles.most_groups else None
     return tiling(call.backend, options, wide, expression, block, ruled), block
