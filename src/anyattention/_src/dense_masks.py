@@ -6,7 +6,8 @@ from typing import Any
 
 from anyattention._src import dtypes, registry
 from anyattention._src.errors import ShapeError
-from anyattention._src.interfaces import Backend, positions
+from anyattention._src.interfaces import Backend
+from anyattention._src.positions import positions
 from anyattention._src.rules import Mask
 
 Array = Any

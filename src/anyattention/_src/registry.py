@@ -21,6 +21,7 @@ from anyattention._src.implementations.base import Broken, Implementation
 from anyattention._src.implementations.exact import Exact
 from anyattention._src.implementations.tiled import TILED
 from anyattention._src.interfaces import Backend
+from anyattention._src.later import when_imported
 from anyattention._src.rules import Mask, conjunction
 
 Array = Any
@@ -358,7 +359,9 @@ def _jax_in_use() -> bool:
 
 
 def _made(kind: type) -> None:
-    """Make a class of masks known to JAX's transformations, if JAX is in use."""
+    """Make a class of masks known to JAX's transformations; if JAX is not in use, as soon as it is."""
+    if not _compiling() and "jax" not in sys.modules:
+        when_imported("jax", lambda: load("jax"))  # which registers all classes of masks
     if _jax_in_use():
         from anyattention_backends.jax.arrays import register
 
