@@ -373,7 +373,7 @@ def test_masks_that_it_lacks_are_arrays_until_they_are_large(kernel, monkeypatch
     plan = str(aa.explain(*args, mask=~CausalMask(), bias=1.0, implementation="fused"))
     assert "the mask is an array of 189 elements: it is no band" in plan
     assert "all biases of some row are far below zero" in plan
-    assert len(aa.explain(*args, mask=CausalMask(1), implementation="fused").reasons) == 1
+    assert "array" not in str(aa.explain(*args, mask=CausalMask(1), implementation="fused"))
     monkeypatch.setattr(StandIn, "most_elements", 188)
     for mask, reason in ((~CausalMask(), "joined by &"), (CausalMask(-1), "see nothing")):
         with pytest.raises(NotImplementedError, match=f"{reason}.*, and an array has 189 elements"):

@@ -30,7 +30,7 @@ class SDPA(TorchKernel):
 
     def refusals(self, call: Call) -> Iterator[str]:
         query, key, value, *_ = call.operands
-        known = query.is_cpu and call.options.dtype in self.dtypes
+        known = call.backend.arrays.platform(query) == "cpu" and call.options.dtype in self.dtypes
         full = known and _is_plain(call) and query.numel() and key.numel() and value.numel()
         if full and call.needs <= _SIMPLE and not beyond(call):
             return iter(())  # what the long way finds too, in a tenth of its 20 us

@@ -69,8 +69,9 @@ def _ends(band: Any, lengths: tuple[int, int]) -> tuple[int, int]:
 
 
 def _is_whole(part: Any, call: Call) -> bool:
-    """Whether it is a band that shows every key to some query."""
-    return isinstance(part, _BANDS) and _ends(part, call.lengths) == (0, call.lengths[1])
+    """Whether it is a band that shows every key to some query; of symbols that is not asked."""
+    known = isinstance(part, _BANDS) and not any(map(call.backend.symbolic, call.lengths))
+    return known and _ends(part, call.lengths) == (0, call.lengths[1])
 
 
 def _of_band(band: Any, to: Lowering) -> Array:
@@ -82,12 +83,18 @@ def _of_band(band: Any, to: Lowering) -> Array:
 def _some_row(expression: Any, to: Lowering, tiles: Tiles) -> Array:
     """Which keys the mask shows to some query, some queries at a time."""
     xp, rows, found = tiles.xp, _rows(to), None
-    size = max(_ROWS, -(-rows // tiles.most_groups))
     operands = [tiles.unfolded(x) for x in to.operands] if rows > 1 else to.operands
-    for start in range(0, rows, size):
-        some = [x if x.ndim < 2 or x.shape[-2] == 1 else x[..., start : start + size, :] for x in operands]
+    each = [operands]
+    if tiles.most_groups:  # else rows may be a symbol
+        size = max(_ROWS, -(-rows // tiles.most_groups))
+        each = [[_cut(x, start, min(start + size, rows)) for x in operands] for start in range(0, rows, size)]
+    for some in each:
         shown = visible(to.arrays, expression, some)
         if shown.ndim > 1 and shown.shape[-2] != 1:
             shown = xp.any(shown, axis=-2, keepdims=True)
         found = shown if found is None else found | shown
     return found
+
+
+def _cut(x: Array, start: int, stop: int) -> Array:
+    return x if x.ndim < 2 or x.shape[-2] == 1 else x[..., start:stop, :]

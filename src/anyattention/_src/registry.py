@@ -261,7 +261,7 @@ def guest_of(backend: Backend, name: str, x: Any, like: Array | None) -> Any:
 def dense_of(backend: Backend, name: str, x: Any, like: Array | None) -> Array:
     """A dense mask, or an array of a mask, where it can meet `like`; a mask by rule is expanded."""
     found = guest_of(backend, name, x, like)
-    return found.to_array(*x.shape[-2:]) if isinstance(found, Mask) else found
+    return guest_of(backend, name, found.to_array(*x.shape[-2:]), like) if isinstance(found, Mask) else found
 
 
 def _is_wide(x: Any) -> bool:

@@ -117,10 +117,9 @@ class Fused(Implementation):
             yield from expanded.values()
             if any(not isinstance(x, Mask) for x in mask.rest):
                 yield "it has no arrays as masks"
-        elif expanded and self.elements(call, mask) > self.most_elements:  # which may be a symbol, that has no text
-            yield from (
-                f"{reason}, and an array has {self.most_elements} elements or more" for reason in expanded.values()
-            )
+        elif expanded and (size := self.elements(call, mask)) > self.most_elements:
+            size = "too many" if call.backend.symbolic(size) else size  # a symbol has no text
+            yield from (f"{reason}, and an array has {size} elements" for reason in expanded.values())
         yield from self.limits(call, mask)
 
     def remarks(self, call: Call) -> list[str]:
