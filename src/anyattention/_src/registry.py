@@ -331,7 +331,7 @@ def key_of(backend: Backend, key: Any) -> Any:
         TypeError: no key, or a key whose bits the library cannot reproduce.
     """
     home = backend_of(key, "dropout_rng")
-    if home is None or not hasattr(key, "shape"):
+    if home is None or not hasattr(type(key), "shape"):  # of the object itself it may raise
         raise TypeError(
             f"dropout_rng must be a key, got {type(key).__name__}: make one with anyattention.random.key(seed)"
         )
