@@ -25,8 +25,8 @@ class TorchArrays(Arrays):
         """Without autocast; the results contiguous, so that callers may view heads and depth as one axis."""
         found = operators.without_autocast(like, function, *args)
         if isinstance(found, tuple):  # of a function with its pullback, or of that
-            return tuple(x.contiguous() if isinstance(x, torch.Tensor) else x for x in found)
-        return found.contiguous() if isinstance(found, torch.Tensor) else found
+            return tuple(map(_contiguous, found))
+        return _contiguous(found)
 
     def check_array(self, x: Array, like: Array | None = None) -> Any:
         """Tensors whose storage is what they mean; unsigned integers of more than 8 bits cannot be compared."""
@@ -123,3 +123,9 @@ class TorchArrays(Arrays):
         if type(x) is not torch.Tensor or not self.inspects(x) or compat.is_wrapped(x):
             return False
         return bool(x.all() if value else not x.any())
+
+
+def _contiguous(x: Any) -> Any:
+    """A tensor with its elements in order; fake ones of MPS have no `contiguous` on other machines."""
+    whole = not isinstance(x, torch.Tensor) or x.is_contiguous()
+    return x if whole else x.clone(memory_format=torch.contiguous_format)
