@@ -172,6 +172,28 @@ def test_guests_that_are_no_numbers(dtype):
 # --- derivatives and vmap ---
 
 
+@pytest.mark.parametrize("implementation", ["exact", "tiled", "fused", None])
+@pytest.mark.parametrize("name", ["mask", "bias"])
+def test_vmap_over_the_mask_or_the_bias_alone(name, implementation):
+    """Item by item, forward and by what is not mapped; fused has no rule for it."""
+    x = torch.randn(3, 1, 1, 5, generator=torch.Generator().manual_seed(1))
+    x = x > 0 if name == "mask" else x
+
+    def call(query, part):
+        return F(query, Q, Q, **{name: part}, implementation=implementation)
+
+    if implementation == "fused":
+        with pytest.raises(NotImplementedError):
+            torch.func.vmap(call, (None, 0))(Q, x)
+        return
+    mapped = torch.func.vmap(call, (None, 0))(Q, x)
+    torch.testing.assert_close(mapped, torch.stack([F(Q, Q, Q, **{name: part}, implementation="exact") for part in x]))
+    gradient = torch.func.grad(lambda query: torch.func.vmap(call, (None, 0))(query, x).sin().sum())(Q)
+    query = Q.detach().clone().requires_grad_()
+    torch.stack([F(query, Q, Q, **{name: part}, implementation="exact") for part in x]).sin().sum().backward()
+    torch.testing.assert_close(gradient, query.grad, rtol=1e-4, atol=1e-5)
+
+
 def test_vmap():
     assert torch.equal(torch.func.vmap(F)(Q, Q, Q), F(Q, Q, Q))
     keys, masks = torch.tensor([[0, 1], [0, 2]]), torch.arange(50).reshape(2, 5, 5) % 3

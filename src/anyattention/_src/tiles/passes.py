@@ -83,6 +83,9 @@ def forward(tiling: Tiling, block: Block) -> tuple[Array, Array, Array]:
         as_query = {"dtype": block.rows[0].dtype, **tiling.backend.arrays.beside(block.rows[0])}
         sizes = (block.columns[1].shape[-1], 1, 1)
         return tuple(xp.zeros((*block.lead, block.lengths[0], size), **as_query) for size in sizes)
+    (query,), lead = block.rows, block.lead
+    if tuple(query.shape[:-2]) != lead:  # where a bias or mask alone is mapped over an axis
+        block = block._replace(rows=(xp.broadcast_to(query, (*lead, *query.shape[-2:])),))
     block, like = with_bounds(tiling, unspoiled(xp, block)), ((block.rows[0],) * 3, ())
     draw = partial(threefry.keep_at, xp, tiling.keep_prob)
     return tiling.backend.tiles.map_rows(partial(attend, tiling), block, tiling.groups, tiling.sizes, like, draw)[0]
