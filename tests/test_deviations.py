@@ -255,6 +255,28 @@ def test_imaginary_parts_are_dropped(library):
     assert len(caught) == 1 or library.name == "torch"
 
 
+@row("a 64-bit scalar as bias, outside JAX")
+def test_a_scalar_of_64_bits_as_bias(library):
+    for dtype in ("float16", "float64"):
+        x = X.astype(dtype)
+        expected = linen.dot_product_attention(x, x, x, np.float64(0.3))
+        actual = ours(library, x, x, x, bias=np.float64(0.3))
+        assert library.get(actual).dtype == (dtype if library.name != "jax" else expected.dtype)
+        np.testing.assert_allclose(library.get(actual), expected, atol=1e-2 if dtype == "float16" else 1e-6)
+
+
+@row("a subclass of ndarray with methods or attributes of its own")
+def test_subclasses_of_ndarray(library):
+    class Metres(np.ndarray):
+        def __add__(self, other):
+            return super().__add__(other)
+
+    mask = np.ones((5, 5)).view(Metres)
+    linen.dot_product_attention(X, X, X, mask=mask)
+    with pytest.raises(TypeError, match=r"mask: .*Metres is a subclass of numpy.ndarray with its own __add__"):
+        ours(library, X, X, X, mask=mask)
+
+
 @row("a Python integer beyond 32 bits as bias, outside JAX")
 def test_large_integer_as_bias(library):
     with pytest.raises(OverflowError):

@@ -75,8 +75,18 @@ class JAXTiles(Tiles):
         """A typed key hides its words."""
         return jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jnp.asarray(key)
 
-    def unfolded(self, x: Array) -> Array:
-        return jax.lax.optimization_barrier(x)
+    def any_row(self, function: Function, operands: Sequence[Array], rows: int) -> Array:
+        """A loop: XLA would make all rows at once, and of constants would compute them itself, for seconds."""
+        size, operands = min(256, rows), [whole(x, -2) if x.ndim > 1 else x for x in operands]
+
+        def some(i: Any) -> Array:
+            start = jnp.minimum(i * size, rows - size)  # the last rows may come twice
+            cut = jax.lax.dynamic_slice_in_dim
+            parts = [x if x.ndim < 2 or x.shape[-2] == 1 else cut(x, start, size, x.ndim - 2) for x in operands]
+            return jnp.any(function(parts), axis=-2, keepdims=True)
+
+        found = jnp.zeros(jax.eval_shape(some, 0).shape, bool)
+        return jax.lax.fori_loop(0, -(-rows // size), lambda i, found: found | some(i), found)
 
     def no_tiles(self, call: Call, by_rule: bool = False) -> str:
         """A loop of XLA's has tiles of one size, known when compiled; not all bits depend on key and index alone.

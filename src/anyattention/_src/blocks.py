@@ -98,9 +98,14 @@ def leaves(tree: Any) -> list[Array]:
     return found
 
 
+def cut_rows_of(x: Array, start: int, stop: int) -> Array:
+    """An array of these rows; all of one that has none of its own."""
+    return x if x.ndim < 2 or x.shape[-2] == 1 else x[..., start:stop, :]
+
+
 def cut_rows(block: Block, start: int, stop: int) -> Block:
     """The block of these rows and all columns."""
-    pairs = tree_map(lambda x: x if x.shape[-2] == 1 else x[..., start:stop, :], block.pairs)
+    pairs = tree_map(lambda x: cut_rows_of(x, start, stop), block.pairs)
     return block._replace(rows=tuple(x[..., start:stop, :] for x in block.rows), pairs=pairs)
 
 

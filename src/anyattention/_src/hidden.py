@@ -15,7 +15,6 @@ from anyattention._src.rules import CausalMask, LocalMask, Lowering, as_mask, co
 Array = Any
 HUGE = 1e30  # so many values of such a size have a sum that float32 holds
 _BANDS = (CausalMask, LocalMask)
-_ROWS = 1024  # evaluated at a time, which bounds the memory
 
 
 def shown_keys(call: Call) -> Array | None:
@@ -30,7 +29,7 @@ def shown_keys(call: Call) -> Array | None:
     if sum(_rows(to) > 1 for _, _, to in lowered) + len(parts) - len(lowered) > 1:
         lowered = [(None, *_lowered(call, call.operands.mask))]  # together they may hide what each shows to some query
     found = [
-        _of_band(part, to) if isinstance(part, _BANDS) else _some_row(expression, to, call.backend.tiles)
+        _of_band(part, to) if isinstance(part, _BANDS) else _of_rows(expression, to, call.backend.tiles)
         for part, expression, to in lowered
     ]
     if not found:
@@ -80,21 +79,9 @@ def _of_band(band: Any, to: Lowering) -> Array:
     return (column >= first) & (column < last)
 
 
-def _some_row(expression: Any, to: Lowering, tiles: Tiles) -> Array:
-    """Which keys the mask shows to some query, some queries at a time."""
-    xp, rows, found = tiles.xp, _rows(to), None
-    operands = [tiles.unfolded(x) for x in to.operands] if rows > 1 else to.operands
-    each = [operands]
-    if tiles.most_groups:  # else rows may be a symbol
-        size = max(_ROWS, -(-rows // tiles.most_groups))
-        each = [[_cut(x, start, min(start + size, rows)) for x in operands] for start in range(0, rows, size)]
-    for some in each:
-        shown = visible(to.arrays, expression, some)
-        if shown.ndim > 1 and shown.shape[-2] != 1:
-            shown = xp.any(shown, axis=-2, keepdims=True)
-        found = shown if found is None else found | shown
-    return found
-
-
-def _cut(x: Array, start: int, stop: int) -> Array:
-    return x if x.ndim < 2 or x.shape[-2] == 1 else x[..., start:stop, :]
+def _of_rows(expression: Any, to: Lowering, tiles: Tiles) -> Array:
+    """Which keys the mask shows to some query."""
+    rows = _rows(to)
+    if rows == 1:
+        return visible(to.arrays, expression, to.operands)
+    return tiles.any_row(lambda operands: visible(to.arrays, expression, operands), to.operands, rows)

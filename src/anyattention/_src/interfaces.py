@@ -13,7 +13,7 @@ from typing import Any
 import array_api_compat
 
 from anyattention._src import dtypes, threefry
-from anyattention._src.blocks import Block, Group, Sizes, cut_columns, cut_group, tree_map
+from anyattention._src.blocks import Block, Group, Sizes, cut_columns, cut_group, cut_rows_of, tree_map
 
 Array = Any
 Function = Callable[..., Any]
@@ -330,9 +330,14 @@ class Tiles:
         """Why a call, or its dropout bits, cannot be cut into tiles; `by_rule`, why not unless it is asked for."""
         return ""
 
-    def unfolded(self, x: Array) -> Array:
-        """The array; to a compiler no constant, of which it would compute functions itself, slowly."""
-        return x
+    def any_row(self, function: Function, operands: Sequence[Array], rows: int) -> Array:
+        """Whether any row of ``function(operands)`` is true, ``[..., 1, columns]``; some rows at a time, to save memory."""
+        size, found = 1024 if self.most_groups else rows, None  # without groups, lengths may be symbols
+        for start in [0] if size is rows else range(0, rows, size):
+            some = [cut_rows_of(x, start, min(start + size, rows)) for x in operands]
+            part = self.xp.any(function(some), axis=-2, keepdims=True)
+            found = part if found is None else found | part
+        return found
 
     def span(self, visible: Array) -> Sizes:
         """The columns from the first to the last with something visible, where `Arrays.inspects`."""

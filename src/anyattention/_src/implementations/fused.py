@@ -118,8 +118,8 @@ class Fused(Implementation):
             if any(not isinstance(x, Mask) for x in mask.rest):
                 yield "it has no arrays as masks"
         elif expanded and (size := self.elements(call, mask)) > self.most_elements:
-            size = "too many" if call.backend.symbolic(size) else size  # a symbol has no text
-            yield from (f"{reason}, and an array has {size} elements" for reason in expanded.values())
+            count = "too many" if call.backend.symbolic(size) else size  # a symbol has no text
+            yield from (f"{reason}, and an array has {count} elements" for reason in expanded.values())
         yield from self.limits(call, mask)
 
     def remarks(self, call: Call) -> list[str]:
