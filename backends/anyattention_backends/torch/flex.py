@@ -12,7 +12,7 @@ from torch import Tensor
 
 from anyattention.extend import Call, Structure
 from anyattention_backends.torch import compat
-from anyattention_backends.torch.fused import FirstOnly, TorchKernel
+from anyattention_backends.torch.fused import FirstOnly, TorchKernel, bounds
 
 
 class Flex(TorchKernel):
@@ -40,21 +40,29 @@ class Flex(TorchKernel):
             yield "the mask is no band, lengths and segments, joined by &"
 
     def attend(self, call: Call) -> Tensor:
-        arrays = call.operands[:3]
+        arrays, keys = call.operands[:3], self.keys(call)
         if call.options.precision is not None:
             call.backend.steps.check_precision(call.options.precision, None, arrays[0])
-        mask, bounds = call.structure, _bounds(call)
+        mask, ends = call.structure, bounds(call)
         whole = mask.kv_lengths is None and mask.kv_ids is None and mask.band_shows(*call.lengths)
         program = _compiled() if self.compiled and not torch.compiler.is_compiling() else _program
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not any(x.requires_grad for x in arrays):
-            return program(*arrays, whole, *bounds)
-        return FirstOnly.apply(lambda *x: program(*x, whole, *bounds), call, *arrays)
+            return program(*arrays, keys, whole, *ends)
+        return FirstOnly.apply(lambda *x: program(*x, keys, whole, *ends), call, *arrays)
 
 
 def _program(
-    query: Tensor, key: Tensor, value: Tensor, whole: bool, first: Tensor, last: Tensor, *ids: Tensor
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor | None,
+    whole: bool,
+    first: Tensor,
+    last: Tensor,
+    *ids: Tensor,
 ) -> Tensor:
     """The output, mended unless the `whole` mask shows each query a key; bounds and ids are ``[batch, length]``."""
+    shown = (key, value) if keys is None else [torch.where(keys, x, 0.0) for x in (key, value)]
     from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention  # slow, and rarely used
 
     def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -62,13 +70,13 @@ def _program(
         return within & (ids[0][b, i] == ids[1][b, j]) if ids else within
 
     heads = [[len(range(size)) for size in x.shape[-2:]] for x in (query, key, value)]  # no symbols: to a compiler too
-    four = [x.reshape(-1, x.shape[-3], *y).transpose(1, 2) for x, y in zip((query, key, value), heads, strict=True)]
+    four = [x.reshape(-1, x.shape[-3], *y).transpose(1, 2) for x, y in zip((query, *shown), heads, strict=True)]
     group = heads[0][0] // heads[1][0]
     blocks = create_block_mask(visible, len(first), None, query.shape[-3], key.shape[-3], device=query.device)
     options = {"block_mask": blocks, "enable_gqa": group != 1, "return_aux": AuxRequest(lse=True)}
     output, more = flex_attention(*four, **options)
     if not whole:
-        mean = four[2].mean(dim=-2, keepdim=True).repeat_interleave(group, dim=1)
+        mean = value.reshape(-1, *value.shape[-3:]).mean(dim=1)[:, :, None].repeat_interleave(group, dim=1)
         output = torch.where((more.lse.detach() > -torch.inf)[..., None], output, mean)
     return output.transpose(1, 2).reshape(*query.shape[:-1], value.shape[-1])
 
@@ -77,23 +85,3 @@ def _program(
 def _compiled() -> Callable[..., Tensor]:
     """The program without all logits, which raises where it would be run step by step."""
     return torch.compile(_program, fullgraph=True)
-
-
-def _bounds(call: Call) -> tuple[Tensor, ...]:
-    """The first key that each query may see and the one after the last, int32, and ids; all ``[batch, length]``."""
-    mask, to = call.structure, call.lowering()
-    if call.operands.mask is not None:
-        call.operands.mask.lower(to)  # which checks the shapes
-    left, right = (2**30 if x is None else min(max(x, -(2**30)), 2**30) for x in (mask.left, mask.right))  # no overflow
-    rows = torch.arange(call.lengths[0], device=call.operands.query.device)
-    first, last = (rows - left).clamp(min=0), (rows + right + 1).clamp(max=call.lengths[1])
-    if mask.kv_lengths is not None:
-        last = torch.minimum(last, mask.kv_lengths.long()[..., None])
-    if mask.query_lengths is not None:
-        last = torch.where(rows < mask.query_lengths[..., None], last, 0)
-
-    def flat(x: Tensor) -> Tensor:
-        return x.expand(*call.batch, x.shape[-1]).reshape(-1, x.shape[-1]).contiguous()
-
-    ids = () if mask.kv_ids is None else tuple(flat(x) for x in (mask.query_ids, mask.kv_ids))
-    return flat(first).int(), flat(last).int(), *ids

@@ -159,3 +159,23 @@ class FirstOnly(torch.autograd.Function):  # type: ignore[misc]
         wanted = [x for x, needed in zip(inputs, ctx.needs_input_grad[2:], strict=True) if needed]
         gradients = iter(torch.autograd.grad(output, wanted, doutput, retain_graph=again, create_graph=second))
         return (None, None, *(next(gradients) if needed else None for needed in ctx.needs_input_grad[2:]))
+
+
+def bounds(call: Call) -> tuple[Tensor, ...]:
+    """The first key that each query may see and the one after the last, int32, and ids; all ``[batch, length]``."""
+    mask, to = call.structure, call.lowering()
+    if call.operands.mask is not None:
+        call.operands.mask.lower(to)  # which checks the shapes
+    left, right = (2**30 if x is None else min(max(x, -(2**30)), 2**30) for x in (mask.left, mask.right))  # no overflow
+    rows = torch.arange(call.lengths[0], device=call.operands.query.device)
+    first, last = (rows - left).clamp(min=0), (rows + right + 1).clamp(max=call.lengths[1])
+    if mask.kv_lengths is not None:
+        last = torch.minimum(last, mask.kv_lengths.long()[..., None])
+    if mask.query_lengths is not None:
+        last = torch.where(rows < mask.query_lengths[..., None], last, 0)
+
+    def flat(x: Tensor) -> Tensor:
+        return x.expand(*call.batch, x.shape[-1]).reshape(-1, x.shape[-1]).contiguous()
+
+    ids = () if mask.kv_ids is None else tuple(flat(x) for x in (mask.query_ids, mask.kv_ids))
+    return flat(first).int(), flat(last).int(), *ids

@@ -331,7 +331,7 @@ class Tiles:
         return ""
 
     def any_row(self, function: Function, operands: Sequence[Array], rows: int) -> Array:
-        """Whether any row of ``function(operands)`` is true, ``[..., 1, columns]``; some rows at a time, to save memory."""
+        """Whether any row of ``function(operands)`` is true, ``[..., 1, columns]``; some at a time, to save memory."""
         size, found = 1024 if self.most_groups else rows, None  # without groups, lengths may be symbols
         for start in [0] if size is rows else range(0, rows, size):
             some = [cut_rows_of(x, start, min(start + size, rows)) for x in operands]

@@ -184,7 +184,8 @@ class Fused(Implementation):
         xp, arrays, lengths = call.backend.xp, call.backend.arrays, call.lengths
         query, _, _, bias, *_ = call.operands
         seen, mask = self.shown(call, self.fit(call)[0])
-        mask, (key, value) = _of_one_batch(call, mask), self.cleared(call)
+        mask, keys, where = _of_one_batch(call, mask), self.keys(call), call.backend.steps.where
+        key, value = call.operands[1:3] if keys is None else (where(keys, x, 0.0) for x in call.operands[1:3])
         rows, columns = (n + n % 2 for n in lengths) if self.even and trained else lengths
         parts = zip((query, key, value), (rows, columns, columns), self.depths(call), strict=True)
         flat = query.ndim == 4  # else of other batch axes, which become one
@@ -203,15 +204,13 @@ class Fused(Implementation):
         output = output if flat else xp.reshape(output, (*query.shape[:-1], value.shape[-1]))
         return output if seen is None else xp.where(permute(arrays, seen, (-1, -2))[..., None], output, _mean(call))
 
-    def cleared(self, call: Call) -> tuple[Array, Array]:
-        """Keys and values, zeros where no query of their batch entry may see them."""
-        key, value = call.operands[1:3]
+    def keys(self, call: Call) -> Array | None:
+        """Which keys some query of their batch entry may see, ``[batch..., kv_length, 1, 1]``; None for all."""
         keys = shown_keys(call)
         if keys is None or call.backend.arrays.surely(keys, True):
-            return key, value
+            return None
         keys = _ranked(call.backend.xp, keys, 3)
-        keys, where = call.backend.xp.reshape(keys, (*keys.shape[:-3], -1, 1, 1)), call.backend.steps.where
-        return where(keys, key, 0.0), where(keys, value, 0.0)
+        return call.backend.xp.reshape(keys, (*keys.shape[:-3], -1, 1, 1))
 
     def shown(self, call: Call, mask: Structure) -> tuple[Array | None, Structure]:
         """Which queries see a key, ``[batch..., heads or 1, q_length or 1]``; None for all. A mask that shows each."""
