@@ -6,7 +6,7 @@ contract = "C3"                       # C1, C2 or C3; what the numbers are held 
 unsupported = ["dropout", "growth"]   # what it refuses: words of `Case.needs`, parameters, dtypes, "gradients"
 
 [meaning]                             # where its definition of attention differs
-fill = "-inf"                         # the logit of a hidden key: a number, or "minimum", Flax's
+fill = -inf                           # the logit of a hidden key: a number, or "minimum", Flax's
 empty = 0.0                           # the weights where every logit is minus infinity: 0.0, or nan, Flax's
 
 [[differs]]                           # anything else
