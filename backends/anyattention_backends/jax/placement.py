@@ -7,8 +7,8 @@ decides, and cuts along the tiles of a loop, and of groups of rows, go across th
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
-from jax.experimental.shard_alike import shard_alike
 from jax.sharding import NamedSharding, PartitionSpec
 
 from anyattention.extend import Block, tree_map
@@ -70,8 +70,9 @@ def placed_as(x: Array | None, other: Array | None) -> Array | None:
     if sharding is None:
         return x
     if _all_auto(sharding):  # where they are XLA alone knows
-        x = jax.lax.optimization_barrier(x)  # which may be what `whole` has placed: then it stands for itself
-        return shard_alike(other, x)[1] if x.shape == other.shape else x
+        # A choice between both, of which XLA does not know that it is none, lies where they do; it costs a pass.
+        x, first = jax.lax.optimization_barrier((x, True))
+        return jax.lax.select(jnp.broadcast_to(first, x.shape), x, other) if x.shape == other.shape else x
     return _resharded(x, x.ndim - 2, sharding.spec[-2])
 
 
