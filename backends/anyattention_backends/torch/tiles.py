@@ -40,17 +40,28 @@ class TorchTiles(Tiles):
         if block.pairs.bounds is None or differentiated or compat.is_transformed():
             block = block._replace(pairs=block.pairs._replace(bounds=None))
             return super().map_rows(function, block, groups, sizes, like)
-        entries, (rows, sums) = lead_parts(block.lead, block.heads), (None, None)
-        for part in (part for group in groups for part in group.split(sizes[0])):
-            tile, group = cut_rows(block, *part.rows), part._replace(rows=(0, part.rows[1] - part.rows[0]))
-            if draw and len(entries) > 1 and all(set(x.shape[:-2]) == {1} for x in leaves(tile.pairs.counts)):
-                tile = tile._replace(pairs=tile.pairs._replace(counts=_drawn(draw, tile.pairs.counts, sizes[1])))
-            for lead in entries:
-                entry = cut_lead(tile, lead)
-                near, far = (tuple(map(Tensor.contiguous, x)) for x in entry[:2])
-                found = super().map_rows(function, entry._replace(rows=near, columns=far), (group,), sizes, like)
-                rows = _added(rows, found[0], like[0], lead, block.lengths[0], part.rows)
-                sums = _added(sums, found[1], like[1], lead)
+        entries, parts = lead_parts(block.lead, block.heads), [x for group in groups for x in group.split(sizes[0])]
+        shared = draw and len(entries) > 1 and all(set(x.shape[:-2]) == {1} for x in leaves(block.pairs.counts))
+        order = [(part, lead) for part in parts for lead in entries]
+        if not (shared and leaves(block.pairs.counts)):  # each entry is copied once
+            order = [(part, lead) for lead in entries for part in parts]
+        rows: Any = None
+        sums: Any = None
+        at: Any = None, None
+        for part, lead in order:
+            if part is not at[0]:
+                tile = cut_rows(block, *part.rows)
+                if shared:
+                    tile = tile._replace(pairs=tile.pairs._replace(counts=_drawn(draw, tile.pairs.counts, sizes[1])))
+            if lead is not at[1]:
+                columns = tuple(map(Tensor.contiguous, cut_lead(block.columns, lead)))
+            at = part, lead
+            entry = cut_lead(tile, lead)
+            entry = entry._replace(rows=tuple(map(Tensor.contiguous, entry.rows)), columns=columns)
+            group = part._replace(rows=(0, part.rows[1] - part.rows[0]))
+            found = super().map_rows(function, entry, (group,), sizes, like)
+            rows = _added(rows, found[0], like[0], lead, block.lengths[0], part.rows)
+            sums = _added(sums, found[1], like[1], lead)
         return rows, sums
 
     def transpose(self, x: Array) -> Array:

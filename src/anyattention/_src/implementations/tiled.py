@@ -9,7 +9,7 @@ from typing import Any
 from anyattention._src import dtypes, threefry
 from anyattention._src.blocks import Block, Pairs, tree_map
 from anyattention._src.call import Call
-from anyattention._src.hidden import HUGE, shown_keys
+from anyattention._src.hidden import shown_keys
 from anyattention._src.implementations.base import OWN, Implementation
 from anyattention._src.interfaces import Arrays, permute
 from anyattention._src.rules import as_mask
@@ -106,7 +106,9 @@ def prepare(call: Call) -> tuple[Tiling, Block]:
 def _shown(call: Call, key: Array, value: Array, group: int | None) -> Array | None:
     """Which keys of a block some query may see, ``[lead..., columns or 1, 1]``; None where it makes no difference."""
     arrays, xp = call.backend.arrays, call.backend.xp
-    if call.operands.mask is None or all(arrays.surely(xp.sum(xp.abs(x)) < HUGE, True) for x in (key, value)):
+    if call.operands.mask is None or all(
+        arrays.surely(xp.isfinite(xp.sum(xp.vecdot(x, x))), True) for x in (key, value)
+    ):
         return None
     if (shown := shown_keys(call)) is None:
         return None

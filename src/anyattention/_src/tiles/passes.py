@@ -201,8 +201,9 @@ def _sees(tiling: Tiling, base: Array) -> bool:
 def with_bounds(tiling: Tiling, block: Block) -> Block:
     """The block with what bounds its logits by Cauchy and Schwarz, if values can be looked at.
 
-    Norms of queries, ``[lead..., rows, 1]``; of keys the largest, of a bias the largest size, and of values the sum,
-    which says whether all are finite: ``[lead..., 1, 1]``. A bias with rows and columns is not looked at.
+    Norms of queries, ``[lead..., rows, 1]``; of keys the largest, of a bias the largest size, and of values beside a
+    mask the sum of squares, which says whether all are finite: ``[lead..., 1, 1]``. A bias with rows and columns is not
+    looked at.
     """
     (query, *_), (key, value), bias, xp = *block[:2], block.pairs.bias, tiling.backend.xp
     if not tiling.backend.arrays.inspects(query):
@@ -210,7 +211,7 @@ def with_bounds(tiling: Tiling, block: Block) -> Block:
     rows, columns = (xp.sqrt(xp.expand_dims(xp.vecdot(x, x), axis=-1)) for x in (query, key))
     columns = xp.max(columns, axis=-2, keepdims=True)
     size = None if bias is None or all(tiling.bias_axes) else xp.max(xp.abs(bias), axis=(-2, -1), keepdims=True)
-    values = xp.sum(value, axis=(-2, -1), keepdims=True)
+    values = None if tiling.expression is None else xp.sum(xp.vecdot(value, value), axis=-1)[..., None, None]
     return block._replace(pairs=block.pairs._replace(bounds=(rows, columns, size, values)))
 
 
@@ -225,7 +226,8 @@ def _inspected(tiling: Tiling, block: Block) -> Tiling:
         return tiling._replace(skip=False)
     rows, columns, size, values = pairs.bounds
     largest = xp.max(rows) * xp.max(columns) / tiling.root
-    small, finite = arrays.surely(largest <= BOUND, True), arrays.surely(xp.isfinite(values), True)
+    small = arrays.surely(largest <= BOUND, True)
+    finite = values is None or arrays.surely(xp.isfinite(values), True)
     bounded = small and finite
     if bounded and pairs.bias is not None:
         bounded = size is not None and arrays.surely(largest + xp.max(size) <= BOUND, True)
