@@ -324,6 +324,14 @@ def rate_of(rate: Any) -> Any:
     return numpy.cast(numpy.adopt(value, None), home.arrays.dtype_name(rate))[()]
 
 
+def _has_shape(kind: type) -> bool:
+    """Asked of the class, since some tensors raise."""
+    return hasattr(kind, "shape")
+
+
+vars(_has_shape)["_dynamo_marked_constant"] = True  # torch.compile does not know it of a class
+
+
 def key_of(backend: Backend, key: Any) -> Any:
     """A dropout key as the backend takes it. A key never changes the library of the call.
 
@@ -331,7 +339,7 @@ def key_of(backend: Backend, key: Any) -> Any:
         TypeError: no key, or a key whose bits the library cannot reproduce.
     """
     home = backend_of(key, "dropout_rng")
-    if home is None or not hasattr(type(key), "shape"):  # of the object itself it may raise
+    if home is None or not (hasattr(key, "shape") if home.name == "numpy" else _has_shape(type(key))):
         raise TypeError(
             f"dropout_rng must be a key, got {type(key).__name__}: make one with anyattention.random.key(seed)"
         )
