@@ -144,7 +144,7 @@ def make_call(backend: Backend, operands: Operands, dtype: Any, asked: dict[str,
         ShapeError, TypeError, ValueError: as `dot_product_attention` says.
     """
     query, key, value, bias, mask, dropout_key, origin = operands
-    whole_products = bool(asked) and _check_einsums(asked)
+    whole_products = _check_einsums(asked) if asked else False
     try:
         if value is None:
             (query, key), name = backend.arrays.promote([query, key], dtype)
