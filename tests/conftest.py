@@ -1,5 +1,9 @@
 """The libraries under test, and how to take arrays to and from them."""
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +48,23 @@ JAX = Library("jax", jnp.ndarray, jnp.asarray, np.asarray)
 TORCH = Library("torch", torch.Tensor, _to_torch, _from_torch)
 
 
-@pytest.fixture(params=[NUMPY, JAX, TORCH], ids=lambda library: library.name)
+LIBRARIES = {library.name: library for library in (NUMPY, JAX, TORCH)}
+
+
+@pytest.fixture(params=LIBRARIES)
 def library(request: pytest.FixtureRequest) -> Library:
-    return request.param
+    return LIBRARIES[request.param]
+
+
+@pytest.fixture(scope="module")
+def on_four_devices() -> Callable[[str], Any]:
+    """What a script prints as JSON in a process in which JAX has four virtual devices; an abort there fails here."""
+    return _on_four_devices
+
+
+def _on_four_devices(script: str) -> Any:
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300)
+    assert not done.returncode, done.stderr[-2000:]
+    return json.loads(done.stdout)

@@ -1,10 +1,5 @@
 """Lengths sharded over devices, and arrays on another device than the first; results lie where arguments do."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 
 SCRIPT = r"""
@@ -54,13 +49,9 @@ print(json.dumps(results))
 
 
 @pytest.fixture(scope="module")
-def results():
+def results(on_four_devices):
     """What the script finds; an abort of a program is one of the script."""
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=300)
-    assert not done.returncode, done.stderr[-2000:]
-    return json.loads(done.stdout)
+    return on_four_devices(SCRIPT)
 
 
 @pytest.mark.slow

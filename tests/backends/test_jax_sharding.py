@@ -1,10 +1,5 @@
 """Batches and heads on several devices: every device computes its own part, without a word to the others."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 
 # All cases in one process, which has to be told of its devices before it imports JAX.
@@ -102,13 +97,9 @@ CASES = ("none", "causal", "lengths", "segments", "dropout", "dropout of each he
 
 
 @pytest.fixture(scope="module")
-def results():
+def results(on_four_devices):
     """What the script finds in each case."""
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=300)
-    assert not done.returncode, done.stderr[-2000:]
-    return json.loads(done.stdout)
+    return on_four_devices(SCRIPT)
 
 
 @pytest.mark.slow
