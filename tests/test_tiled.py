@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax import linen
 
 import anyattention as aa
 from anyattention._src.registry import backend_of
@@ -98,3 +99,50 @@ def test_jax_differentiates_the_loops_to_the_written_gradient(name, monkeypatch)
     gradients = dict(zip(NAMES, by_hand(cotangent), strict=True))
     for n, gradient in by_jax(cotangent)[0].items():
         np.testing.assert_allclose(gradients[n], gradient, rtol=1e-5, atol=1e-6)
+
+
+# --- where tiled is less accurate than Flax, as README says ---
+
+
+def float64(function, *arrays):
+    """A function of Flax's attention in float64."""
+    with jax.enable_x64(True):
+        return jax.tree.map(np.asarray, function(*(jnp.asarray(x, "float64") for x in arrays)))
+
+
+@pytest.mark.parametrize(("exponent", "bound"), [(-20, 1e-5), (-30, 1e-4), (-32, 1e-2)])
+@pytest.mark.parametrize("library", ["numpy", "torch"], indirect=True)
+def test_tiny_cotangents(library, exponent, bound):
+    """Of many keys with logits near 20, whose sum of exponentials divides the cotangent first."""
+    random, shape = np.random.default_rng(0), (1, 300, 1, 64)
+    query, key = np.ones(shape, np.float32), (2.4 + 0.05 * random.standard_normal(shape)).astype(np.float32)
+    value, cotangent = random.standard_normal(shape, np.float32), random.standard_normal(shape) * 10.0**exponent
+    cotangent = cotangent.astype(np.float32)
+    _, pullback = aa.dot_product_attention_vjp(*map(library.put, (query, key, value)))
+    exact = float64(
+        lambda q, k, v, g: jax.vjp(lambda *x: linen.dot_product_attention(*x), q, k, v)[1](g),
+        *(query, key, value, cotangent),
+    )
+    for found, expected in zip(pullback(library.put(cotangent))[1:3], exact[1:], strict=True):
+        assert np.abs(library.get(found) - expected).max() <= bound * np.abs(expected).max()
+
+
+def test_second_forward_derivative_on_jax():
+    """In float32 within 1e-4 of the largest; Flax's within 1e-5."""
+    random = np.random.default_rng(0)
+    x, one, two = (random.standard_normal((1, 40, 2, 16), np.float32) for _ in range(3))
+
+    def second(attention, x, one, two):
+        def first(x):
+            return jax.jvp(lambda x: attention(x), (x,), (one,))[1]
+
+        return jax.jvp(first, (x,), (two,))[1]
+
+    def flax(x):
+        return linen.dot_product_attention(x, x, x)
+
+    expected = float64(lambda *arrays: second(flax, *arrays), x, one, two)
+    tiled = second(
+        lambda x: aa.dot_product_attention(x, x, x, implementation="tiled"), *map(jnp.asarray, (x, one, two))
+    )
+    assert np.abs(tiled - expected).max() <= 1e-4 * np.abs(expected).max()
