@@ -172,6 +172,33 @@ def test_guests_that_are_no_numbers(dtype):
 # --- derivatives and vmap ---
 
 
+def test_compiled_programs_follow_the_settings():
+    """A setting is compiled once, and what ran is what was asked for; what cannot be served raises."""
+    ran = []
+
+    def backend(module, inputs):
+        name = "fused" if "scaled_dot" in module.code else "tiled" if "attend_by_tiles" in module.code else "exact"
+
+        def run(*arrays):
+            ran.append(name)
+            return module(*arrays)
+
+        programs.append(name)
+        return run
+
+    programs = []
+    x = torch.randn(1, 12, 2, 8, generator=torch.Generator().manual_seed(0))
+    compiled = torch.compile(lambda x: F(x, x, x), fullgraph=True, backend=backend)
+    asked = [None, "tiled", "exact", "tiled", None, "fused", "exact"]
+    for implementation in asked:
+        with aa.config(implementation=implementation):
+            torch.testing.assert_close(compiled(x), F(x, x, x, implementation="exact"))
+    assert ran == [name or "fused" for name in asked]
+    assert sorted(programs) == ["exact", "fused", "fused", "tiled"]  # one for each setting
+    with aa.config(engines=[], implementation="fused"), pytest.raises(Exception, match="cannot serve this call"):
+        compiled(x)
+
+
 @pytest.mark.parametrize("implementation", ["exact", "tiled", "fused", None])
 @pytest.mark.parametrize("name", ["mask", "bias"])
 def test_vmap_over_the_mask_or_the_bias_alone(name, implementation):

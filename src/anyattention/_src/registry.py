@@ -229,7 +229,7 @@ def array_of(backend: Backend, name: str, x: Any) -> Array:
 
 def _checked(backend: Backend, name: str, x: Any, like: Any) -> Any:
     """An argument of this name as `Arrays.check_array` takes it."""
-    if backend.name == "numpy" and _compiling():  # to torch.compile NumPy's arrays are tensors
+    if backend.name == "numpy" and compiling():  # to torch.compile NumPy's arrays are tensors
         return x
     try:
         return backend.arrays.check_array(x, like)
@@ -251,7 +251,7 @@ def guest_of(backend: Backend, name: str, x: Any, like: Array | None) -> Any:
         if name == "bias":
             raise TypeError(f"{name}: a mask by rule, {x}, is no array: pass it as mask=")
         return x
-    if home is not backend and (jax or _compiling()):  # torch.compile cannot ask NumPy for a dtype
+    if home is not backend and (jax or compiling()):  # torch.compile cannot ask NumPy for a dtype
         return backend.arrays.adopt(x, like)
     if not jax:  # which knows more dtypes, and refuses the others itself
         dtypes.promote(home.arrays.dtype_name(x))
@@ -357,7 +357,7 @@ def _home(mask: Mask) -> tuple[Backend, Mask, Any]:
     return backend, mask_of(backend, mask, like), like
 
 
-def _compiling() -> bool:
+def compiling() -> bool:
     """Whether torch.compile is tracing, which cannot look at everything."""
     torch = sys.modules.get("torch")
     return bool(torch and torch.compiler.is_compiling())
@@ -365,12 +365,12 @@ def _compiling() -> bool:
 
 def _jax_in_use() -> bool:
     """Whether JAX is imported; never within torch.compile, which cannot trace what depends on that."""
-    return "jax" in sys.modules and not _compiling()
+    return "jax" in sys.modules and not compiling()
 
 
 def _made(kind: type) -> None:
     """Make a class of masks known to JAX's transformations; if JAX is not in use, as soon as it is."""
-    if not _compiling() and "jax" not in sys.modules:
+    if not compiling() and "jax" not in sys.modules:
         when_imported("jax", lambda: load("jax"))  # which registers all classes of masks
     if _jax_in_use():
         from anyattention_backends.jax.arrays import register

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Literal, NamedTuple, get_args
 
-from anyattention._src.registry import ENGINES, engine_names, trace_under
+from anyattention._src.registry import ENGINES, compiling, engine_names, trace_under
 
 Name = Literal["exact", "tiled", "fused"]  # every implementation there is; "fused" is one of the engines
 IMPLEMENTATIONS: tuple[Name, ...] = get_args(Name)
@@ -64,15 +64,22 @@ def from_environment() -> Settings:
 
 _DEFAULT = from_environment()
 _settings: ContextVar[Settings] = ContextVar("anyattention", default=_DEFAULT)
+#: Those that were set last, on whatever thread: torch.compile cannot trace a ContextVar, but compiles anew where this
+#: changes. Equal settings are one object, since it compares objects.
+_last = _DEFAULT
+_known = {_DEFAULT: _DEFAULT}
 
 
 def current() -> Settings:
     """The settings in force."""
-    return _settings.get()
+    return _last if compiling() else _settings.get()
 
 
-# As `torch.compiler.assume_constant_result` marks it: torch.compile cannot trace a ContextVar.
-vars(current)["_dynamo_marked_constant"] = True
+def _tell_compilers(settings: Settings) -> None:
+    """Let torch.compile and JAX compile anew what was compiled under other settings."""
+    global _last
+    _last = _known.setdefault(settings, settings)
+    trace_under(None if settings == _DEFAULT else settings)
 
 
 @contextmanager
@@ -80,7 +87,8 @@ def config(implementation: Name | None = None, engines: list[str] | tuple[str, .
     """Settings for the calls inside, where they do not say it themselves; None leaves a setting as it is.
 
     What `torch.compile` and `jax.jit` compiled under other settings is compiled again. What was compiled ahead of time
-    stays as it is, as does all that a JAX without `jax.make_user_context` compiled.
+    stays as it is, as does all that a JAX without `jax.make_user_context` compiled. Programs of `torch.compile` know no
+    threads: they follow what was set last on any.
 
     Args:
         implementation: "exact", "tiled" or "fused", as if passed by name.
@@ -98,9 +106,9 @@ def config(implementation: Name | None = None, engines: list[str] | tuple[str, .
         before.engines if engines is None else check_engines(engines),
     )
     token = _settings.set(within)
-    trace_under(None if within == _DEFAULT else within)
+    _tell_compilers(within)
     try:
         yield
     finally:
         _settings.reset(token)
-        trace_under(None if before == _DEFAULT else before)
+        _tell_compilers(before)

@@ -216,7 +216,7 @@ def with_bounds(tiling: Tiling, block: Block) -> Block:
 
 
 def _inspected(tiling: Tiling, block: Block) -> Tiling:
-    """The tiling with the shortcuts that are right for these rows, which are of one batch entry (see `entries`).
+    """The tiling with the shortcuts that are right for these rows, which are of one batch entry.
 
     Logits that are small need no maximum, since exp is far from overflow and underflow, and lose less than Flax's in
     a sum in float32. Where a value is not finite, no key may be left out: Flax multiplies it by weights of zero.
