@@ -56,8 +56,8 @@ class Options:
 
 _NOTHING: frozenset[str] = frozenset()
 _ALWAYS = frozenset(("query", "key", "value"))
-#: With nothing asked for, by dtype: making one takes 1.5 us of a call's 12. Complete from the start, since torch.compile
-#: compiles anew where it changes.
+#: With nothing asked for, by dtype: making one takes 1.5 us of a call's 12. Never changed, or torch.compile would compile
+#: anew.
 _PLAIN = {
     name: Options(dtype=name) for name in ("float32", "float64", "bfloat16", "float16", "complex64", "complex128")
 }
