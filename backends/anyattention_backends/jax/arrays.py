@@ -14,6 +14,8 @@ from anyattention.extend import Arrays
 
 
 class JAXArrays(Arrays):
+    narrow = True
+
     def platform(self, x: Array) -> str:
         """That of a concrete array; of a tracer, which has no device, that where the program will run by default."""
         if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):

@@ -16,6 +16,7 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class TorchArrays(Arrays):
+    checks_devices = True
     guests = (np.ndarray, np.bool_, np.uint32, np.int32, np.int64, np.float16, np.float32, np.float64)
 
     def platform(self, x: Array) -> str:

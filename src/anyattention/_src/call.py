@@ -56,8 +56,8 @@ class Options:
 
 _NOTHING: frozenset[str] = frozenset()
 _ALWAYS = frozenset(("query", "key", "value"))
-#: With nothing asked for, by dtype: making one takes 1.5 us of a call's 12. Never changed, or torch.compile would compile
-#: anew.
+#: With nothing asked for, by dtype: making one takes 1.5 us of a call's 12. Never changed, or torch.compile would
+#: compile anew.
 _PLAIN = {
     name: Options(dtype=name) for name in ("float32", "float64", "bfloat16", "float16", "complex64", "complex128")
 }
@@ -156,7 +156,7 @@ def make_call(backend: Backend, operands: Operands, dtype: Any, asked: dict[str,
             (query, key, value), name = backend.arrays.promote([query, key, value], dtype)
     except TypeError as error:
         raise error if dtype is None else dtypes.refused(dtype, error) from None
-    if backend.name == "torch":
+    if backend.arrays.checks_devices:
         _check_devices(operands)
     _check_shapes(query, key, value, grouped=not whole_products)
     if bias is not None or mask is not None:
@@ -174,7 +174,7 @@ def make_call(backend: Backend, operands: Operands, dtype: Any, asked: dict[str,
 def _in_32_bits(backend: Backend, bias: Array) -> Array:
     """A bias that is a scalar of 64 bits, as results of NumPy are, in JAX's 32, lest it widen all logits."""
     name = backend.arrays.dtype_name(bias)
-    wide = name in dtypes.NARROW and backend.name != "jax"
+    wide = name in dtypes.NARROW and not backend.arrays.narrow
     return backend.arrays.cast(bias, dtypes.NARROW[name]) if wide else bias
 
 

@@ -53,6 +53,10 @@ class Arrays:
 
     #: Types of another library that come as guests.
     guests: tuple[type, ...] = ()
+    #: Whether the library itself keeps scalars and integers to 32 bits, unless told otherwise.
+    narrow = False
+    #: Whether a call is to look for arrays on several devices, of which the library's own error names no argument.
+    checks_devices = False
 
     def __init__(self, xp: Any) -> None:
         self.xp = xp

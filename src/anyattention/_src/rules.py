@@ -51,7 +51,7 @@ def signed(arrays: Arrays, x: Array, lengths: bool, unlike: bool = False) -> Arr
     name, where = arrays.dtype_name(x), arrays.xp.where
     if name not in ("uint16", "uint32", "uint64"):
         return where(x < 0, -2, x) if unlike and name.startswith("int") else x
-    bits = 64 if name == "uint64" or (name == "uint32" and not lengths and arrays.name != "jax") else 32
+    bits = 64 if name == "uint64" or (name == "uint32" and not lengths and not arrays.narrow) else 32
     x = arrays.cast(x, f"int{bits}")
     if name != f"uint{bits}" or not (lengths or unlike):
         return x
