@@ -20,6 +20,7 @@ class SDPA(TorchKernel):
     platforms = ("cpu", "cuda")
     dtypes = ("float32", "float64", "bfloat16", "float16")
     on_cuda = ("bfloat16", "float16")  # of float32 its kernel is up to 6 times less accurate than Flax (H100)
+    most_depth = 256  # on CUDA
     one_depth = True
     broadcasts = True
     alone = ("cpu",)
@@ -30,7 +31,10 @@ class SDPA(TorchKernel):
 
     def refusals(self, call: Call) -> Iterator[str]:
         query, key, value, *_ = call.operands
-        known = call.backend.arrays.platform(query) == "cpu" and call.options.dtype in self.dtypes
+        platform, dtype = call.backend.arrays.platform(query), call.options.dtype
+        known = platform == "cpu" and dtype in self.dtypes
+        if platform == "cuda":
+            known = dtype in self.on_cuda and max(query.shape[-1], value.shape[-1]) <= self.most_depth
         full = known and _is_plain(call) and query.numel() and key.numel() and value.numel()
         if full and call.needs <= _SIMPLE and not beyond(call):
             return iter(())  # what the long way finds too, in a tenth of its 20 us
@@ -42,8 +46,8 @@ class SDPA(TorchKernel):
         if call.backend.arrays.platform(query) == "cuda":
             if call.options.dtype not in self.on_cuda or self.wide(call) != call.options.dtype:
                 yield f"on cuda no kernel for {self.wide(call)} is as accurate as Flax"
-            if max(query.shape[-1], value.shape[-1]) > 256:
-                yield "there is no kernel for depths beyond 256"
+            if max(query.shape[-1], value.shape[-1]) > self.most_depth:
+                yield f"there is no kernel for depths beyond {self.most_depth}"
         elif (size := self.elements(call, mask)) > 0:
             yield f"the mask would be an array{told(size)}, where tiled skips what is hidden"
         if bias is not None and not can_look(call):

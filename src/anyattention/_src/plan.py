@@ -145,7 +145,8 @@ def _rules(call: Call, told: list[str] | None) -> Sequence[Rule]:
         rules: Sequence[Rule] = RULES.get((library, platform), ())
         fitting = tuple([x for x in rules if x.fits(call)])
         unfit = [str(x) for x in rules if x not in fitting] if told is not None else []
-        if wasteful := call.backend.tiles.no_tiles(call, by_rule=True) if fitting else "":
+        tiled = any(x.implementation == "tiled" for x in fitting)
+        if wasteful := call.backend.tiles.no_tiles(call, by_rule=True) if tiled else "":
             fitting = tuple([x for x in fitting if x.implementation != "tiled"])
         if told is None:
             return fitting

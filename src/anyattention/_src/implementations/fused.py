@@ -183,8 +183,10 @@ class Fused(Implementation):
         """
         xp, arrays, lengths = call.backend.xp, call.backend.arrays, call.lengths
         query, _, _, bias, *_ = call.operands
-        seen, mask = self.shown(call, self.fit(call)[0])
-        mask, keys, where = _of_one_batch(call, mask), self.keys(call), call.backend.steps.where
+        mask = self.fit(call)[0]
+        visible = _visible(call) if mask.rest or mask.kv_ids is not None else None
+        keys, (seen, mask) = self.keys(call, visible), self.shown(call, mask, visible)
+        mask, where = _of_one_batch(call, mask), call.backend.steps.where
         key, value = call.operands[1:3] if keys is None else (where(keys, x, 0.0) for x in call.operands[1:3])
         rows, columns = (n + n % 2 for n in lengths) if self.even and trained else lengths
         parts = zip((query, key, value), (rows, columns, columns), self.depths(call), strict=True)
@@ -204,23 +206,26 @@ class Fused(Implementation):
         output = output if flat else xp.reshape(output, (*query.shape[:-1], value.shape[-1]))
         return output if seen is None else xp.where(permute(arrays, seen, (-1, -2))[..., None], output, _mean(call))
 
-    def keys(self, call: Call) -> Array | None:
+    def keys(self, call: Call, visible: Array | None = None) -> Array | None:
         """Which keys some query of their batch entry may see, ``[batch..., kv_length, 1, 1]``; None for all."""
-        keys = shown_keys(call)
+        xp = call.backend.xp
+        if visible is None or visible.shape[-2] != 1:
+            keys = shown_keys(call)
+        else:
+            keys = visible if visible.shape[-3] == 1 else xp.any(visible, axis=-3, keepdims=True)
         if keys is None or call.backend.arrays.surely(keys, True):
             return None
-        keys = _ranked(call.backend.xp, keys, 3)
-        return call.backend.xp.reshape(keys, (*keys.shape[:-3], -1, 1, 1))
+        keys = _ranked(xp, keys, 3)
+        return xp.reshape(keys, (*keys.shape[:-3], -1, 1, 1))
 
-    def shown(self, call: Call, mask: Structure) -> tuple[Array | None, Structure]:
+    def shown(self, call: Call, mask: Structure, visible: Array | None) -> tuple[Array | None, Structure]:
         """Which queries see a key, ``[batch..., heads or 1, q_length or 1]``; None for all. A mask that shows each."""
         xp, arrays, (rows, columns) = call.backend.xp, call.backend.arrays, call.lengths
         beside = arrays.beside(call.operands.query)
         kv_lengths, query_lengths = (
             None if x is None else short(arrays, _array(call, x)) for x in (mask.kv_lengths, mask.query_lengths)
         )
-        if mask.rest or mask.kv_ids is not None:
-            visible = _visible(call)
+        if visible is not None:
             seen: Any = xp.any(visible, axis=-1)
         elif kv_lengths is None:
             return None, mask  # of a band, `fitted` keeps what shows each query a key
@@ -308,9 +313,12 @@ def _visible(call: Call) -> Array:
 
 def _mean(call: Call) -> Array:
     """The mean of all values for each query head, ``[batch..., 1, num_heads, v_depth]``, summed in float32 at least."""
-    xp, arrays, dtype = call.backend.xp, call.backend.arrays, call.options.dtype
-    wide = arrays.cast(call.operands.value, dtypes.promote(dtype, "float32"))
-    mean = xp.sum(wide / wide.shape[-3], axis=-3, keepdims=True)  # which does not overflow where the mean does not
+    xp, arrays, value, dtype = call.backend.xp, call.backend.arrays, call.operands.value, call.options.dtype
+    count, wide = value.shape[-3], getattr(xp, dtypes.promote(dtype, "float32"))
+    if dtype == "float16":  # of which float32 holds the sum; fractions would be lost
+        mean = xp.sum(value, axis=-3, keepdims=True, dtype=wide) / count
+    else:  # a sum that does not overflow where the mean does not
+        mean = xp.sum(value / count, axis=-3, keepdims=True, dtype=wide)
     mean = arrays.cast(mean, dtype)[..., None, :]
     (*lead, kv_heads, _, depth), heads = mean.shape, call.operands.query.shape[-2]
     return xp.reshape(xp.broadcast_to(mean, (*lead, kv_heads, heads // kv_heads, depth)), (*lead, heads, depth))
