@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import anyattention
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("anyattention", "anyattention_backends", "anyattention_conformance")
 BUILD = [sys.executable, "-m", "build", "--no-isolation"]
@@ -57,4 +59,5 @@ def test_requirements(tmp_path):
     assert sorted(name for name, _ in required) == ["array-api-compat", "numpy", "threadpoolctl"]
     assert {"jax", "torch", "demo", "test", "all"} <= set(re.findall(r"Provides-Extra: (\w+)", metadata))
     assert "Requires-Python: >=3.11" in metadata
+    assert f"\nVersion: {anyattention.__version__}\n" in metadata
     assert "torch==2.13.0" in metadata

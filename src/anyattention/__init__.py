@@ -12,6 +12,8 @@ from anyattention._src.errors import ShapeError
 from anyattention._src.plan import RULES, Plan
 from anyattention._src.settings import config
 
+__version__ = "0.1.0"
+
 __all__ = [
     "RULES",
     "Plan",
