@@ -81,7 +81,7 @@ def run_examples(capsys: pytest.CaptureFixture[str]) -> Callable[[Path], None]:
     """
 
     def run(page: Path) -> None:
-        text, namespace = page.read_text(), {"__name__": "example"}
+        text, namespace = page.read_text(), {"__name__": "__main__"}
         blocks = re.finditer(r"^( *)```python.*?\n(.*?)^ *```\n(?:\n *```text\n(.*?)^ *```\n)?", text, re.M | re.S)
         for indent, code, printed in (block.groups() for block in blocks):
             line = "\n" * text[: text.index(code)].count("\n")  # so that errors tell the line of the page

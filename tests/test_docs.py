@@ -1,5 +1,6 @@
 """The documentation: every example of every page runs and prints what the page says, and its tables are the code's."""
 
+import importlib
 import importlib.util
 import re
 from pathlib import Path
@@ -14,13 +15,16 @@ def names(path):
     return path.relative_to(ROOT / "docs").with_suffix("").as_posix()
 
 
-@pytest.fixture(scope="module")
-def tables():
-    """The script that writes the tables."""
-    spec = importlib.util.spec_from_file_location("tables", ROOT / "docs" / "tables.py")
+def script(name):
+    """A script of the documentation, as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+TABLES = script("tables")
+DIAGRAMS = script("diagrams")
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if "```python" in page.read_text()], ids=names)
@@ -29,11 +33,34 @@ def test_examples(page, run_examples):
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if "<!-- end -->" in page.read_text()], ids=names)
-def test_tables_are_those_of_the_code(page, tables):
+def test_tables_are_those_of_the_code(page):
     text = page.read_text()
-    assert tables.filled(text) == text, "run `python docs/tables.py`"
+    assert TABLES.filled(text) == text, "run `python docs/tables.py`"
 
 
-def test_every_page_is_in_the_navigation():
-    listed = re.findall(r"^ *- .*?(\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), flags=re.MULTILINE)
-    assert sorted(listed) == sorted(f"{names(page)}.md" for page in PAGES)
+@pytest.mark.parametrize("name", DIAGRAMS.PICTURES)
+def test_pictures_are_those_of_their_script(name):
+    picture = (ROOT / "docs" / "pictures" / name).read_text()
+    assert DIAGRAMS.PICTURES[name]() == picture, "run `python docs/diagrams.py`"
+    assert any(f"(pictures/{name})" in page.read_text() for page in PAGES)
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["anyattention", "anyattention.masks", "anyattention.random", "anyattention.extend", "anyattention_conformance"],
+)
+def test_the_reference_has_every_public_name(module):
+    """Once each: a name that several modules have stands with one of them."""
+    documented = re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text(), flags=re.MULTILINE)
+    assert len(documented) == len(set(documented))
+    objects = [id(find(name)) for name in documented]
+    public = importlib.import_module(module)
+    for name in public.__all__:
+        x = getattr(public, name)
+        assert id(x) in objects or (isinstance(x, type(re)) and any(y.startswith(x.__name__) for y in documented)), name
+
+
+def find(name):
+    """What a dotted name stands for."""
+    module, _, attribute = name.rpartition(".")
+    return getattr(importlib.import_module(module), attribute)
