@@ -2,10 +2,13 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -68,3 +71,23 @@ def _on_four_devices(script: str) -> Any:
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300)
     assert not done.returncode, done.stderr[-2000:]
     return json.loads(done.stdout)
+
+
+@pytest.fixture
+def run_examples(capsys: pytest.CaptureFixture[str]) -> Callable[[Path], None]:
+    """Runs the Python examples of a Markdown file in order, all in one namespace.
+
+    A block of ``text`` right after one of ``python`` is what the example prints.
+    """
+
+    def run(page: Path) -> None:
+        text, namespace = page.read_text(), {"__name__": "__main__"}
+        blocks = re.finditer(r"^( *)```python.*?\n(.*?)^ *```\n(?:\n *```text\n(.*?)^ *```\n)?", text, re.M | re.S)
+        for indent, code, printed in (block.groups() for block in blocks):
+            line = "\n" * text[: text.index(code)].count("\n")  # so that errors tell the line of the page
+            exec(compile(line + textwrap.dedent(code), str(page), "exec"), namespace)
+            found = capsys.readouterr().out
+            if printed is not None:
+                assert found == textwrap.dedent(printed), f"{page.name}: {indent}{code}"
+
+    return run

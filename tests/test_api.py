@@ -141,7 +141,7 @@ BAD = {  # where Flax raises too, what we raise is also of the class that Flax r
         "mutually exclusive",
     ),
 }
-DECLARED = {"no key", "query missing"}  # rows of the README's table of deviations
+DECLARED = {"no key", "query missing"}  # rows of the table in docs/differs.md
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-from anyattention import RULES
 from anyattention_conformance import Report
 from anyattention_conformance.claims import parse
 from anyattention_conformance.report_text import to_markdown
@@ -56,29 +55,3 @@ def test_the_table_is_that_of_the_committed_run():
     results = sorted((Path(__file__).parents[1] / "conformance" / "results").glob("*.json"))
     assert len(results) >= 10
     assert to_markdown([Report.from_json(path.read_text()) for path in results]).strip() in README
-
-
-def rows_of_rules():
-    """The table of ``anyattention.RULES``: where, sizes that a rule is for, for which of these, and what it picks."""
-    names = {"numpy": "NumPy", "jax": "JAX", "torch": "PyTorch", "mlx": "MLX"}
-    places = {}  # platforms of one library that have the same rules share their rows
-    for (library, platform), rules in RULES.items():
-        places.setdefault((library, rules), []).append(platform.upper())
-    for (library, rules), platforms in places.items():
-        where = names[library] if library == "numpy" else f"{names[library]}, {' or '.join(platforms)}"
-        for rule in rules:
-            sizes = {"a head": rule.of_a_head, "a batch entry": rule.of_an_entry}
-            assert all(least & (least - 1) == 0 for least in sizes.values())
-            bounds = [f"{of} 2^{least.bit_length() - 1}" for of, least in sizes.items() if least]
-            only = [f"{rule.least_queries} queries or more"] if rule.least_queries else []
-            only += [f"at most {rule.most_queries} query"] if rule.most_queries < 2**63 else []
-            only += [" and ".join(rule.dtypes)] if rule.dtypes else []
-            only += ["under jit"] if rule.traced else []
-            yield where, ", ".join(bounds), ", ".join(only), rule.implementation
-
-
-def test_the_table_of_rules():
-    """Row by row; after the name of an implementation the README may say more."""
-    (table,) = re.findall(r"^\| library, platform \|.*\n\|[-|]*\n((?:\|.*\n)*)", README, flags=re.MULTILINE)
-    written = [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in table.splitlines()]
-    assert [(*row[:3], row[3].partition(",")[0].split()[0]) for row in written] == list(rows_of_rules())

@@ -42,12 +42,27 @@ def same_bits(actual: Array, expected: Array) -> Comparison:
 
 
 def within_c2(actual: Array, expected: Array, arguments: dict[str, Any], dtype: str) -> str:
-    """What is wrong by contract C2; empty if nothing."""
+    """What is wrong by contract C2; empty if nothing.
+
+    Args:
+        actual: the output that is judged, a NumPy array.
+        expected: Flax's output.
+        arguments: query, key, value and what else was passed, by Flax's names, as NumPy arrays.
+        dtype: of the computation.
+    """
     return c2(actual, expected, arguments, dtype).message
 
 
 def within_c3(actual: Array, flax: Array, truth: Array, size: Array, dtype: str) -> str:
-    """What is wrong by contract C3; empty if nothing."""
+    """What is wrong by contract C3; empty if nothing.
+
+    Args:
+        actual: the output or gradient that is judged, a NumPy array.
+        flax: Flax's, of which the error is the yardstick.
+        truth: the same in float64, as `truth` gives it first.
+        size: the sums of absolute values, as `truth` gives them second.
+        dtype: of the computation.
+    """
     return c3(actual, flax, truth, size, dtype).message
 
 

@@ -73,12 +73,12 @@ def reproduce(
 class AttentionConformance:
     """A test of every case. Inherit from it, under a name that pytest collects, and say what is tested.
 
-    ::
-
-        class TestMyAttention(AttentionConformance):
-            target = staticmethod(my_attention)
-            framework = "torch"
-            unsupported = ("dropout",)
+    ```python
+    class TestMyAttention(AttentionConformance):
+        target = staticmethod(my_attention)
+        framework = "torch"
+        unsupported = ("dropout",)
+    ```
     """
 
     target: ClassVar[Any] = None

@@ -1,4 +1,4 @@
-"""What other packages import to add an array library or an engine; DESIGN.md has a recipe for each.
+"""What other packages import to add an array library or an engine; docs/ has a recipe for each.
 
 A library is a `Backend`, found by an entry point of the group ``anyattention.backends`` whose name is the root module
 of its arrays' type. An engine is a subclass of `Implementation`, mostly of `Fused`, found by an entry point of the

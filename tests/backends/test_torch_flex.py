@@ -192,7 +192,7 @@ def test_an_error_names_the_engine(on_cpu, monkeypatch):
 
 
 REASONS = {
-    "a bias": ({"bias": torch.zeros(9, 7)}, "without a bias"),
+    "a bias": ({"bias": torch.zeros(9, 7)}, "no bias"),
     "an array": ({"mask": torch.ones(9, 7)}, "no band, lengths and segments"),
     "an array beside a rule": ({"mask": CausalMask() & torch.ones(9, 7)}, "no band, lengths and segments"),
     "another combination": ({"mask": ~CausalMask()}, "no band, lengths and segments"),

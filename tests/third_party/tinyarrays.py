@@ -1,4 +1,4 @@
-"""An array library and an engine of a third party, as in the recipes of DESIGN.md; NumPy does the work."""
+"""An array library and an engine of a third party, as in the recipes of the documentation; NumPy does the work."""
 
 import sys
 

@@ -19,6 +19,7 @@ class Splash(JAXKernel):
     """Bands and segments, of which it computes no tile that is wholly hidden; lengths are segments."""
 
     name = "splash"
+    serves = JAXKernel.serves - {"bias"}
     platform = "tpu"
     dtypes = ("bfloat16", "float32")
     multiple = LANES
@@ -31,8 +32,6 @@ class Splash(JAXKernel):
         return "" if util.find_spec(module) else f"this JAX has no {module}"
 
     def limits(self, call: Call, mask: Structure) -> Iterator[str]:
-        if call.operands.bias is not None:
-            yield "it has no bias"
         if any(length % LANES for length in call.lengths):
             yield f"lengths must be multiples of {LANES}"
 

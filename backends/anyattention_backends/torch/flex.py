@@ -19,6 +19,7 @@ class Flex(TorchKernel):
     """The kernel, compiled; PyTorch has no gradient of it on CPU."""
 
     name = "flex"
+    serves = TorchKernel.serves - {"bias"}
     platforms = ("cuda",)
     dtypes = ("float32", "bfloat16", "float16")
     dense = False
@@ -34,8 +35,6 @@ class Flex(TorchKernel):
             yield "float32 products are in TF32, but for torch.set_float32_matmul_precision('highest')"
         if not 16 <= min(depths) <= max(depths) <= 256:
             yield "depths are not from 16 to 256"
-        if call.operands.bias is not None:
-            yield "it is for calls without a bias"
         if mask.rest:
             yield "the mask is no band, lengths and segments, joined by &"
 

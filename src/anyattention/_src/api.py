@@ -79,10 +79,11 @@ def dot_product_attention(
         ValueError: active dropout without a key or at a rate outside [0, 1); an unknown implementation; a
             `dtype` that is not floating or complex; a `precision` or einsum that cannot be honoured.
 
-    >>> import numpy as np
-    >>> x = np.eye(2, dtype=np.float32)[None, :, None, :]
-    >>> dot_product_attention(x, x, x, mask=np.tri(2))[0, :, 0].round(3).tolist()
-    [[1.0, 0.0], [0.33000001311302185, 0.6700000166893005]]
+    Examples:
+        >>> import numpy as np
+        >>> x = np.eye(2, dtype=np.float32)[None, :, None, :]
+        >>> dot_product_attention(x, x, x, mask=np.tri(2))[0, :, 0].round(3).tolist()
+        [[1.0, 0.0], [0.33000001311302185, 0.6700000166893005]]
     """
     call = _call(
         query=query,
@@ -125,12 +126,20 @@ def dot_product_attention_weights(
     is_causal: bool = False,
     implementation: Name | None = None,
 ) -> Array:
-    """The attention weights, ``[batch..., num_heads, q_length, kv_length]``; arguments as `dot_product_attention`.
+    """The attention weights: arguments as `dot_product_attention`, without the value.
 
-    >>> import numpy as np
-    >>> x = np.zeros((2, 1, 4), dtype=np.float32)
-    >>> dot_product_attention_weights(x, x, is_causal=True).tolist()
-    [[[1.0, 0.0], [0.5, 0.5]]]
+    Computed by the exact implementation, since the others never have all weights at once.
+
+    The function `einsum` is called as ``f("...qhd,...khd->...hqk", query, key)`` for the logits.
+
+    Returns:
+        ``[batch..., num_heads, q_length, kv_length]``, after dropout, in the compute dtype.
+
+    Examples:
+        >>> import numpy as np
+        >>> x = np.zeros((2, 1, 4), dtype=np.float32)
+        >>> dot_product_attention_weights(x, x, is_causal=True).tolist()
+        [[[1.0, 0.0], [0.5, 0.5]]]
     """
     call = _call(
         query=query,
@@ -175,15 +184,19 @@ def dot_product_attention_vjp(
     keeps copies, so that arguments and output may be changed in place before it is called.
 
     Returns:
-        The output, and a function from the gradient of a loss by the output to its gradients by query, key, value
-        and bias, each of the shape and dtype of what it belongs to (of integers, in the compute dtype), None where the
-        bias is None or a Python scalar.
+        The output, and the pullback: a function from the gradient of a loss by the output to its gradients by query,
+        key, value and bias. Each has the shape and dtype of what it belongs to, those of integers the compute dtype.
+        That of the bias is None where the bias is None or a Python scalar.
 
-    >>> import numpy as np
-    >>> x = np.ones((2, 1, 4), dtype=np.float32)
-    >>> output, pullback = dot_product_attention_vjp(x, x, x)
-    >>> [gradient.sum().item() for gradient in pullback(output)[:3]]
-    [0.0, 0.0, 8.0]
+    Raises:
+        NotImplementedError: a call that tiled cannot serve, such as one of a complex dtype.
+
+    Examples:
+        >>> import numpy as np
+        >>> x = np.ones((2, 1, 4), dtype=np.float32)
+        >>> output, pullback = dot_product_attention_vjp(x, x, x)
+        >>> [gradient.sum().item() for gradient in pullback(output)[:3]]
+        [0.0, 0.0, 8.0]
     """
     call = _call(
         query=query,
@@ -238,10 +251,17 @@ def explain(
 ) -> Plan:
     """The plan that `dot_product_attention` follows for these very arguments; prints as a table.
 
-    >>> import numpy as np
-    >>> x = np.zeros((2, 1, 4))
-    >>> explain(x, x, x).implementation
-    'exact'
+    Arguments as `dot_product_attention`; nothing is computed. On JAX, query, key, value, bias and mask may be
+    ``jax.ShapeDtypeStruct``. For a call that no implementation of its name can serve, the plan says why.
+
+    Raises:
+        ShapeError, TypeError, ValueError: as `dot_product_attention`.
+
+    Examples:
+        >>> import numpy as np
+        >>> x = np.zeros((2, 1, 4))
+        >>> explain(x, x, x).implementation
+        'exact'
     """
     return _outlined(
         implementation,

@@ -29,9 +29,10 @@ def make_attention_mask(
         extra_batch_dims: this many axes of size 1 in front.
         dtype: of the mask, cast last; name, scalar type or the library's dtype.
 
-    >>> import numpy as np
-    >>> make_attention_mask(np.array([1, 1, 0]), np.array([1, 0]), dtype=bool).tolist()
-    [[[True, False], [True, False], [False, False]]]
+    Examples:
+        >>> import numpy as np
+        >>> make_attention_mask(np.array([1, 1, 0]), np.array([1, 0]), dtype=bool).tolist()
+        [[[True, False], [True, False], [False, False]]]
     """
     backend = registry.backend_for(query_input=query_input, key_input=key_input)
     xp = backend.xp
@@ -66,11 +67,15 @@ def _cast(backend: Backend, mask: Array, dtype: Any) -> Array:
 def make_causal_mask(x: Array, extra_batch_dims: int = 0, dtype: Any = "float32") -> Array:
     """Lower-triangular mask, ``[batch..., 1, length, length]``, for an array ``[batch..., length]``.
 
-    Only the shape of `x` is read.
+    Args:
+        x: ``[batch..., length]``, of which only the shape is read.
+        extra_batch_dims: this many axes of size 1 in front.
+        dtype: of the mask; name, scalar type or the library's dtype.
 
-    >>> import numpy as np
-    >>> make_causal_mask(np.zeros(3), dtype=int).tolist()
-    [[[1, 0, 0], [1, 1, 0], [1, 1, 1]]]
+    Examples:
+        >>> import numpy as np
+        >>> make_causal_mask(np.zeros(3), dtype=int).tolist()
+        [[[1, 0, 0], [1, 1, 0], [1, 1, 1]]]
     """
     backend = registry.backend_for(x=x)
     x = _with_length(backend, "x", x)

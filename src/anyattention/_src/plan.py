@@ -46,10 +46,7 @@ class Rule(NamedTuple):
         return f"{text}, in a compiled program" if self.traced else text
 
 
-#: The rules for ``implementation=None``, by library and platform: the first that fits, where nothing speaks against
-#: it; exact everywhere else. On accelerators tiled takes several times as long as exact, and serves where that has no
-#: room.
-RULES = {
+RULES: dict[tuple[str, str], tuple[Rule, ...]] = {
     ("numpy", "cpu"): (Rule("tiled", of_a_head=2**16, least_queries=64),),
     ("jax", "cpu"): (
         Rule("tiled", of_a_head=2**18),
@@ -62,6 +59,11 @@ RULES = {
     ("torch", "cuda"): (Rule("fused", of_a_head=2**10), Rule("tiled", of_an_entry=2**30)),
     ("mlx", "gpu"): (Rule("fused", of_a_head=2**10),),
 }
+"""The rules for ``implementation=None``, by library and platform: the first that fits, where nothing speaks against it.
+
+Exact serves everything else. On accelerators tiled takes several times as long as exact, and serves where that has no
+room.
+"""
 _RULED = {library for library, _ in RULES}
 
 #: Engines that None may choose on an accelerator, by library, platform and engine, with the dtypes in which both their
@@ -75,12 +77,19 @@ _CHECK = "check it with `python -m benchmarks.gpu`, then pass implementation='fu
 
 
 class Plan(NamedTuple):
-    """The decision for one call, in names: what runs, on which library, with which engine, and the reasons."""
+    """The decision for one call, in names; prints as a table.
 
-    implementation: Name | None  # None where the one that was asked for by name cannot serve the call
+    Attributes:
+        implementation: what runs; None if the call raises, since what was asked for by name cannot serve it.
+        library: of the arrays.
+        reasons: why, a line each.
+        engine: the kernel, where the implementation is "fused".
+    """
+
+    implementation: Name | None
     library: str
     reasons: tuple[str, ...]
-    engine: str | None = None  # of "fused"
+    engine: str | None = None
 
     def __str__(self) -> str:
         rows = [("implementation", self.implementation or "none: the call raises"), ("library", self.library)]

@@ -113,7 +113,10 @@ class Lowering:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Mask:
-    """A mask by rule. Subclasses say what queries know, what keys know, and what is compared."""
+    """A mask by rule, which is passed as ``mask=`` and joined by ``&``, ``|`` and ``~`` with others and with arrays.
+
+    Subclasses say what queries know, what keys know, and what is compared.
+    """
 
     #: Set by the registry, which stands above: what finds the library of arrays, what makes them this library's, and
     #: what hears of each class of masks when one is made.
@@ -225,8 +228,9 @@ class Mask:
 
         Of the library of its ids or lengths; NumPy's without any.
 
-        >>> CausalMask().to_array(2, 3).tolist()
-        [[True, False, False], [True, True, False]]
+        Examples:
+            >>> CausalMask().to_array(2, 3).tolist()
+            [[True, False, False], [True, True, False]]
         """
         backend, mask, like = Mask._home(self)
         lengths = q_length, kv_length
@@ -238,7 +242,18 @@ class Mask:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class CausalMask(Mask):
-    """Key j is visible to query i where ``j <= i + offset``; offset is an integer."""
+    """Key j is visible to query i where ``j <= i + offset``.
+
+    Args:
+        offset: a Python integer; for a query that follows a cache, the number of keys before it.
+
+    Raises:
+        TypeError: an offset that is no Python integer.
+
+    Examples:
+        >>> CausalMask(1).to_array(2, 4).tolist()
+        [[True, True, False, False], [True, True, True, False]]
+    """
 
     offset: int = 0
     _integers = ("offset",)
@@ -253,7 +268,19 @@ class CausalMask(Mask):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LocalMask(Mask):
-    """Key j is visible to query i where ``i - left <= j <= i + right``; both are integers."""
+    """Key j is visible to query i where ``i - left <= j <= i + right``.
+
+    Args:
+        left: a Python integer: how many keys before its own position a query sees.
+        right: a Python integer: how many keys behind it.
+
+    Raises:
+        TypeError: bounds that are no Python integers.
+
+    Examples:
+        >>> LocalMask(1, 0).to_array(3, 3).tolist()
+        [[True, False, False], [True, True, False], [False, True, True]]
+    """
 
     left: int
     right: int
@@ -270,7 +297,18 @@ class LocalMask(Mask):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SegmentMask(Mask):
-    """Visible where the ids are equal: integers ``[batch..., q_length]`` and ``[batch..., kv_length]``."""
+    """Key j is visible to query i where their ids are equal, as of sequences that are packed into one.
+
+    Args:
+        query_ids: integers ``[batch..., q_length]``.
+        kv_ids: integers ``[batch..., kv_length]``.
+
+    Examples:
+        >>> import numpy as np
+        >>> ids = np.array([0, 0, 1])
+        >>> SegmentMask(ids, ids).to_array(3, 3)[0].tolist()
+        [[True, True, False], [True, True, False], [False, False, True]]
+    """
 
     query_ids: Array
     kv_ids: Array
@@ -301,7 +339,14 @@ def _parts(x: Any, wide: bool) -> tuple[Any, ...]:
 class LengthMask(Mask):
     """Key j is visible where ``j < kv_length`` of its batch entry, and to query i where ``i < query_length``.
 
-    Lengths are integers ``[batch...]``; None for queries of full length.
+    Args:
+        kv_lengths: integers ``[batch...]``.
+        query_lengths: integers ``[batch...]``; None for queries of full length.
+
+    Examples:
+        >>> import numpy as np
+        >>> LengthMask(np.array([2, 1])).to_array(1, 3).tolist()
+        [[[[True, True, False]]], [[[True, False, False]]]]
     """
 
     kv_lengths: Array

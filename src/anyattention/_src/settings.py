@@ -94,11 +94,12 @@ def config(implementation: Name | None = None, engines: list[str] | tuple[str, .
         implementation: "exact", "tiled" or "fused", as if passed by name.
         engines: those that may serve "fused", in order of preference; ("-cudnn",) means all but this one, () none.
 
-    >>> import numpy as np, anyattention
-    >>> x = np.ones((2, 1, 4))
-    >>> with config(implementation="tiled"):
-    ...     print(anyattention.explain(x, x, x).implementation)
-    tiled
+    Examples:
+        >>> import numpy as np, anyattention
+        >>> x = np.ones((2, 1, 4))
+        >>> with config(implementation="tiled"):
+        ...     print(anyattention.explain(x, x, x).implementation)
+        tiled
     """
     before = current()
     within = Settings(

@@ -165,11 +165,12 @@ def _below(bits: Array, p: Any) -> Array:
 def key(seed: int) -> Array:
     """The key that ``jax.random.key(seed)`` holds with x64 off, as a NumPy ``uint32[2]``.
 
-    >>> key(12345).tolist(), key(-1).tolist()
-    ([0, 12345], [0, 4294967295])
-
     Raises:
         TypeError: a seed that is not an integer.
+
+    Examples:
+        >>> key(12345).tolist(), key(-1).tolist()
+        ([0, 12345], [0, 4294967295])
     """
     import array_api_compat.numpy as xp  # a key is data of the host; NumPy is the one library always there
 
@@ -181,8 +182,9 @@ def key(seed: int) -> Array:
 def split(key: Array, num: int = 2) -> Array:
     """`num` new keys, ``[num, 2]``, of the library and dtype of `key`; equal to ``jax.random.split``.
 
-    >>> split(key(0)).tolist()
-    [[1797259609, 2579123966], [928981903, 3453687069]]
+    Examples:
+        >>> split(key(0)).tolist()
+        [[1797259609, 2579123966], [928981903, 3453687069]]
     """
     return _derived(key, 0, num)
 
@@ -190,11 +192,12 @@ def split(key: Array, num: int = 2) -> Array:
 def fold_in(key: Array, data: int) -> Array:
     """A new key from a key and a 32-bit unsigned integer; equal to ``jax.random.fold_in``.
 
-    >>> fold_in(key(0), 5).tolist()
-    [1524306142, 1887795613]
-
     Raises:
         OverflowError: `data` outside [0, 2**32).
+
+    Examples:
+        >>> fold_in(key(0), 5).tolist()
+        [1524306142, 1887795613]
     """
     if not 0 <= data < 2**32:
         raise OverflowError(f"data must be in [0, 2**32), got {data}")
@@ -217,7 +220,8 @@ def bernoulli(key: Array, p: Any = 0.5, shape: Sequence[int] = ()) -> Array:
     The dtype of `p` counts, as in JAX: a Python float draws as float32, a ``numpy.float16`` as float16. The
     bits are those of JAX with x64 off.
 
-    >>> bernoulli(key(0), 0.5, (3, 5))[0].tolist()
-    [False, False, True, True, False]
+    Examples:
+        >>> bernoulli(key(0), 0.5, (3, 5))[0].tolist()
+        [False, False, True, True, False]
     """
     return keep(array_api_compat.array_namespace(key), key, p, shape)

@@ -13,6 +13,7 @@ OWN = frozenset(("bias", "mask", "dropout_key", "dropout", "precision", "force_f
 _WHY = {
     "module": "module is given the weights, which {name} never has all at once",
     "weights_only": "{name} never has all the weights",
+    "bias": "it has no bias",
     "dropout": "it has no dropout of Flax's bits",
     "precision": "its precision is its own",
     "origin": "it takes no shard of a whole",
