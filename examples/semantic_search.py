@@ -16,6 +16,7 @@ import ast
 import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -341,8 +342,9 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--entries must be at least {HITS}")
     names = list(dict.fromkeys(options.frameworks))
 
+    print("Searching the docstrings of Python's standard library by meaning.")
+    print(f"One language model, written once, runs on {', '.join(names)}.", flush=True)
     model = load_model(fetch_model())
-    print("reading the docstrings of the standard library", flush=True)
     texts = standard_library(options.entries)
 
     seconds, embeddings, hits = {}, {}, {}
@@ -354,22 +356,29 @@ def main(arguments: list[str] | None = None) -> None:
         seconds[name] = time.perf_counter() - start
         embeddings[name] = np.asarray(rows)
 
-    print(f"\n{options.question}\n")
+    print(f"\n{options.question}\n\n   similarity  entry  docstring")
     first = names[0]
     scores = embeddings[first][1:] @ embeddings[first][0]
     for rank, place in enumerate(hits[first], 1):
-        print(f"{rank}. {scores[place]:.3f}  {texts[place]}")
+        print(f"{rank}. {scores[place]:>10.3f}  {place:>5}  {texts[place]}")
 
-    # "from jax": the largest difference between any two numbers of this row's embeddings and of JAX's.
-    print("\nframework  seconds", *(f"{'from ' + name:>12}" for name in names), f"  hits among {len(texts)}")
+    print(
+        f"\nEach library embedded all {len(texts)} entries. How far two libraries are apart at most, and their hits:\n"
+    )
+    print("library    seconds", *(f"{'from ' + name:>12}" for name in names), "  entries, best first")
     for name in names:
         apart = (np.max(np.abs(embeddings[name] - embeddings[other])) for other in names)
         columns = " ".join(f"{difference:>12.1e}" for difference in apart)
         print(f"{name:<9}{seconds[name]:>9.1f} {columns}   {' '.join(map(str, hits[name]))}")
 
     if any(hits[name] != hits[first] for name in names):
-        raise SystemExit(f"\nThe frameworks disagree on the {HITS} nearest entries: see the table above.")
+        raise SystemExit(f"\nThe libraries disagree on the {HITS} nearest entries: see the table above.")
+    if len(names) > 1:
+        print(f"\nThe libraries agree: the same {HITS} entries, in the same order.")
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # as a shell reports a program that Ctrl-C has ended
+    if hasattr(signal, "SIGPIPE"):  # Windows has none
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the program, without a traceback
     main()

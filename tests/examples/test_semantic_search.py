@@ -4,6 +4,9 @@ import importlib.util
 import math
 import os
 import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -171,7 +174,26 @@ def test_whole_run(example, capsys):
         hits[name] = rows[name][4:]
         assert len(hits[name]) == example.HITS
     assert hits["numpy"] == hits["jax"] == hits["torch"]
-    assert re.search(r"^1\. [0-9.]+  (gzip|bz2)\b", printed, re.MULTILINE)
+    listed = re.findall(r"^[1-5]\. +[0-9.]+ +([0-9]+)  (\w+)", printed, re.MULTILINE)
+    assert [entry for entry, _ in listed] == hits["numpy"]  # the column explains the numbers below
+    assert listed[0][1] in ("gzip", "bz2")
+    assert "The libraries agree" in printed
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+@pytest.mark.parametrize(("interrupt", "status"), [(False, -signal.SIGPIPE), (True, 130)], ids=["head", "Ctrl-C"])
+@pytest.mark.usefixtures("folder")
+def test_a_run_that_is_cut_short_is_silent(interrupt, status):
+    command = [sys.executable, "-u", EXAMPLE, "--frameworks", "numpy", "--entries", "20"]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert "standard library" in run.stdout.readline()
+    if interrupt:
+        run.send_signal(signal.SIGINT)
+    else:
+        run.stdout.close()
+    _, errors = run.communicate()
+    assert "Traceback" not in errors
+    assert run.returncode == status
 
 
 @pytest.mark.usefixtures("folder")
