@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import anyattention
 from anyattention_conformance import claims, frameworks, suite
 from anyattention_conformance.adapters import FOLDER, ours
-from anyattention_conformance.cases import Case
+from anyattention_conformance.case import Case
 from anyattention_conformance.claims import Claims
 from anyattention_conformance.oracles import OracleError
 from anyattention_conformance.results import BUG, CONFORMS, DECLARED, NOT_RUN, UNSUPPORTED, Result

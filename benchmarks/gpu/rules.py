@@ -12,7 +12,7 @@ import numpy as np
 
 import anyattention
 from anyattention.masks import CausalMask, LengthMask, LocalMask, Mask, SegmentMask
-from anyattention_conformance.cases import Case
+from anyattention_conformance.case import Case
 from anyattention_conformance.oracles import Golden, Live
 from anyattention_conformance.truth import Answer
 

@@ -4,7 +4,8 @@
 """
 
 from anyattention_conformance.budgets import within_c2, within_c3
-from anyattention_conformance.cases import CASES, FORMS, Case
+from anyattention_conformance.case import Case
+from anyattention_conformance.cases import CASES, FORMS
 from anyattention_conformance.claims import Claims, Difference
 from anyattention_conformance.oracles import Golden, Live, flax_answer, flax_attention
 from anyattention_conformance.results import Report, Result

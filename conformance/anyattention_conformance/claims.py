@@ -3,7 +3,8 @@
 ```toml
 title = "torch SDPA"
 contract = "C3"                       # C1, C2 or C3; what the numbers are held to
-unsupported = ["dropout", "growth"]   # what it refuses: words of `Case.needs`, parameters, dtypes, "gradients"
+scope = "ordinary"                    # which failures count: those of ordinary calls, or of "all", corners too
+unsupported = ["dropout", "growth"]   # for what it raises, or has no parameter: words of `anyattention cases --words`
 
 [meaning]                             # where its definition of attention differs
 fill = -inf                           # the logit of a hidden key: a number, or "minimum", Flax's
@@ -24,7 +25,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from anyattention_conformance.cases import CASES, Case
+from anyattention_conformance.case import Case
+from anyattention_conformance.cases import CASES
+from anyattention_conformance.results import ORDINARY, SCOPES
 from anyattention_conformance.truth import FLAX, Meaning
 
 CONTRACTS = ("C1", "C2", "C3")
@@ -65,10 +68,15 @@ class Difference:
 
 @dataclass(frozen=True)
 class Claims:
-    """What a target declares; without any it is Flax's attention, whole, by contract C3."""
+    """What a target declares; without any it is Flax's attention, whole, by contract C3, in ordinary calls.
+
+    `unsupported` has words for what the target raises, or has no parameter for. For what it answers in another way than
+    Flax there is `differs`.
+    """
 
     title: str = ""
     contract: str = "C3"
+    scope: str = ORDINARY
     unsupported: frozenset[str] = frozenset()
     meaning: Meaning = FLAX
     differs: tuple[Difference, ...] = ()
@@ -113,11 +121,12 @@ def read(path: Path) -> Claims:
 
 def parse(data: dict[str, Any]) -> Claims:
     """The claims in the data of a file."""
-    _known(data, ("title", "contract", "unsupported", "meaning", "differs"), "a claim")
+    _known(data, ("title", "contract", "scope", "unsupported", "meaning", "differs"), "a claim")
     meaning = data.get("meaning", {})
     _known(meaning, ("fill", "empty"), "a meaning")
     contract = data.get("contract", "C3")
     _known([contract], CONTRACTS, "a contract")
+    _known([data.get("scope", ORDINARY)], SCOPES, "a scope")
     differs = []
     for entry in data.get("differs", []):
         _known(entry, ("because", "cases", "dtypes", "quantities"), "of a difference")
@@ -133,6 +142,7 @@ def parse(data: dict[str, Any]) -> Claims:
     return Claims(
         title=data.get("title", ""),
         contract=contract,
+        scope=data.get("scope", ORDINARY),
         unsupported=words(data.get("unsupported", [])),
         meaning=Meaning(fill=_fill(meaning.get("fill", FLAX.fill)), empty=float(meaning.get("empty", FLAX.empty))),
         differs=tuple(differs),

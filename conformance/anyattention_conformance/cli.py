@@ -18,7 +18,7 @@ from anyattention_conformance.cases import CASES
 from anyattention_conformance.claims import CONTRACTS, ClaimError, Claims
 from anyattention_conformance.frameworks import framework
 from anyattention_conformance.oracles import OracleError
-from anyattention_conformance.results import Report
+from anyattention_conformance.results import ALL, SCOPES, Report
 from anyattention_conformance.targets import TargetError
 from anyattention_conformance.workers import Recipe, Workers
 
@@ -51,6 +51,8 @@ def conform(options: argparse.Namespace) -> int:
         declared = replace(declared, unsupported=declared.unsupported | more)
     if options.contract:
         declared = replace(declared, contract=options.contract)
+    if options.scope or options.only:  # who names cases asks about them all
+        declared = replace(declared, scope=options.scope or ALL)
     chosen = suite.runs(options.tier, declared.contract, options.only, options.dtype)
     if not chosen:
         raise ClaimError("no case is chosen; `anyattention cases` lists them")
@@ -64,7 +66,8 @@ def conform(options: argparse.Namespace) -> int:
         chosen,
         claims=declared,
         oracle=suite.oracle_for(declared.contract, options.oracle),
-        tier=options.tier,
+        tier="full" if options.only else options.tier,
+        selection=(*options.only, *options.dtype),
         progress=_progress,
     )
     report.versions = workers.versions
@@ -73,9 +76,9 @@ def conform(options: argparse.Namespace) -> int:
     if options.html:
         options.html.write_text(report_html.to_html([report]), encoding="utf-8")
     report_text.print_report(report, sys.stdout)
-    if not report.compared:
+    if report.exit_status == FAILED:
         raise TargetError("nothing was compared: every case is unsupported or was not run")
-    return CONFORMS if report.conforms else DIFFERS
+    return report.exit_status
 
 
 def report(options: argparse.Namespace) -> int:
@@ -167,6 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--framework", default="numpy", metavar="NAME", help="numpy, jax, torch, mlx, or a module")
     one.add_argument("--tier", choices=suite.TIERS, default="smoke")
     one.add_argument("--contract", choices=CONTRACTS, help="what the numbers are held to (default: C3)")
+    one.add_argument("--scope", choices=SCOPES, help="which failures count")
     one.add_argument("--claims", type=Path, metavar="FILE", help="what differs on purpose, in TOML")
     one.add_argument("--unsupported", metavar="WORD,...", help="what the target refuses, such as dropout,bias")
     one.add_argument("--only", action="append", default=[], metavar="CASE", help="a case, a pattern, or a group")

@@ -16,7 +16,7 @@ from zlib import crc32
 
 import numpy as np
 
-from anyattention_conformance.cases import Case, numpy_dtype
+from anyattention_conformance.case import Case, numpy_dtype
 from anyattention_conformance.truth import NAMES, Answer
 
 Array = Any

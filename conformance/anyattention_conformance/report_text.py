@@ -15,6 +15,7 @@ from itertools import zip_longest
 from typing import NamedTuple, TextIO
 
 from anyattention_conformance.results import (
+    ALL,
     BUG,
     CONFORMS,
     DECLARED,
@@ -120,12 +121,13 @@ def cells_of(report: Report) -> dict[tuple[str, str], Cell]:
     return {place: summarize(results) for place, results in found.items()}
 
 
-def failures_of(report: Report) -> dict[str, list[Result]]:
-    """What failed, by case group, the smallest case first."""
+def failures_of(report: Report, corners: bool | None = None) -> dict[str, list[Result]]:
+    """What failed, by case group, in the order of `Report.failures`; of ordinary calls or of corners alone if asked."""
     found: dict[str, list[Result]] = {}
     for result in report.failures:
-        found.setdefault(result.group, []).append(result)
-    return {group: found[group] for group in groups_of([report]) if group in found}
+        if corners in (None, bool(result.corner)):
+            found.setdefault(result.group, []).append(result)
+    return found
 
 
 def name_of(report: Report) -> str:
@@ -135,20 +137,19 @@ def name_of(report: Report) -> str:
 
 def status_of(report: Report) -> str:
     """Good, bad, or none: where nothing was compared, nothing is good."""
-    counts = report.counts()
-    if not report.conforms:
-        return "bad"
-    return "good" if counts[CONFORMS] or counts[DECLARED] else "none"
+    return ("good", "bad", "none")[report.exit_status]
 
 
 def verdict_of(report: Report) -> str:
     """The verdict in a few words, to follow the target's name."""
-    contract = clean(report.contract)
-    return {
-        "good": f"conforms to {contract}",
-        "bad": f"does not conform to {contract}",
-        "none": "was not compared with anything",
-    }[status_of(report)]
+    return clean(report.verdict)
+
+
+def headline_of(report: Report) -> str:
+    """The target's name and the verdict, as one sentence."""
+    verdict = verdict_of(report)
+    joint = " " if verdict.startswith(("conforms", "does not", "was not")) else ": "
+    return f"{name_of(report)}{joint}{verdict}"
 
 
 def tally(report: Report) -> str:
@@ -161,6 +162,17 @@ def tally(report: Report) -> str:
     if report.problems:
         words.append(_count(len(report.problems), "problem"))
     return ", ".join(words)
+
+
+def about(report: Report) -> list[str]:
+    """What ran: the tier or the selection of it, the contract, the framework and why it is this one, versions."""
+    found = [f"{report.tier} tier", f"contract {report.contract}", f"against {report.oracle}", report.date]
+    if report.selection:
+        found[0] += f", selection of {_count(report.cases, 'case')}: {', '.join(report.selection)}"
+    if report.inferred:
+        found.append(f"framework {report.framework}, inferred: {report.inferred}")
+    found += [f"{name} {version}" for name, version in report.versions.items()]
+    return [clean(x) for x in found if x]
 
 
 # Numbers and names
@@ -309,9 +321,11 @@ def print_report(report: Report, file: TextIO | None = None) -> None:
 
 def _heading(report: Report, width: int) -> Iterator[Line]:
     yield [(name_of(report), "bold")]
-    about = [f"contract {report.contract}", report.tier, f"against {report.oracle}", report.date]
-    about += [f"{name} {version}" for name, version in report.versions.items()]
-    yield from _wrapped(" · ".join(clean(x) for x in about if x), width, "", "bright_black")
+    yield from _wrapped(" · ".join(about(report)), width, "", "bright_black")
+    for diagnosis in report.diagnosis:
+        yield []
+        yield from _wrapped(clean(diagnosis.cause), width, "  ", STYLES[BUG], first="✗ ")
+        yield from _wrapped(clean(diagnosis.mend), width, "  ", "", first="  ")
     yield []
 
 
@@ -331,8 +345,13 @@ def _findings(report: Report, width: int) -> Iterator[Line]:
         yield []
         yield from _wrapped(LEGEND, width, "", "bright_black")
         yield []
-    for group, results in failures_of(report).items():
+    whole = report.scope == ALL
+    for group, results in failures_of(report, None if whole else False).items():
         yield from _failure(report, group, results, width)
+        yield []
+    for group, results in ({} if whole else failures_of(report, True)).items():
+        yield from _corner(group, results, width)
+    if not whole and failures_of(report, True):
         yield []
     for problem in report.problems:
         yield from _item("✗ ", problem, width, STYLES[BUG])
@@ -341,7 +360,17 @@ def _findings(report: Report, width: int) -> Iterator[Line]:
     if report.problems or report.claims:
         yield []
     mark, style = STATUS[status_of(report)]
-    yield [(f"{mark} {name_of(report)} {verdict_of(report)}: {tally(report)}", style)]
+    yield [(f"{mark} {headline_of(report)}", style)]
+    yield [(f"  {tally(report)}", "")]
+
+
+def _corner(group: str, results: list[Result], width: int) -> Iterator[Line]:
+    """Of a corner, what differs most simply, and why it is a corner."""
+    first, more = results[0], f", and {len(results) - 1} more" if len(results) > 1 else ""
+    what = " · ".join(clean(x) for x in (first.case, first.dtype, first.quantity, over_budget(first)) if x)
+    yield [("corner ", STYLES[DECLARED]), (clean(group), "bold"), (f"  {what}{more}", "")]
+    text = f"{clean(first.corner)}: {'; '.join(clean_lines(first.message))}"
+    yield from _wrapped(text, width, "  ", "bright_black", first="  ")
 
 
 def _failure(report: Report, group: str, results: list[Result], width: int) -> Iterator[Line]:

@@ -11,7 +11,8 @@ import numpy as np
 
 from anyattention_conformance import budgets
 from anyattention_conformance.budgets import Comparison, c2, c3, other_meaning
-from anyattention_conformance.cases import CASES, Case
+from anyattention_conformance.case import Case
+from anyattention_conformance.cases import CASES
 from anyattention_conformance.claims import QUANTITIES, Claims
 from anyattention_conformance.frameworks import quiet
 from anyattention_conformance.oracles import Golden, Live, Oracle
@@ -76,9 +77,9 @@ class Judge:
         case, dtype, gradients = run
         if not case.available(dtype):
             why = "NumPy has no bfloat16: pip install ml_dtypes"
-            yield Result(case.id, case.group, dtype, "output", NOT_RUN, why, size=case.size, seed=case.seed)
+            yield self._result(run, outcome, NOT_RUN, why)
             return
-        result = Result(case.id, case.group, dtype, "output", BUG, outcome.message, size=case.size, seed=case.seed)
+        result = self._result(run, outcome, BUG, outcome.message)
         flax = self.oracle.answer(case, dtype)
         if isinstance(flax, str):
             yield self._refusal(replace(result, quantity="error"), run, flax, outcome)
@@ -112,6 +113,12 @@ class Judge:
                 yield self._declared(replace(quantity, message=f"no gradient of {name}"), run)
             else:
                 yield self._judged(quantity, run, gradient, expected, name)
+
+    @staticmethod
+    def _result(run: Run, outcome: Outcome, verdict: str, message: str) -> Result:
+        case = run.case
+        about = {"size": case.size, "seed": case.seed, "corner": case.corner, "kind": outcome.kind}
+        return Result(case.id, case.group, run.dtype, "output", verdict, message, **about)
 
     def _refusal(self, result: Result, run: Run, error: str, outcome: Outcome) -> Result:
         """The verdict where Flax raises: so must the target; by contracts C1 and C2, the same class."""
@@ -216,9 +223,10 @@ def certify(
     claims: Claims | None = None,
     oracle: Oracle | None = None,
     tier: str = "smoke",
+    selection: Iterable[str] = (),
     progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda each, total: each,
 ) -> Report:
-    """Judge the outcomes of the chosen runs; `progress` wraps what is iterated over."""
+    """Judge the outcomes of the chosen runs, those of `selection`; `progress` wraps what is iterated over."""
     claims = claims or Claims()
     oracle = oracle or oracle_for(claims.contract)
     judge, found, start = Judge(oracle, claims), {}, time.perf_counter()
@@ -230,6 +238,8 @@ def certify(
         framework=framework,
         contract=claims.contract,
         tier=tier,
+        selection=list(selection),
+        scope=claims.scope,
         oracle=oracle.name,
         date=date.today().isoformat(),
         versions={},

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from anyattention_conformance.adapters import ADAPTERS
-from anyattention_conformance.cases import CASES, Case
+from anyattention_conformance.case import Case
+from anyattention_conformance.cases import CASES
 from anyattention_conformance.frameworks import Framework, framework, quiet
 from anyattention_conformance.signatures import Signature, read
 from anyattention_conformance.truth import NAMES

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from anyattention_conformance import claims as declarations
 from anyattention_conformance import report_text, suite, targets
 from anyattention_conformance.claims import Claims
-from anyattention_conformance.results import BUG, NOT_RUN, UNSUPPORTED, Result
+from anyattention_conformance.results import ALL, BUG, NOT_RUN, UNSUPPORTED, Result
 from anyattention_conformance.suite import Judge, Run
 from anyattention_conformance.targets import Target
 
@@ -43,10 +43,14 @@ def assert_matches_flax(
         only: patterns of case ids, or case groups.
         dtypes: only these.
     """
+    only, dtypes = tuple(only), tuple(dtypes)
     target, declared = _target(function, framework), _claims(claims, contract, unsupported)
+    if only:  # who names cases asks about them all
+        declared = replace(declared, scope=ALL)
     chosen = suite.runs(tier, declared.contract, only, dtypes)
-    report = suite.certify_here(target, chosen, claims=declared, tier=tier)
-    if not report.conforms:
+    tier = "full" if only else tier
+    report = suite.certify_here(target, chosen, claims=declared, tier=tier, selection=(*only, *dtypes))
+    if not report.passes:
         raise AssertionError(report_text.to_text(report))
 
 

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from anyattention_conformance.cases import lowest
+from anyattention_conformance.case import lowest
 from anyattention_conformance.threefry import bernoulli
 
 Array = Any

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from anyattention_conformance import CASES, FORMS, Case
-from anyattention_conformance.cases import lowest, numpy_dtype
+from anyattention_conformance.case import lowest, numpy_dtype
 
 RUNS = [(case, dtype) for case in CASES if case.smoke for dtype in case.dtypes]
 
@@ -69,3 +69,14 @@ def test_needs():
     assert Case("x", dropout=0.5, broadcast_dropout=False).needs == {"dropout", "per-head dropout"}
     assert Case("x", query=(3, 2, 4), key=(5, 2, 4), v_depth=6).needs == {"no batch", "value depth"}
     assert Case("x", key=(2, 0, 2, 4), options=(("dtype", "float16"),)).needs == {"empty", "dtype"}
+
+
+def test_ordinary_calls_and_corners():
+    corners = {case.id: case.corner for case in CASES}
+    ordinary = {"plain", "mask", "mask-float", "bias", "mask-and-bias", "q-length-1", "ragged", "dropout", "logits-30"}
+    assert not any(corners[name] for name in ordinary)
+    assert corners["depth-0"] == "no model has heads of depth 0"
+    assert "one dtype" in corners["float16-and-bfloat16"]
+    assert "leaves each query a key" in corners["dropout-hidden-row"] == corners["lengths-130x1-bias"]
+    assert all(case.corner for case in CASES if case.group in ("errors", "infinities", "hidden rows", "fill", "growth"))
+    assert all(case.corner for case in CASES if {"float64", "int32", "bool"} & set(case.dtypes))

@@ -45,7 +45,7 @@ def test_query_key_and_value_may_have_other_names():
 
 
 def test_differences_are_found_and_can_be_declared(tmp_path):
-    done = conform("conform", f"{SAMPLES}:zero_rows", *PLAIN)
+    done = conform("conform", f"{SAMPLES}:zero_rows", *PLAIN, "--scope", "all")
     assert done.returncode == 1
     assert "BUG hidden rows" in done.stdout
     assert "0 instead of" in done.stdout or "maximum error" in done.stdout

@@ -27,7 +27,7 @@ def test_a_right_function_passes(framework):
 
 
 def test_a_wrong_function_fails_with_a_report():
-    with pytest.raises(AssertionError, match=r"(?s)BUG layout.*no-batch.*expected.*actual.*reproduce\("):
+    with pytest.raises(AssertionError, match=r"(?s)BUG layout  plain.*expected.*actual.*reproduce\("):
         assert_matches_flax(wrong, unsupported=["bias", "dropout"], only=["layout", "mask"])
 
 
