@@ -29,7 +29,7 @@ class Pairs(NamedTuple):
     """What belongs to a query and a key at once: arrays ``[lead..., rows or 1, columns or 1]``, or None."""
 
     bias: Array | None = None
-    mask: Any = None  # see `rules.visible`
+    mask: Any = None  # see `lowering.visible`
     counts: Any = None  # of the dropout bits, see `threefry.counts`
     statistics: Any = None  # backward only: base, total; then base, delta
     bounds: Any = None  # of the logits, see `passes.with_bounds`; None where values cannot be looked at

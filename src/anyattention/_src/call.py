@@ -3,9 +3,10 @@
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from anyattention._src import dtypes, rules
+from anyattention._src import dtypes
 from anyattention._src.errors import ShapeError
 from anyattention._src.interfaces import Backend, unknown
+from anyattention._src.lowering import Lowering, visible
 from anyattention._src.positions import causal
 from anyattention._src.rules import CausalMask, Mask, as_mask
 from anyattention._src.structure import Structure, structure
@@ -106,17 +107,17 @@ class Call:
             self._structure = structure(self.operands.mask)
         return self._structure
 
-    def lowering(self) -> rules.Lowering:
+    def lowering(self) -> Lowering:
         """What a mask by rule is lowered to for this call."""
         operands = self.operands
-        return rules.Lowering(self.backend.arrays, self.batch, self.lengths, operands.query, operands.origin)
+        return Lowering(self.backend.arrays, self.batch, self.lengths, operands.query, operands.origin)
 
     def visible(self, mask: Any) -> Array:
         """Where a mask lets a query see a key, bool, broadcastable to ``[batch..., heads, q_length, kv_length]``."""
         if not isinstance(mask, Mask):
             return self.backend.arrays.truth(mask)
         to = self.lowering()
-        return rules.visible(self.backend.arrays, mask.lower(to), to.operands)
+        return visible(self.backend.arrays, mask.lower(to), to.operands)
 
     def of_copies(self) -> "Call":
         """The same call of arrays that nobody else can change; of 16 bits tiles make copies anyway."""

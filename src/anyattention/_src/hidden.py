@@ -10,7 +10,8 @@ from typing import Any
 from anyattention._src.blocks import Block
 from anyattention._src.call import Call
 from anyattention._src.interfaces import Tiles
-from anyattention._src.rules import CausalMask, LocalMask, Lowering, as_mask, conjunction, visible
+from anyattention._src.lowering import Lowering, visible
+from anyattention._src.rules import CausalMask, LocalMask, as_mask, conjunction
 
 Array = Any
 HUGE = 1e30  # so many values of such a size have a sum that float32 holds

@@ -16,7 +16,7 @@ because the base of a row that sees nothing is finfo.min, which would absorb the
 from functools import partial
 from typing import Any, NamedTuple
 
-from anyattention._src import rules, threefry
+from anyattention._src import lowering, threefry
 from anyattention._src.blocks import Block, Group, Sizes, cut_columns, everything, tree_map
 from anyattention._src.call import Options
 from anyattention._src.hidden import unspoiled
@@ -154,7 +154,7 @@ def tile_visible(tiling: Tiling, tile: Block) -> Array | None:
     if tiling.expression is None or tile.pairs.mask is None:
         return None
     arrays = tiling.backend.arrays
-    visible = rules.visible(arrays, tiling.expression, tile.pairs.mask)
+    visible = lowering.visible(arrays, tiling.expression, tile.pairs.mask)
     return None if arrays.surely(visible, True) else visible
 
 

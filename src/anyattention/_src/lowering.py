@@ -1,0 +1,97 @@
+"""What masks by rule become in a call: comparisons of what its queries know with what its keys know."""
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+from anyattention._src.blocks import Sizes
+from anyattention._src.errors import ShapeError
+from anyattention._src.interfaces import Arrays
+
+Array = Any
+# A mask in terms of arrays by their numbers: ("array", i), ("<=", i, j), ("&", expression, expression), ...
+Expression = tuple[Any, ...]
+Batch = tuple[Any, ...] | None  # axes; None where there is no query to have any
+_COMPARE = {"<=": operator.le, "<": operator.lt, "==": operator.eq}
+_JOIN = {"&": operator.and_, "|": operator.or_}
+
+
+def visible(arrays: Arrays, expression: Expression, operands: Sequence[Array]) -> Array:
+    """Where the mask is truthy: bool, of the broadcast shape of the operands, which may be those of a tile."""
+    name, *parts = expression
+    if name == "array":
+        return arrays.truth(operands[parts[0]])
+    if name in _COMPARE:
+        return _COMPARE[name](*(operands[i] for i in parts))
+    if name == "~":
+        return arrays.xp.logical_not(visible(arrays, parts[0], operands))
+    return _JOIN[name](*(visible(arrays, part, operands) for part in parts))
+
+
+def signed(arrays: Arrays, x: Array, lengths: bool, unlike: bool = False) -> Array:
+    """Unsigned integers as signed ones, beside which not every library compares them.
+
+    Of lengths, those that become negative are as long as can be. Of ids, where the others are `unlike`, signed or not,
+    they become -1, and what was negative before -2: neither is equal to any.
+    """
+    name, where = arrays.dtype_name(x), arrays.xp.where
+    if name not in ("uint16", "uint32", "uint64"):
+        return where(x < 0, -2, x) if unlike and name.startswith("int") else x
+    bits = 64 if name == "uint64" or (name == "uint32" and not lengths and not arrays.narrow) else 32
+    x = arrays.cast(x, f"int{bits}")
+    if name != f"uint{bits}" or not (lengths or unlike):
+        return x
+    return where(x < 0, 2 ** (bits - 1) - 1 if lengths else -1, x)
+
+
+def short(arrays: Arrays, lengths: Array) -> Array:
+    """Lengths in int32, as kernels take them; those beyond are as long as can be."""
+    x = signed(arrays, lengths, lengths=True)
+    x = arrays.xp.clip(x, -1, 2**31 - 1) if arrays.dtype_name(x) == "int64" else x
+    return arrays.cast(x, "int32")
+
+
+class Lowering:
+    """The call that a mask is lowered for, and its operands, ``[batch..., 1, q_length or 1, kv_length or 1]``.
+
+    `origin` is the position of the call's first query and key in the whole, of which the call may be a shard.
+    """
+
+    def __init__(self, arrays: Arrays, batch: Batch, lengths: Sizes, like: Any, origin: Any = None) -> None:
+        self.arrays, self.batch, self.lengths, self.like, self.origin = arrays, batch, lengths, like, origin or (0, 0)
+        self.operands: list[Array] = []
+
+    def add(self, x: Array) -> int:
+        """The number of an operand in expressions."""
+        self.operands.append(x)
+        return len(self.operands) - 1
+
+    def position(self, axis: int, offset: int = 0) -> int:
+        """Positions in the whole of queries (axis -2) or keys (-1), int32, plus an offset."""
+        length, first, xp = self.lengths[axis], self.origin[axis], self.arrays.xp
+        if isinstance(first, int):
+            start = offset + first
+            start = start if abs(start) < 2**30 else min(max(start, -(2**31)), 2**31 - length)  # sees all or nothing
+        else:  # known at run time only, and added to the rest in int32
+            start = min(max(offset, -(2**30)), 2**30 - length)
+        x = xp.arange(start, start + length, dtype=xp.int32, **self.arrays.beside(self.like))
+        x = x if isinstance(first, int) else x + first
+        return self.add(xp.reshape(x, (length, 1) if axis == -2 else (1, length)))
+
+    def given(self, mask: Any, name: str, axis: int | None = None, unlike: bool = False) -> int:
+        """Numbers that a mask has, ``[batch...]``, or ids ``[batch..., length]`` of queries (axis -2) or keys (-1)."""
+        x = getattr(mask, name)
+        x = x if hasattr(x, "shape") else self.arrays.adopt(x, self.like)  # an integer is one for all batch entries
+        batch, sizes = tuple(x.shape), (1, 1)
+        if axis is not None:
+            length = self.lengths[axis]
+            if not batch or batch[-1] != length:
+                which = "q_length" if axis == -2 else "kv_length"
+                raise ShapeError(f"{name} of {mask} has shape {batch}, but {which} is {length}")
+            batch, sizes = batch[:-1], (length, 1) if axis == -2 else (1, length)
+        if self.batch is not None:
+            pairs = zip(reversed(batch), reversed(self.batch), strict=False)
+            if len(batch) > len(self.batch) or not all(a == b or a == 1 for a, b in pairs):
+                where = f"the batch axes {self.batch} of query"
+                raise ShapeError(f"{name} of {mask} has shape {tuple(x.shape)}, which does not fit {where}")
+        return self.add(self.arrays.xp.reshape(signed(self.arrays, x, axis is None, unlike), (*batch, 1, *sizes)))
