@@ -12,8 +12,8 @@ import torch
 from flax import linen
 
 import anyattention as aa
-from anyattention._src.registry import backend_of
 from anyattention._src.lowering import short
+from anyattention._src.registry import backend_of
 from anyattention.masks import CausalMask, LengthMask, LocalMask, SegmentMask
 
 TOKENS = np.asarray([[2.0, 3.0, 0.0], [1.0, 0.0, 0.5]], dtype=np.float32)

@@ -117,7 +117,7 @@ class Judge:
     @staticmethod
     def _result(run: Run, outcome: Outcome, verdict: str, message: str) -> Result:
         case = run.case
-        about = {"size": case.size, "seed": case.seed, "corner": case.corner, "kind": outcome.kind}
+        about: dict[str, Any] = {"size": case.size, "seed": case.seed, "corner": case.corner, "kind": outcome.kind}
         return Result(case.id, case.group, run.dtype, "output", verdict, message, **about)
 
     def _refusal(self, result: Result, run: Run, error: str, outcome: Outcome) -> Result:

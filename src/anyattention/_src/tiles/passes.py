@@ -21,11 +21,12 @@ from anyattention._src.blocks import Block, Group, Sizes, cut_columns, everythin
 from anyattention._src.call import Options
 from anyattention._src.hidden import unspoiled
 from anyattention._src.interfaces import Backend
+from anyattention._src.rules import Mask
 from anyattention._src.tiles.partials import Partial, finish, finite, merge, of_hidden
 
 Array = Any
 Gradients = tuple[Array, Array, Array, Array | None]
-Expression = rules.Expression | None
+Expression = lowering.Expression | None
 BOUND = 20.0  # exp(20) is 5e8: sums over any length, times values, stay in the range of float32
 
 
@@ -66,7 +67,7 @@ def tiling(
     return Tiling(backend, options, dtype, expression, root, fill, sizes, bias_axes, groups, precise, skip)
 
 
-def _groups(mask: rules.Mask, block: Block, size: int, most: int) -> tuple[Group, ...]:
+def _groups(mask: Mask, block: Block, size: int, most: int) -> tuple[Group, ...]:
     """Groups of rows that see different columns, `most` at most, of whole tiles; `sure` at multiples of 64."""
     rows, columns = block.lengths
     groups = []
