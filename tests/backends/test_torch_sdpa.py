@@ -445,7 +445,7 @@ def test_the_rules_for_cuda_row_by_row(cuda):
         return aa.explain(x, x, x, **options)
 
     by_fused, by_tiled = plan.RULES["torch", "cuda"]
-    assert by_fused == plan.Rule("fused", of_a_head=2**10)
+    assert by_fused == plan.Rule("fused", of_a_head=2**8)
     assert by_tiled == plan.Rule("tiled", of_an_entry=2**30)
     assert chosen(2**5 - 1).implementation == "exact"
     assert (chosen(2**5).implementation, chosen(2**5).engine) == ("fused", "sdpa")

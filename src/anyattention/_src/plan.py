@@ -53,10 +53,15 @@ RULES: dict[tuple[str, str], tuple[Rule, ...]] = {
         # Measured, of 16 bits: 1.6 times exact's time. Called step by step, each length of a cache is compiled anew.
         Rule("tiled", of_a_head=2**12, most_queries=1, dtypes=("float32", "float64"), traced=True),
     ),
-    ("jax", "gpu"): (Rule("fused", of_a_head=2**10), Rule("tiled", of_an_entry=2**30)),
+    # Measured on an H100, of 128 heads in all: below 2^14 exact takes 0.061 to 0.065 ms, cuDNN's kernel 0.068 to 0.093.
+    ("jax", "gpu"): (
+        Rule("fused", of_a_head=2**14),
+        Rule("fused", of_a_head=2**10, most_queries=1),
+        Rule("tiled", of_an_entry=2**30),
+    ),
     ("jax", "tpu"): (Rule("fused", of_a_head=2**10), Rule("tiled", of_an_entry=2**30)),
     ("torch", "cpu"): (Rule("fused", of_a_head=2**6), Rule("tiled", of_a_head=2**18)),
-    ("torch", "cuda"): (Rule("fused", of_a_head=2**10), Rule("tiled", of_an_entry=2**30)),
+    ("torch", "cuda"): (Rule("fused", of_a_head=2**8), Rule("tiled", of_an_entry=2**30)),
     ("mlx", "gpu"): (Rule("fused", of_a_head=2**10),),
 }
 """The rules for ``implementation=None``, by library and platform: the first that fits, where nothing speaks against it.
