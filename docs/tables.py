@@ -147,18 +147,6 @@ def kit() -> Rows:
         yield NAMES[library], versions, report.contract, conform, *others
 
 
-@table
-def conformance() -> Rows:
-    """The committed results of the kit, case groups down and targets across."""
-    from anyattention_conformance import Report
-    from anyattention_conformance.report_text import to_markdown
-
-    reports = [Report.from_json(path.read_text()) for path in sorted(ROOT.glob("conformance/results/*.json"))]
-    for line in to_markdown(reports).splitlines():
-        if line.startswith("|") and "---" not in line:
-            yield tuple(cell.strip() for cell in line.strip("|").split(" | "))
-
-
 # --- speed ---
 
 CASES = {
