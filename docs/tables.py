@@ -147,18 +147,6 @@ def kit() -> Rows:
         yield NAMES[library], versions, report.contract, conform, *others
 
 
-@table
-def conformance() -> Rows:
-    """The committed results of the kit, case groups down and targets across."""
-    from anyattention_conformance import Report
-    from anyattention_conformance.report_text import to_markdown
-
-    reports = [Report.from_json(path.read_text()) for path in sorted(ROOT.glob("conformance/results/*.json"))]
-    for line in to_markdown(reports).splitlines():
-        if line.startswith("|") and "---" not in line:
-            yield tuple(cell.strip() for cell in line.strip("|").split(" | "))
-
-
 # --- speed ---
 
 CASES = {
@@ -206,16 +194,29 @@ def memory_on_cpu() -> Rows:
     yield from _on_cpu(lambda figures: f"{figures['peak_mib']:,.0f}" if "seconds" in figures else "–")
 
 
-@table
-def speed_on_gpu() -> Rows:
-    """Milliseconds of the committed run on a GPU; of our own calls those of None."""
+def _on_gpu(only: str) -> Rows:
+    """Milliseconds of the committed run on a GPU, of shapes that begin so; of our own calls those of None."""
     columns = [("jax", "Flax"), ("jax", "ours"), ("jax", "cudnn"), ("torch", "ours"), ("torch", "sdpa")]
     yield "batch x length x heads x depth", "Flax", "JAX", "cuDNN itself", "PyTorch", "torch SDPA itself"
     for case, found in json.loads(GPU_RUN.read_text())["speed"].items():
         shape, kind, *gradient = case.removeprefix("bfloat16 ").split()
+        if not shape.startswith(only):
+            continue
         kind = {"full": "", "keys": ", mask array", "lengths": ", `LengthMask`"}.get(kind, f", {kind}")
         title = f"{shape}{kind}{', with its gradient' if gradient else ''}"
         yield title, *(_milliseconds(found[library].get(row, {}), 2) for library, row in columns)
+
+
+@table
+def speed_on_gpu() -> Rows:
+    """All of the committed run."""
+    yield from _on_gpu("")
+
+
+@table
+def speed_at_one_size() -> Rows:
+    """The calls of 4096 tokens."""
+    yield from _on_gpu("4x4096")
 
 
 @table

@@ -51,12 +51,12 @@ _ORDERS = {(x, rank): _order(x, rank) for axes in PRODUCTS.values() for x in axe
 class Arrays:
     """The arrays of a library: how they are made, cast, promoted and placed. Dtypes go by name."""
 
-    #: Types of another library that come as guests.
     guests: tuple[type, ...] = ()
-    #: Whether the library itself keeps scalars and integers to 32 bits, unless told otherwise.
+    """Types of another library that come as guests."""
     narrow = False
-    #: Whether a call is to look for arrays on several devices, of which the library's own error names no argument.
+    """Whether the library itself keeps scalars and integers to 32 bits, unless told otherwise."""
     checks_devices = False
+    """Whether a call is to look for arrays on several devices, of which the library's own error names no argument."""
 
     def __init__(self, xp: Any) -> None:
         self.xp = xp
@@ -191,8 +191,8 @@ def permute(arrays: Arrays, x: Array, axes: Axes) -> Array:
 class Steps:
     """The steps of the exact implementation."""
 
-    #: `precision` values that change nothing here, since products are computed in full precision anyway.
     full_precision = ("default", "high", "highest", "float32", "tensorfloat32", "bfloat16", "bfloat16_3x", "fastest")
+    """`precision` values that change nothing here, since products are computed in full precision anyway."""
 
     def __init__(self, arrays: Arrays) -> None:
         self.arrays, self.xp = arrays, arrays.xp
@@ -271,10 +271,10 @@ class Steps:
 class Tiles:
     """The products, row statistics and loops of the tiled implementation."""
 
-    #: What exponents are multiplied by before `power`.
     power_unit = 1.0
-    #: Into how many groups of rows a mask by rule may divide the queries; none where lengths may be symbols.
+    """What exponents are multiplied by before `power`."""
     most_groups = 2**31
+    """Into how many groups of rows a mask by rule may divide the queries; none where lengths may be symbols."""
 
     def __init__(self, arrays: Arrays) -> None:
         self.arrays, self.xp = arrays, arrays.xp
@@ -394,7 +394,7 @@ class Backend:
         self.arrays = arrays(xp)
         self.steps, self.tiles = steps(self.arrays), tiles(self.arrays)
         self.name = self.arrays.name
-        #: Kernels of vendors, the best first: see `anyattention.extend.Fused`.
         self.engines: tuple[Any, ...] = ()
-        #: Whether a size is a symbol, on which no choice may depend.
+        """Kernels of vendors, the best first: see `anyattention.extend.Fused`."""
         self.symbolic: Callable[[Any], bool] = lambda size: not isinstance(size, int)
+        """Whether a size is a symbol, on which no choice may depend."""

@@ -23,10 +23,14 @@ _SILENT = {"dropout_key": "dropout", "whole": "origin"}  # words that come with 
 
 
 class Implementation:
-    """One way to compute attention. Subclasses hold no state of a call."""
+    """One way to compute attention. Subclasses hold no state of a call.
 
-    name = ""  # of an engine of another package, as its entry point says
-    #: The words of `Call.needs` that the implementation honours: names of operands and options, and "grouped heads".
+    Attributes:
+        name: of an engine of another package, as its entry point says.
+        serves: the words of `Call.needs` that it supports: names of operands and options, and "grouped heads".
+    """
+
+    name = ""
     serves: frozenset[str] = frozenset()
 
     def refusals(self, call: Call) -> Iterator[str]:

@@ -34,20 +34,34 @@ _SAMPLE = 64  # keys of which the biases are looked at first
 
 
 class Fused(Implementation):
-    """One kernel. A subclass says where it runs, what it lacks, and how it is called."""
+    """One kernel. A subclass says where it runs, what it lacks, and how it is called.
+
+    Attributes:
+        platforms: where it runs, as the library names them.
+        dtypes: of query, key and value.
+        multiple: what the depths are multiples of, once they are filled up with zeros.
+        one_depth: whether queries, keys and values need one depth.
+        even: whether its derivative needs even lengths; a bias or an array of odd ones is then refused.
+        dense: whether it takes arrays as masks.
+        broadcasts: whether axes of size 1 of such an array stay as they are, so that lengths cost nothing.
+        most_elements: of an array that stands for a mask by rule.
+        wider: dtype of a bias that may be wider than the call's.
+        alone: platforms on which the bits of a batch entry do not depend on the others, in tests.
+        low_biases: whether gradients are right where all biases of a row are far below zero.
+    """
 
     serves = frozenset({"bias", "mask", "force_fp32_for_softmax", "grouped heads"})
-    platforms: tuple[str, ...]  # as the library names them
+    platforms: tuple[str, ...]
     dtypes: tuple[str, ...]
-    multiple = 1  # of the depths, which are filled up with zeros
-    one_depth = False  # of queries, keys and values
-    even = False  # whether its derivative wants even lengths; it then refuses a bias or an array of odd ones
-    dense = True  # takes arrays as masks
-    broadcasts = False  # leaves axes of size 1 of such an array as they are, so that lengths cost nothing
-    most_elements = 2**30  # of an array that stands for a mask by rule
-    wider = ""  # dtype of a bias that may be wider than the call's
-    alone: tuple[str, ...] = ()  # platforms on which the bits of a batch entry do not depend on the others, in tests
-    low_biases = False  # has right gradients where all biases of a row are far below zero
+    multiple = 1
+    one_depth = False
+    even = False
+    dense = True
+    broadcasts = False
+    most_elements = 2**30
+    wider = ""
+    alone: tuple[str, ...] = ()
+    low_biases = False
 
     # --- what a subclass says ---
 
