@@ -327,6 +327,7 @@ def test_tensors_on_several_devices():
         aa.dot_product_attention(here, here, here, mask=aa.masks.LengthMask(lengths) & torch.ones(5, 5))
 
 
+@pytest.mark.needs("jax", "torch")
 def test_what_is_no_gradient_of_the_output(library):
     output, pullback = aa.dot_product_attention_vjp(*[library.put(X)] * 3)
     for doutput in (output[:1], 1.0, library.put(X[..., :1])):

@@ -14,6 +14,7 @@ import torch
 from anyattention import dot_product_attention
 from anyattention_conformance.workers import DiedError
 
+pytestmark = pytest.mark.needs("jax", "flax", "torch")
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("src", "backends", "conformance")
 LAZY = "--xla_backend_optimization_level=0"  # as XLA is to compile, where speed is not the matter

@@ -183,6 +183,7 @@ def test_precision(library):
 
 
 @row("`einsum_dot_general` outside JAX")
+@pytest.mark.needs("jax")
 def test_einsum_dot_general(library):
     if library.name == "jax":
         ours(library, X, X, X, einsum_dot_general=jax.lax.dot_general)

@@ -135,6 +135,7 @@ def test_an_array_as_rate_where_none_is_tiled():
     assert_same_bits(dot_product_attention(x, x, x, dropout_rate=jnp.float32(0.1), **options), expected)
 
 
+@pytest.mark.needs("jax", "torch", "array_api_strict")
 @pytest.mark.parametrize("implementation", ["exact", "tiled"])
 def test_arrays_as_rates(library, implementation):
     """Of every library, and of one element: they count as the NumPy scalar of their dtype."""
@@ -154,6 +155,7 @@ def test_arrays_as_rates(library, implementation):
         assert_same_bits(library.get(actual), library.get(expected))
 
 
+@pytest.mark.needs("jax")
 @pytest.mark.parametrize("rate", [None, "0.1", [0.1], {}])
 def test_what_is_no_rate(library, rate):
     with pytest.raises(TypeError, match="dropout_rate must be a number"):
@@ -225,6 +227,7 @@ def test_keys_of_another_generator_serve_jax_alone(library, kind):
             weights_of(library, equal_weights(), **options)
 
 
+@pytest.mark.needs("jax")
 @pytest.mark.parametrize(
     ("key", "error"),
     [

@@ -154,6 +154,7 @@ def test_a_plan_holds_names():
 # --- accelerators ---
 
 
+@pytest.mark.needs("jax", "torch")
 def test_none_picks_what_ran_on_a_device(monkeypatch):
     """The table is no wider than the committed runs: outputs and gradients of a dtype, none of them wrong but known."""
     monkeypatch.syspath_prepend(str(ROOT))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.needs("hatchling")
 SOURCE = Path(__file__).parent / "third_party"
 INSTALL = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--no-build-isolation"]
 OURS = "anyattention_conformance.adapters.ours"

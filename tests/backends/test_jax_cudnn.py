@@ -215,7 +215,7 @@ def test_what_is_chosen(gpu):
         ({"dtype": "float32"}, "no kernel for float32"),
         ({"depth": 264}, "depth 264 is more than 256"),
         ({"mask": np.ones((256, 128), bool), "dtype": "float16"}, "float16"),
-        ({"bias": np.zeros((255, 128), jnp.bfloat16), "q_length": 255}, "even"),
+        ({"bias": jnp.zeros((255, 128), jnp.bfloat16), "q_length": 255}, "even"),
     ],
     ids=lambda x: None if isinstance(x, dict) else x,
 )

@@ -27,7 +27,8 @@ def conform(*arguments):
 
 def each(name):
     """The parameter of an adapter, slow where its library compiles every call."""
-    return pytest.param(name, marks=[pytest.mark.slow] if any(fnmatchcase(name, x) for x in SLOW) else [])
+    marks = [pytest.mark.needs("torch", "transformers")] if name.startswith("huggingface") else []
+    return pytest.param(name, marks=marks + [pytest.mark.slow] * any(fnmatchcase(name, x) for x in SLOW))
 
 
 @cache
@@ -70,6 +71,7 @@ def test_without_one_of_its_claims_it_does_not_conform(name):
         assert judged(name, less, lambda run, word=word: declared.refused(*run[:2]) == {word}).failures, word
 
 
+@pytest.mark.needs("keras")
 def test_without_its_meaning_it_does_not_conform():
     less = replace(read("keras-numpy"), meaning=claims.FLAX)
     assert judged("keras-numpy", less, lambda run: run.case.group == "fill").failures
@@ -97,6 +99,7 @@ def test_a_claim_that_does_not_occur_is_a_problem(name):
     assert report.problems == ["declared, but did not occur: plain: never"]
 
 
+@pytest.mark.needs("mlx")
 def test_a_claim_removed_or_added_fails_on_the_command_line_as_well(tmp_path):
     text = (FOLDER / "mlx-fast.toml").read_text()
     less, more = tmp_path / "less.toml", tmp_path / "more.toml"

@@ -21,6 +21,7 @@ def conform(*arguments, cwd=None):
     return done
 
 
+@pytest.mark.needs("jinja2", "ml_dtypes")
 def test_a_right_attention_conforms(tmp_path):
     where = tmp_path / "report.json"
     done = conform("conform", f"{SAMPLES}:right", "--contract", "C2", "--json", where, "--html", tmp_path / "x.html")
@@ -123,12 +124,14 @@ def test_the_run_goes_on_after_a_hang_or_a_death(name, message, tmp_path):
     assert message in " ".join(done.stdout.split())
 
 
+@pytest.mark.needs("array_api_strict")
 def test_a_library_in_one_line():
     done = conform("conform", "--library", "array_api_strict", "--dtype", "float32")
     assert done.returncode == 0, done.stdout
     assert "anyattention on array_api_strict" in done.stdout
 
 
+@pytest.mark.needs("jinja2")
 def test_reports_side_by_side(tmp_path):
     files = [tmp_path / "a.json", tmp_path / "b.json"]
     for name, file in zip(("right", "zero_rows"), files, strict=True):

@@ -14,7 +14,7 @@ from anyattention_conformance import reference
 from anyattention_conformance.budgets import within_c2
 from anyattention_conformance.reference import attention, promoted
 
-BF16 = np.dtype(ml_dtypes.bfloat16)
+BF16 = jnp.dtype("bfloat16")
 KEY = np.asarray([0, 7], np.uint32)
 INF, NAN = np.inf, np.nan
 NAMES = ("query", "key", "value", "bias")
