@@ -1,7 +1,7 @@
 """How far an answer may be from Flax's, from the inputs and from Flax's own error: no tolerance is tuned."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,6 +27,13 @@ class Comparison:
     error: float | None = None
     flax_error: float | None = None
     worst: tuple[int, ...] | None = None
+
+
+class Errors(NamedTuple):
+    """How far an answer is from the truth, in units of what was summed."""
+
+    maximum: float
+    rms: float
 
 
 def same_bits(actual: Array, expected: Array) -> Comparison:
@@ -96,8 +103,7 @@ def c3(
         return Comparison(f"shape {actual.shape} instead of {truth.shape}", float("inf"))
     actual, flax = actual.astype(np.float64), flax.astype(np.float64)
     flax_truth, flax_size = usual or (truth, size)
-    unit = np.max(np.maximum(size, flax_size), axis=-1, keepdims=True, initial=0.0)
-    unit = np.maximum(np.where(unit > 0, unit, 1.0), UNDERFLOW[dtype] / EPS[dtype])
+    unit = unit_of(np.maximum(size, flax_size), dtype)
     as_flax = ~np.isfinite(flax) & ((actual == flax) | (np.isnan(actual) & np.isnan(flax)))
     as_flax &= ~other_meaning(truth, flax_truth)
     wrong = ~as_flax & (np.isnan(actual) != np.isnan(truth))
@@ -107,14 +113,34 @@ def c3(
         count = f" at {int(wrong.sum())} of {wrong.size} places" if wrong.size > 1 else ""
         return Comparison(f"{actual[at]:.4g} instead of {truth[at]:.4g}{count}", float("inf"), worst=at)
 
-    def errors(x: Array, truth: Array) -> Array:
-        with np.errstate(invalid="ignore"):
-            return np.where(np.isfinite(truth) & np.isfinite(x), np.abs(x - truth) / unit, 0.0)
+    return by_errors(errors(actual, truth, unit), errors_of(flax, flax_truth, unit), dtype)
 
-    ours, theirs = errors(actual, truth), errors(flax, flax_truth)
+
+def unit_of(size: Array, dtype: str) -> Array:
+    """What errors are measured in: the largest sum of a row, at least what loses eps to underflow."""
+    unit = np.max(size, axis=-1, keepdims=True, initial=0.0)
+    return np.maximum(np.where(unit > 0, unit, 1.0), UNDERFLOW[dtype] / EPS[dtype])
+
+
+def errors(x: Array, truth: Array, unit: Array) -> Array:
+    """The error of every number; zero where it or the truth is not finite."""
+    with np.errstate(invalid="ignore"):
+        return np.where(np.isfinite(truth) & np.isfinite(x), np.abs(x.astype(np.float64) - truth) / unit, 0.0)
+
+
+def errors_of(x: Array, truth: Array, unit: Array) -> Errors:
+    """Their maximum and root mean square."""
+    return _errors(errors(x, truth, unit))
+
+
+def _errors(found: Array) -> Errors:
+    return Errors(float(np.max(found, initial=0.0)), float(np.sqrt(np.mean(found * found))) if found.size else 0.0)
+
+
+def by_errors(ours: Array, flax: Errors, dtype: str) -> Comparison:
+    """Contract C3 where nothing but the sizes of errors is in question."""
     found = Comparison()
-    for name, measure in (("maximum", lambda x: np.max(x, initial=0.0)), ("rms", lambda x: np.sqrt(np.mean(x * x)))):
-        error, flax_error = (float(measure(x)) if x.size else 0.0 for x in (ours, theirs))
+    for name, error, flax_error in zip(Errors._fields, _errors(ours), flax, strict=True):
         ratio = error / (2 * flax_error + 4 * EPS[dtype])
         if name == "maximum" or ratio > max(1.0, found.ratio):
             message = f"{name} error {error:.3g}, Flax's {flax_error:.3g}" if ratio > 1 else ""

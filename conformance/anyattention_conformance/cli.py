@@ -1,32 +1,23 @@
-"""The command line: ``anyattention conform TARGET``, ``report``, ``mutants``, ``cases``, ``info``."""
+"""The command line: ``anyattention conform TARGET``, ``report``, ``mutants``, ``cases``, ``doctor``."""
 
 import argparse
 import os
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-import anyattention
 from anyattention_conformance import claims, report_html, report_text, suite, targets
 from anyattention_conformance.adapters import ADAPTERS, FOLDER, OURS
 from anyattention_conformance.cases import CASES
 from anyattention_conformance.claims import CONTRACTS, ClaimError, Claims
-from anyattention_conformance.frameworks import framework
 from anyattention_conformance.oracles import OracleError
 from anyattention_conformance.results import ALL, SCOPES, Report
 from anyattention_conformance.targets import TargetError
 from anyattention_conformance.workers import Recipe, Workers
 
 CONFORMS, DIFFERS, FAILED = 0, 1, 2  # exit status
-PACKAGES = (
-    *("anyattention", "numpy", "array-api-compat", "jax", "jaxlib", "flax", "torch"),
-    *("array-api-strict", "dask", "mlx", "ndonnx", "ml_dtypes", "rich", "jinja2"),
-)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -111,24 +102,13 @@ def cases(options: argparse.Namespace) -> int:
     return CONFORMS
 
 
-def info(options: argparse.Namespace) -> int:
-    """Say what is installed, what `implementation=None` would run, and why engines would not."""
-    for package in PACKAGES:
-        try:
-            _say(f"{package:18} {version(package)}")
-        except PackageNotFoundError:
-            _say(f"{package:18} not installed")
-    for name in ("numpy", "jax", "torch", "mlx"):
-        try:
-            library = framework(name)
-        except ImportError:
-            continue
-        for length in (64, 4096):
-            x = library.put(np.zeros((1, length, 8, 64), np.float32))
-            _say(f"\n{name}, {length} queries and keys of 8 heads:\n{anyattention.explain(x, x, x)}")
-        x = library.put(np.zeros((1, 4096, 8, 64), np.float16))
-        _say(f"\n{name}, fused, in float16:\n{anyattention.explain(x, x, x, implementation='fused')}")
-    return CONFORMS
+def doctor(options: argparse.Namespace) -> int:
+    """Say what this machine has for attention: what serves the usual calls, whether the numbers are right, what is
+    missing. The exit status is 0 if all is right, 1 if numbers are wrong, 2 if something could not be run.
+    """
+    from anyattention_conformance import doctor
+
+    return doctor.run()
 
 
 def _target(options: argparse.Namespace) -> tuple[str, str, Claims]:
@@ -184,7 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     many.set_defaults(command=report)
     many.add_argument("files", nargs="+", type=Path, metavar="JSON")
     many.add_argument("--html", type=Path, metavar="FILE", help="as a page; without it, a table in Markdown")
-    for command in (mutants, cases, info):
+    for command in (mutants, cases, doctor):
         commands.add_parser(command.__name__, help=command.__doc__, description=command.__doc__).set_defaults(
             command=command
         )

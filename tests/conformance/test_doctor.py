@@ -1,0 +1,214 @@
+"""The doctor: what it says of this machine, and that it sees wrong numbers, missing engines and broken libraries."""
+
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import anyattention
+from anyattention_conformance import doctor
+from anyattention_conformance.doctor import (
+    NOT_RUN,
+    RIGHT,
+    WRONG,
+    Cell,
+    Library,
+    advice,
+    examine,
+    status,
+    table,
+    verdict,
+)
+from anyattention_conformance.machine import ENGINES, Machine, Served
+from anyattention_conformance.usual import DTYPES, USUAL, Judge, flax_errors, of, recorded
+
+CALLS = {call.name: call for call in USUAL}
+
+
+@pytest.mark.parametrize("call", USUAL, ids=lambda call: call.name)
+def test_the_recorded_errors_are_those_of_flax(call):
+    for dtype in DTYPES:
+        found = recorded()["errors"][f"{call.name} {dtype}"]
+        live = flax_errors(call, dtype)
+        assert set(found) == set(live)
+        for name, errors in live.items():
+            # XLA sums in another order on other processors.
+            np.testing.assert_allclose(found[name], errors, rtol=0.5, err_msg=f"{dtype} {name}")
+
+
+def answers(call, dtype="float32", gradient=True):
+    return Machine("numpy").run("answer", call, dtype, gradient)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("call", USUAL, ids=lambda call: call.name)
+def test_right_numbers_are_right_and_a_change_of_any_is_not(call, dtype):
+    judge, found = Judge(call, dtype), answers(call, dtype)
+    assert judge.wrong(found) == ("", 0)
+    assert set(found) == {"output", *(name for name in call.arrays if name != "cotangent")}
+    for name, x in found.items():
+        assert judge.wrong(found | {name: np.zeros_like(x)})[0].startswith(f"{of(name)}: ")
+        changed = x.copy()
+        changed[0, 0, 0, 0] += np.abs(x).max()
+        assert judge.wrong(found | {name: changed})[0].startswith(f"{of(name)}: ")
+        changed = x.copy()
+        changed[(0, 3, 0, 0) if name == "bias" else (0, 0, 3, 0)] = np.nan  # of a head that is not compared
+        assert judge.wrong(found | {name: changed}) == (f"{of(name)} is not finite", np.inf)
+
+
+@pytest.mark.parametrize("left_out", ["is_causal", "mask", "bias", "dropout_rate"])
+def test_an_argument_that_is_ignored_is_found(left_out, monkeypatch):
+    right = anyattention.dot_product_attention
+    kind = {"is_causal": "causal", "mask": "padding", "bias": "bias", "dropout_rate": "dropout"}[left_out]
+    monkeypatch.setattr(
+        anyattention,
+        "dot_product_attention",
+        lambda **arguments: right(**{name: x for name, x in arguments.items() if name != left_out}),
+    )
+    judge = Judge(CALLS[kind], "float32")
+    assert judge.wrong(answers(CALLS[kind], gradient=False))[0].startswith("output: ")
+    assert judge.wrong(answers(CALLS[kind], gradient=True))[0] == ""  # `dot_product_attention_vjp` is as it was
+
+
+def test_numpy_on_this_machine():
+    (library,) = examine(["numpy"])
+    assert (library.version, library.device) == (np.__version__, "CPU")
+    assert len(library.cells) == len(USUAL) * 4
+    assert {cell.mark for cell in library.cells.values()} == {"✓"}
+    assert library.cells[CALLS["decoding"], "float32", False].served.name == "exact"
+    assert library.cells[CALLS["causal"], "float32", False].served.name == "tiled"
+    assert status([library]) == RIGHT
+    assert verdict([library]) == "✓ 24 of 24 calls have the right numbers"
+
+
+def test_a_difference_that_is_known_is_so_only_as_far_as_is_known():
+    call = CALLS["causal"]
+    found, eps = answers(call, gradient=False), 2.0**-23
+    unit = np.abs(call.arrays["value"][0, 0, 0]).max()  # the first query sees one key alone
+    allowed = 2 * recorded()["errors"]["causal float32"]["output"][0] + 4 * eps
+
+    def off(beyond, known):
+        changed = found["output"].copy()
+        changed[0, 0, 0] += (allowed + beyond * eps) * unit
+        return doctor._judged(served(), {"output": changed}, call, "float32", known).mark
+
+    assert [off(beyond, (0, "")) for beyond in (-2, 8, 20)] == ["✓", "✗", "✗"]
+    assert [off(beyond, (16, "because")) for beyond in (-2, 8, 20)] == ["✓", "≠", "✗"]
+
+
+def test_a_library_that_cannot_be_imported(tmp_path, monkeypatch):
+    (tmp_path / "broken.py").write_text("raise OSError('libbroken.so: not found')")
+    monkeypatch.syspath_prepend(tmp_path)
+    (library,) = examine(["broken"])
+    assert list(table(library)) == ["✗ broken: it cannot be started: OSError: libbroken.so: not found"]
+    assert status([library]) == NOT_RUN
+    assert verdict([library]) == "✗ broken could not be examined"
+
+
+def served(name="tiled", **engines):
+    return Served(name, "", (), engines)
+
+
+def test_the_exit_status_and_the_last_line():
+    def of(*cells):
+        places = [(call, dtype, False) for call in USUAL for dtype in DTYPES]
+        library = Library("numpy", "2", "CPU", cells=dict(zip(places, cells, strict=False)))
+        return status([library]), verdict([library])
+
+    right, wrong, lost = Cell(served()), Cell(served(), "off"), Cell(served(), "it died", ran=False)
+    known = Cell(served(), "off", known=True)
+    assert of(right, right) == (RIGHT, "✓ 2 of 2 calls have the right numbers")
+    assert of(right, known) == (RIGHT, "✓ 1 of 2 calls have the right numbers, 1 of 2 are wrong as known")
+    assert of(right, wrong, lost) == (WRONG, "✗ 1 of 3 calls have wrong numbers; 1 of 3 calls could not be run")
+    assert of(right, lost) == (NOT_RUN, "✗ 1 of 2 calls could not be run")
+
+
+def test_what_is_wrong_is_below_the_table():
+    cells = {(CALLS["bias"], "float32", True): Cell(served(), "the gradient of key: maximum error 0.3, Flax's 1e-07")}
+    lines = list(table(Library("jax", "0.10", "CPU", cells=cells)))
+    assert lines[0] == "JAX 0.10 on the CPU, within jax.jit"
+    assert "  ✗ bias, float32, gradient, tiled: the gradient of key: maximum error 0.3, Flax's 1e-07" in lines
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A pretended GPU with cuDNN, for choosing alone."""
+    from anyattention_backends.jax import backend
+
+    cudnn, tokamax, _ = backend.engines
+    monkeypatch.setattr(backend.arrays, "platform", lambda x: "gpu")
+    monkeypatch.setitem(vars(cudnn), "absent", "")
+    monkeypatch.setitem(vars(cudnn), "most_depth", 256)
+    monkeypatch.setitem(vars(tokamax), "absent", "tokamax is not installed: pip install 'anyattention[tokamax]'")
+
+
+@pytest.fixture
+def on_gpu(gpu):
+    """JAX on it, as far as choosing goes."""
+    machine, found = Machine("jax"), Library("jax", jax.__version__, "NVIDIA H100")
+    for call in USUAL:
+        for dtype in DTYPES:
+            for gradient in (False, True):
+                found.cells[call, dtype, gradient] = Cell(machine.run("served", call, dtype, gradient))
+    return found
+
+
+def test_engines_on_a_gpu(on_gpu):
+    names = {
+        dtype: [on_gpu.cells[call, dtype, False].served.name for call in USUAL] for dtype in ("float32", "bfloat16")
+    }
+    assert names["float32"] == ["exact"] * 6
+    assert names["bfloat16"] == ["cudnn"] * 4 + ["exact", "cudnn"]
+    lines = [" ".join(x.split()) for x in table(on_gpu)]
+    assert "not splash it runs on tpu, not on gpu" in lines
+    assert "not cudnn, tokamax dropout: it has no dropout of Flax's bits" not in lines  # tokamax lacks more
+    assert any(x.startswith("not cudnn dropout in bfloat16: it has no dropout of Flax's bits") for x in lines)
+    assert any(x.startswith("not tokamax") and "tokamax is not installed" in x for x in lines)
+
+
+def test_what_is_missing_and_how_to_get_it(on_gpu, monkeypatch):
+    def wanted(*found, gpus=()):
+        monkeypatch.setattr(doctor, "nvidia", lambda: gpus)
+        return list(dict.fromkeys(advice(list(found))))
+
+    cpu = [Library(name, "1", "CPU") for name in ("numpy", "jax", "torch")]
+    assert wanted(*cpu) == []
+    said = wanted(cpu[0])
+    assert 'JAX is not installed: pip install "anyattention[jax]"' in said
+    assert 'PyTorch is not installed: pip install "anyattention[torch]"' in said
+    said = wanted(*cpu, gpus=("NVIDIA H100, driver 570.86, 81559 MiB",))
+    assert 'JAX does not use the GPU: pip install "jax[cuda12]"' in said
+    assert any(x.startswith("PyTorch does not use the GPU") for x in said)
+    assert 'JAX does not use the GPU: pip install "jax[cuda13]"' in wanted(*cpu, gpus=("H100, driver 580.1, 1 MiB",))
+    said = wanted(cpu[0], on_gpu, cpu[2])
+    assert said == ["JAX: tokamax is not installed: pip install 'anyattention[tokamax]'"]
+
+
+def test_every_engine_is_asked():
+    """An engine that the library has and the doctor does not know would be missing from what it says."""
+    with pytest.raises(ValueError, match="there is no engine") as raised, anyattention.config(engines=["none"]):
+        pass
+    assert {name for names in ENGINES.values() for name in names} == set(
+        str(raised.value).partition("pass some of ")[2].split(", ")
+    )
+
+
+def test_the_output_in_ascii(tmp_path):
+    with (tmp_path / "file").open("w", encoding="ascii") as file:
+        doctor.say(["✓ right", "≠ λ"], file)
+    assert (tmp_path / "file").read_text() == "ok right\n!= \\u03bb\n"
+
+
+@pytest.mark.slow
+def test_the_command():
+    """All libraries of this machine, as a user sees them."""
+    command = [sys.executable, "-m", "anyattention_conformance", "doctor"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    assert "calls have the right numbers" in done.stdout.splitlines()[-1]
+    for title in ("NumPy", "JAX", "PyTorch", "MLX"):
+        assert f"\n{title} " in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 160
