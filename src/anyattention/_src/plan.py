@@ -110,8 +110,8 @@ def choose(call: Call, name: str | None = None) -> Implementation:
     if found is None:
         reasons = "; ".join(explain(call, name).reasons)
         raise NotImplementedError(
-            f"implementation={name or 'exact'!r} cannot serve this call: {reasons}. Pass None for one that can, or its "
-            "name"
+            f"implementation={name or 'exact'!r} cannot serve this call: {reasons}. Pass implementation=None, which "
+            "chooses one that can"
         )
     return found
 
