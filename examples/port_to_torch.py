@@ -7,7 +7,6 @@ The weights of Flax's MultiHeadDotProductAttention go into a PyTorch module, and
 dropout. Then the module gets an attention as people write it by hand, with a mistake in it. The conformance kit finds
 the mistake, without weights and without Flax.
 """
-# ruff: noqa: T201 (a command prints)
 
 import functools
 import re

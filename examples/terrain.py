@@ -7,7 +7,6 @@ The Nadaraya-Watson estimate of a height is the mean of all spot heights, each w
 These weights are a softmax, so the estimate is attention from places to samples. The terrain is real: the elevation
 model of the Jacksboro fault in Tennessee, which matplotlib ships. The estimator sees 1000 of its 138632 heights.
 """
-# ruff: noqa: T201 (a command prints)
 
 import array_api_strict
 import dask.array

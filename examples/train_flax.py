@@ -7,7 +7,6 @@ A transformer of two layers learns to continue a text letter by letter: the docu
 trained three times from the same start, with the same batches and the same dropout: with Flax's own attention, with
 ours, which here computes it in tiles, and with ours step by step as Flax computes it, which gives Flax's very bits.
 """
-# ruff: noqa: T201 (a command prints)
 
 import time
 from functools import partial

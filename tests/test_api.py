@@ -144,6 +144,27 @@ BAD = {  # where Flax raises too, what we raise is also of the class that Flax r
 DECLARED = {"no key", "query missing"}  # rows of the table in docs/differs.md
 
 
+@pytest.mark.parametrize(
+    ("shape", "meant"),
+    [
+        ((2, 5), r"mask\[\.\.\., None, None, :\]"),
+        ((2, 3, 5), r"mask\[\.\.\., None, :, :\]"),
+        ((4, 4), r"\[batch\.\.\., length, num_heads, depth\], so swap"),
+        ((2, 1, 1, 4), r"\[batch\.\.\., length, num_heads, depth\], so swap"),
+        ((3, 3), r"\(2, 4, 3, 5\), \[batch\.\.\., num_heads, q_length, kv_length\]$"),
+    ],
+    ids=str,
+)
+def test_a_shape_that_tells_what_was_meant(library, shape, meant):
+    """Padding without axes of heads and queries, a mask without an axis of heads, heads before the length."""
+    query, key, mask = library.put(X[:, :3]), library.put(X), np.ones(shape)
+    with pytest.raises(aa.ShapeError, match=meant):
+        aa.dot_product_attention(query, key, key, mask=mask)
+    if "None" in meant:  # what the message says works
+        axes = (1, 1, 5) if len(shape) == 2 else (1, 3, 5)
+        aa.dot_product_attention(query, key, key, mask=mask.reshape(2, *axes))
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_bad_arguments(library, name):
     options, error, message = BAD[name]
@@ -276,7 +297,7 @@ def test_guests_of_jax_may_change_after_the_call():
 
 @pytest.mark.parametrize(
     ("dtype", "meant"),
-    [("fp16", "float16"), ("bf16", "bfloat16"), ("fp32", "float32"), ("f64", "float16"), (3, "float16")],
+    [("fp16", "float16"), ("bf16", "bfloat16"), ("fp32", "float32"), ("f64", "float64"), (3, "float32")],
 )
 def test_names_of_dtypes_elsewhere(library, dtype, meant):
     for attend in (aa.dot_product_attention, aa.explain):
@@ -356,6 +377,14 @@ def test_explain_tells_of_an_additive_mask(library):
     np.testing.assert_allclose(
         library.get(aa.dot_product_attention(x, x, x, mask=library.put(low))), expected, atol=1e-6
     )
+
+
+def test_explain_tells_of_a_boolean_bias(library):
+    """The fourth argument is the bias, as in Flax; a mask in its place adds 0 and 1 to the logits."""
+    x, tells = library.put(X), "the bias is boolean"
+    assert tells in aa.explain(x, x, x, library.put(np.tri(5) > 0)).reasons[-1]
+    for bias in (library.put(np.tri(5)), 1.0, True, None):
+        assert tells not in str(aa.explain(x, x, x, bias, np.tri(5) > 0))
 
 
 def test_explain_takes_shapes_beside_arrays():

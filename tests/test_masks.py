@@ -303,7 +303,8 @@ def test_none_among_masks(arrays):
         (lambda: aa.make_attention_mask(None, np.ones(2)), "query_input must be an array, got None"),
         (lambda: aa.make_causal_mask(np.ones(2), dtype="bf16"), "dtype='bf16' .* such as 'bfloat16'"),
         (lambda: aa.make_causal_mask(torch.ones(2), dtype="fp32"), "dtype='fp32' .* such as 'float32'"),
-        (lambda: aa.make_causal_mask(jnp.ones(2), dtype="nonsense"), "dtype='nonsense' .* such as 'float16'"),
+        (lambda: aa.make_causal_mask(jnp.ones(2), dtype="nonsense"), "dtype='nonsense' .* such as 'float32'"),
+        (lambda: linen.combine_masks(CausalMask(), jnp.ones((1, 5, 5))), "write `mask & other` to join"),
     ],
 )
 def test_what_is_no_mask(make, sentence):

@@ -78,6 +78,15 @@ def test_dask_stays_lazy():
 # --- array-api-strict: devices, dtypes that it does not promote, and arrays that change in place ---
 
 X = np.random.default_rng(0).standard_normal((2, 7, 2, 4), dtype=np.float32)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_dtype_that_the_library_lacks(dtype):
+    x = array_api_strict.asarray(X)
+    with pytest.raises(TypeError, match=f"dtype='{dtype}': array_api_strict has no dtype {dtype}; 'float32' is one"):
+        aa.dot_product_attention(x, x, x, dtype=dtype)
+
+
 OTHER, NARROW = (array_api_strict.Device(name) for name in ("device1", "no_float64"))
 tiled_and_exact = pytest.mark.parametrize("implementation", ["exact", "tiled"])
 

@@ -116,6 +116,15 @@ def test_explain_gives_sizes_and_thresholds():
     assert "tiled from 65536 logits of a head, 64 queries" in aa.explain(small, small, small).reasons
 
 
+def test_explain_tells_no_rule_of_an_implementation_that_another_rule_chose():
+    """Two rules choose tiled on JAX: the one for a single query says nothing of a long call."""
+    one, many = jax.ShapeDtypeStruct((1, 1, 2, 4), "float32"), jax.ShapeDtypeStruct((1, 1024, 2, 4), "float32")
+    assert aa.explain(many, many, many).reasons == ("1048576 logits of a head, 2097152 of a batch entry, 1024 queries",)
+    single = aa.explain(one, many, many).reasons
+    assert single[0] == "1024 logits of a head, 2048 of a batch entry, 1 query"
+    assert single[2].startswith("tiled from 4096 logits of a head, at most 1 query, in float32 and float64")
+
+
 def test_one_query_on_jax():
     """Tiled where it is faster than Flax: in 32 bits, and in a program, which a growing cache would compile anew."""
     arrays = [jnp.zeros((2, n, 8, 16)) for n in (1, 4096, 4096)]

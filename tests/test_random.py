@@ -37,6 +37,22 @@ def test_bernoulli(shape, p):
         np.testing.assert_array_equal(aa.random.bernoulli(key, p, shape).numpy(), expected)
 
 
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda: aa.random.key("a"), "a seed must be an integer, got str"),
+        (lambda: aa.random.split(3), r"a key must be an array, got int: make one with anyattention.random.key\(seed\)"),
+        (lambda: aa.random.split(jax.random.key(0)), r"pass jax.random.key_data\(key\)"),
+        (lambda: aa.random.fold_in(aa.random.key(0), "a"), "data must be an integer, got str"),
+        (lambda: aa.random.bernoulli(None, 0.5, (3,)), "a key must be an array, got NoneType"),
+        (lambda: aa.random.bernoulli(aa.random.key(0), 0.5, 3), r"a sequence of integers, such as \(3,\), got 3"),
+    ],
+)
+def test_bad_arguments(call, sentence):
+    with pytest.raises(TypeError, match=sentence):
+        call()
+
+
 def test_indices_beyond_32_bits():
     shape, side = (2**17, 2**17), 3
     start = tuple(size - side for size in shape)

@@ -18,6 +18,7 @@ _ADDITIVE = (
     "the mask has negative or infinite numbers, which are truthy, so that their keys are visible: what is meant to be "
     "added to logits goes into bias="
 )
+_BOOLEAN = "the bias is boolean, so that 0 or 1 is added to logits: what says which keys are visible goes into mask="
 Guest = AnyArray | Convertible | complex | None  # beside the arrays of a call
 
 
@@ -289,7 +290,8 @@ def _outlined(implementation: str | None, **arguments: Any) -> Plan:
     """The plan for arguments of which some may be shapes that stand for arrays."""
     backend = _backend(*(arguments[name] for name in ("query", "key", "value", "bias", "mask")))
     found = backend.arrays.outline(lambda **given: plan.explain(_call(**given), implementation), arguments)
-    return found._replace(reasons=(*found.reasons, _ADDITIVE)) if registry.additive(arguments["mask"]) else found
+    odd = ((registry.additive(arguments["mask"]), _ADDITIVE), (registry.boolean(arguments["bias"]), _BOOLEAN))
+    return found._replace(reasons=(*found.reasons, *(reason for is_odd, reason in odd if is_odd)))
 
 
 def _backend(query: Any, key: Any, value: Any, bias: Any, mask: Any) -> Backend:

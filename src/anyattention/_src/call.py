@@ -55,6 +55,7 @@ class Options:
         return frozenset([field.name for field in fields if getattr(self, field.name) is not field.default])
 
 
+_AXES = "[batch..., length, num_heads, depth]"
 _NOTHING: frozenset[str] = frozenset()
 _ALWAYS = frozenset(("query", "key", "value"))
 #: With nothing asked for, by dtype: making one takes 1.5 us of a call's 12. Never changed, or torch.compile would
@@ -215,12 +216,13 @@ def _check_shapes(query: Array, key: Array, value: Array | None, grouped: bool) 
 
     def fail(sentence: str) -> ShapeError:
         names = "q, k" if value is None else "q, k, v"
-        return ShapeError(f"{sentence.format(names)} Got shapes {', '.join(str(tuple(x.shape)) for x in arrays)}.")
+        shapes = ", ".join(str(tuple(x.shape)) for x in arrays)
+        return ShapeError(f"{sentence.format(names)} Got shapes {shapes}; axes are {_AXES}.")
 
     if not len(q) == len(k) == len(v):
         raise fail("{} must have same rank.")
     if len(q) < 3:
-        raise fail("{} need at least three axes, [batch..., length, num_heads, depth].")
+        raise fail("{} need at least three axes.")
     if not (_same(q[:-3], k[:-3]) and _same(k[:-3], v[:-3])):
         raise fail("{} batch dims must match.")
     groups = _same(q[-2:-1], k[-2:-1]) or (grouped and k[-2] and q[-2] % k[-2] == 0)
@@ -247,6 +249,19 @@ def _same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
     return a == b or all(x == y or unknown(x) or unknown(y) for x, y in zip(a, b, strict=True))
 
 
+def _meant(query: Array, key: Array, name: str, shape: tuple[Any, ...]) -> str:
+    """What to do about a bias or mask of a shape that does not fit, where its shape tells what was meant."""
+    *batch, queries, heads, _ = query.shape
+    keys, kv_heads = key.shape[-3:-1]
+    if shape == (*batch, keys):
+        return f": if it has a number for each key, pass {name}[..., None, None, :]"
+    if shape == (*batch, queries, keys):
+        return f": if it is the same for all heads, pass {name}[..., None, :, :]"
+    if len(shape) > 1 and shape[-2] in (1, heads) and shape[-1] == kv_heads:
+        return f": query, key and value must be {_AXES}, so swap these axes if heads come before the length"
+    return ""
+
+
 def _check_broadcast(query: Array, key: Array, bias: Any, mask: Any) -> None:
     """Raise ShapeError unless bias and mask broadcast; each may have more axes, or grow a single one, as in Flax."""
     shape = (*query.shape[:-3], query.shape[-2], query.shape[-3], key.shape[-3])
@@ -257,6 +272,7 @@ def _check_broadcast(query: Array, key: Array, bias: Any, mask: Any) -> None:
         left, right = ((1,) * (rank - len(sizes)) + tuple(sizes) for sizes in (shape, x.shape))
         if not all(a == b or a == 1 or b == 1 or unknown(a) or unknown(b) for a, b in zip(left, right, strict=True)):
             raise ShapeError(
-                f"Incompatible shapes for broadcasting: {name} {tuple(x.shape)} with attention weights {shape}"
+                f"Incompatible shapes for broadcasting: {name} {tuple(x.shape)} with attention weights {shape}, "
+                f"[batch..., num_heads, q_length, kv_length]{_meant(query, key, name, tuple(x.shape))}"
             )
         shape = tuple(b if a == 1 else a for a, b in zip(left, right, strict=True))

@@ -44,7 +44,7 @@ _ALIASES = {
     **dict.fromkeys(("c16", "D", "cdouble", "complex"), "complex128"),
 }
 # What other programs call them.
-_ELSEWHERE = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "fp64": "float64", "f16": "float16"}
+_ELSEWHERE = {"bf16": "bfloat16"} | {f"{kind}{bits}": f"float{bits}" for kind in ("fp", "f") for bits in (16, 32, 64)}
 # Lattice names of Python's scalars, which never widen an array of their own kind.
 PYTHON_SCALARS: dict[Any, str] = {bool: "bool", int: "int*", float: "float*", complex: "complex*"}
 
@@ -74,8 +74,9 @@ def name_of(dtype: Any) -> str:
 
 def refused(dtype: Any, why: Exception) -> TypeError:
     """What to raise for a `dtype` that a library does not take."""
-    meant = _ELSEWHERE.get(dtype, "float16") if isinstance(dtype, str) else name_of(dtype)
-    meant = meant if meant in _FORMATS else "float16"
+    if name_of(dtype) in _FORMATS:  # which this library lacks
+        return TypeError(f"dtype={dtype!r}: {why}; 'float32' is one that every library has")
+    meant = _ELSEWHERE.get(dtype, "float32") if isinstance(dtype, str) else "float32"
     return TypeError(f"dtype={dtype!r} is no dtype to compute in ({why}): pass one by its name, such as {meant!r}")
 
 

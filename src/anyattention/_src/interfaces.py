@@ -264,7 +264,7 @@ class Steps:
     def keep(self, key: Any, keep_prob: Any, shape: tuple[int, ...], like: Array) -> Array:
         """The dropout mask of this key: True with probability `keep_prob`."""
         if any(map(unknown, shape)):
-            raise ValueError(f"dropout needs known lengths, got the weights' shape {shape}")
+            raise ValueError(f"dropout needs known lengths, got the weights' shape {shape}: pass deterministic=True")
         return threefry.keep(self.xp, place(self.arrays, key, like), keep_prob, shape)
 
 

@@ -41,7 +41,7 @@ class Rule(NamedTuple):
             (self.least_queries, "queries"),
         )
         text = f"{self.implementation} from {', '.join(f'{least} {unit}' for least, unit in bounds if least)}"
-        text += "" if self.most_queries == 2**63 else f", at most {self.most_queries} queries"
+        text += "" if self.most_queries == 2**63 else f", at most {_queries(self.most_queries)}"
         text += f", in {' and '.join(self.dtypes)}" if self.dtypes else ""
         return f"{text}, in a compiled program" if self.traced else text
 
@@ -81,6 +81,10 @@ RUN_ON_A_DEVICE = {
 _CHECK = "check it with `python -m benchmarks.gpu`, then pass implementation='fused' or name it in config(engines=...)"
 
 
+def _queries(number: int) -> str:
+    return "1 query" if number == 1 else f"{number} queries"
+
+
 class Plan(NamedTuple):
     """The decision for one call, in names; prints as a table.
 
@@ -115,8 +119,8 @@ def choose(call: Call, name: str | None = None) -> Implementation:
     if found is None:
         reasons = "; ".join(explain(call, name).reasons)
         raise NotImplementedError(
-            f"implementation={name or 'exact'!r} cannot serve this call: {reasons}. Pass None for one that can, or its "
-            "name"
+            f"implementation={name or 'exact'!r} cannot serve this call: {reasons}. Pass implementation=None, which "
+            "chooses one that can"
         )
     return found
 
@@ -158,18 +162,24 @@ def _rules(call: Call, told: list[str] | None) -> Sequence[Rule]:
         platform = call.backend.arrays.platform(query)
         rules: Sequence[Rule] = RULES.get((library, platform), ())
         fitting = tuple([x for x in rules if x.fits(call)])
-        unfit = [str(x) for x in rules if x not in fitting] if told is not None else []
+        unfit = [] if told is None else _unfit(rules, fitting)
         tiled = any(x.implementation == "tiled" for x in fitting)
         if wasteful := call.backend.tiles.no_tiles(call, by_rule=True) if tiled else "":
             fitting = tuple([x for x in fitting if x.implementation != "tiled"])
         if told is None:
             return fitting
-        reasons = [f"{queries * keys} logits of a head, {queries * keys * heads} of a batch entry, {queries} queries"]
+        reasons = [f"{queries * keys} logits of a head, {queries * keys * heads} of a batch entry, {_queries(queries)}"]
         reasons += unfit if rules else [f"there is no rule for {platform}"]
         reasons += [f"not tiled: {wasteful}"] if wasteful else []
     if told is not None:
         told += reasons
     return fitting
+
+
+def _unfit(rules: Sequence[Rule], fitting: Sequence[Rule]) -> list[str]:
+    """The rules that do not fit, of implementations of which none does."""
+    served = {x.implementation for x in fitting}
+    return [str(x) for x in rules if x.implementation not in served]
 
 
 def _able(call: Call, name: Name, told: list[str] | None, by_rule: bool) -> Implementation | None:

@@ -242,7 +242,9 @@ def _checked(backend: Backend, name: str, x: Any, like: Any) -> Any:
 def guest_of(backend: Backend, name: str, x: Any, like: Array | None) -> Any:
     """A bias or dense mask as an array of the backend's library, beside `like`."""
     if isinstance(x, list | tuple):
-        raise TypeError(f"{name} must be an array or a scalar, got a {type(x).__name__}: convert it first")
+        raise TypeError(
+            f"{name} must be an array or a scalar, got a {type(x).__name__}: convert it first, as with numpy.asarray"
+        )
     home, jax = backend_of(x, name), backend.name == "jax"
     if home is None:
         return backend.arrays.adopt(x if jax or name == "bias" else bool(x), like)
@@ -312,6 +314,12 @@ def additive(mask: Any) -> bool:
             except (TypeError, RuntimeError):  # of a tracer
                 pass
     return False
+
+
+def boolean(bias: Any) -> bool:
+    """Whether a bias has the dtype of a mask."""
+    home = backend_of(bias, "bias")
+    return home is not None and home.arrays.dtype_name(bias) == "bool"
 
 
 def rate_of(rate: Any) -> Any:

@@ -93,7 +93,8 @@ class Mask:
 
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError(
-            f"{self} is no array: join it with others by &, |, ~, or expand it with to_array(q_length, kv_length) first"
+            f"{self} is no array: write `mask & other` to join it with another mask, or expand it with "
+            "to_array(q_length, kv_length)"
         )
 
     __array__ = __bool__ = __len__ = __iter__ = _refuse

@@ -51,6 +51,8 @@ def threefry2x32(key: Words, high: Array, low: Array) -> Words:
 def _key_words(key: Array, xp: Any) -> Words:
     """Both words of a raw key as int32[1]: one axis, since NumPy warns when a 0-d integer wraps around."""
     shape, name = tuple(key.shape), dtypes.name_of(key.dtype)
+    if name.startswith("key<"):
+        raise TypeError("a key of jax.random.key goes with functions of jax.random: pass jax.random.key_data(key) here")
     allowed = ("uint32", "int64") if xp.__name__.endswith("torch") else ("uint32",)
     if name not in allowed:
         raise TypeError(
@@ -199,14 +201,24 @@ def fold_in(key: Array, data: int) -> Array:
         >>> fold_in(key(0), 5).tolist()
         [1524306142, 1887795613]
     """
+    if not hasattr(data, "__index__"):
+        raise TypeError(f"data must be an integer, got {type(data).__name__}")
     if not 0 <= data < 2**32:
         raise OverflowError(f"data must be in [0, 2**32), got {data}")
     return _derived(key, data, 1)[0]
 
 
+def _namespace(key: Any) -> Any:
+    if not hasattr(key, "shape"):
+        raise TypeError(
+            f"a key must be an array, got {type(key).__name__}: make one with anyattention.random.key(seed)"
+        )
+    return array_api_compat.array_namespace(key)
+
+
 def _derived(key: Array, first: int, num: int) -> Array:
     """The keys, ``[num, 2]``, that a key and 32-bit counts from the first make, in the unsigned words that it has."""
-    xp = array_api_compat.array_namespace(key)
+    xp = _namespace(key)
     counts = _arange(xp, device_of(key), 0, num) + _int32(first)
     words = xp.stack(threefry2x32(_key_words(key, xp), counts * 0, counts), axis=1)
     if dtypes.name_of(key.dtype) == "int64":
@@ -224,4 +236,6 @@ def bernoulli(key: Array, p: Any = 0.5, shape: Sequence[int] = ()) -> Array:
         >>> bernoulli(key(0), 0.5, (3, 5))[0].tolist()
         [False, False, True, True, False]
     """
-    return keep(array_api_compat.array_namespace(key), key, p, shape)
+    if isinstance(shape, int):
+        raise TypeError(f"shape must be a sequence of integers, such as ({shape},), got {shape}")
+    return keep(_namespace(key), key, p, shape)
