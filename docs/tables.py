@@ -15,7 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 CPU_RUN = ROOT / "benchmarks" / "results" / "2026-11-24.json"
-GPU_RUN = ROOT / "benchmarks" / "results" / "gpu-2026-11-26-h100.json"
+GPU_RUNS = sorted((ROOT / "benchmarks" / "results").glob("gpu-*.json"))  # by date
 NAMES = {"numpy": "NumPy", "jax": "JAX", "torch": "PyTorch", "mlx": "MLX"}
 TABLES: dict[str, Callable[[], str]] = {}
 _PLACE = re.compile(r"(<!-- ([a-z-]+) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
@@ -196,16 +196,22 @@ def memory_on_cpu() -> Rows:
 
 
 def _on_gpu(only: str) -> Rows:
-    """Milliseconds of the committed run on a GPU, of shapes that begin so; of our own calls those of None."""
+    """Milliseconds on a GPU, of shapes that begin so, in the newest run that has the call; of our own calls None's."""
     columns = [("jax", "Flax"), ("jax", "ours"), ("jax", "cudnn"), ("torch", "ours"), ("torch", "sdpa")]
-    yield "batch x length x heads x depth", "Flax", "JAX", "cuDNN itself", "PyTorch", "torch SDPA itself"
-    for case, found in json.loads(GPU_RUN.read_text())["speed"].items():
-        shape, kind, *gradient = case.removeprefix("bfloat16 ").split()
+    yield "batch x length x heads x depth", "Flax", "JAX", "cuDNN itself", "PyTorch", "torch SDPA itself", "measured"
+    newest: dict[tuple[Any, ...], Any] = {}
+    kinds = ("full", "causal", "lengths", "keys", "bias")
+    for run in map(json.loads, map(Path.read_text, GPU_RUNS)):
+        for case, found in run["speed"].items():
+            shape, kind, *gradient = case.removeprefix("bfloat16 ").split()
+            if len(found) == 2:  # both libraries
+                newest[bool(gradient), int(shape.split("x")[1]), kinds.index(kind)] = found, run["date"], shape, kind
+    for (gradient, *_), (found, date, shape, kind) in sorted(newest.items(), key=lambda item: item[0]):
         if not shape.startswith(only):
             continue
         kind = {"full": "", "keys": ", mask array", "lengths": ", `LengthMask`"}.get(kind, f", {kind}")
         title = f"{shape}{kind}{', with its gradient' if gradient else ''}"
-        yield title, *(_milliseconds(found[library].get(row, {}), 2) for library, row in columns)
+        yield title, *(_milliseconds(found[library].get(row, {}), 2) for library, row in columns), date
 
 
 @table
@@ -222,13 +228,14 @@ def speed_at_one_size() -> Rows:
 
 @table
 def kit_on_gpu() -> Rows:
-    """How many runs of the kit have each verdict, in the committed run on a GPU."""
+    """How many runs of the kit have each verdict, in the committed runs on a GPU."""
     verdicts = ("conforms", "differs as declared", "refused", "wrong")
-    yield "engine", *verdicts
-    for library, engines in json.loads(GPU_RUN.read_text())["correctness"].items():
-        for engine, runs in engines.items():
-            counts = Counter(run["verdict"] for run in runs.values())
-            yield f"`{engine}` ({NAMES[library]})", *(str(counts[verdict]) for verdict in verdicts)
+    yield "date", "engine", *verdicts
+    for run in map(json.loads, map(Path.read_text, GPU_RUNS)):
+        for library, engines in run["correctness"].items():
+            for engine, runs in engines.items():
+                counts = Counter(found["verdict"] for found in runs.values())
+                yield run["date"], f"`{engine}` ({NAMES[library]})", *(str(counts[verdict]) for verdict in verdicts)
 
 
 # --- pages ---
