@@ -22,7 +22,7 @@ SHAPE = "2x128x2x128"  # every kind of call, forward and with the gradient, of o
 
 
 def python(*arguments, **environment):
-    """An interpreter that finds the packages as README says it."""
+    """An interpreter that finds the packages as docs/gpu.md says it."""
     path = os.pathsep.join(str(ROOT / folder) for folder in FOLDERS)
     return subprocess.run(
         [sys.executable, *arguments],

@@ -101,7 +101,7 @@ def test_jax_differentiates_the_loops_to_the_written_gradient(name, monkeypatch)
         np.testing.assert_allclose(gradients[n], gradient, rtol=1e-5, atol=1e-6)
 
 
-# --- where tiled is less accurate than Flax, as README says ---
+# --- where tiled is less accurate than Flax, as docs/libraries.md says ---
 
 
 def float64(function, *arrays):

@@ -153,7 +153,7 @@ def test_the_gradient_within_autocast_is_that_outside(implementation, call):
 
 
 def test_exact_within_autocast_has_the_gradient_of_pytorch():
-    """Whose products of the backward pass are in 16 bits there, as README says."""
+    """Whose products of the backward pass are in 16 bits there, as docs/libraries.md says."""
 
     def gradient(within):
         x = [x.clone().requires_grad_() for x in SMALL]
