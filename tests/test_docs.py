@@ -38,6 +38,16 @@ def test_tables_are_those_of_the_code(page):
     assert TABLES.filled(text) == text, "run `python docs/tables.py`"
 
 
+def test_every_table_is_on_a_page():
+    text = "".join(page.read_text() for page in PAGES)
+    assert set(TABLES.TABLES) == set(re.findall(r"<!-- ([a-z-]+) -->", text)) - {"end"}
+
+
+def test_every_page_is_in_the_navigation():
+    listed = re.findall(r"^ *- .*?(\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), flags=re.MULTILINE)
+    assert sorted(listed) == sorted(f"{names(page)}.md" for page in PAGES)
+
+
 @pytest.mark.parametrize("name", DIAGRAMS.PICTURES)
 def test_pictures_are_those_of_their_script(name):
     picture = (ROOT / "docs" / "pictures" / name).read_text()
