@@ -6,6 +6,7 @@ itself, so that readers of the file see it too; a test compares it with the code
 
 import json
 import re
+import runpy
 import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -231,6 +232,9 @@ def kit_on_gpu() -> Rows:
 
 
 # --- pages ---
+
+
+TABLES |= runpy.run_path(str(Path(__file__).with_name("corners.py")))["TABLES"]
 
 
 def filled(text: str) -> str:

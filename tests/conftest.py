@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax.numpy as jnp
@@ -74,18 +75,19 @@ def _on_four_devices(script: str) -> Any:
 
 
 @pytest.fixture
-def run_examples(capsys: pytest.CaptureFixture[str]) -> Callable[[Path], None]:
+def run_examples(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
     """Runs the Python examples of a Markdown file in order, all in one namespace.
 
     A block of ``text`` right after one of ``python`` is what the example prints.
     """
 
     def run(page: Path) -> None:
-        text, namespace = page.read_text(), {"__name__": "__main__"}
+        text, module = page.read_text(), ModuleType("example")
+        monkeypatch.setitem(sys.modules, "example", module)  # PyTorch's compiler imports the module of a function
         blocks = re.finditer(r"^( *)```python.*?\n(.*?)^ *```\n(?:\n *```text\n(.*?)^ *```\n)?", text, re.M | re.S)
         for indent, code, printed in (block.groups() for block in blocks):
             line = "\n" * text[: text.index(code)].count("\n")  # so that errors tell the line of the page
-            exec(compile(line + textwrap.dedent(code), str(page), "exec"), namespace)
+            exec(compile(line + textwrap.dedent(code), str(page), "exec"), vars(module))
             found = capsys.readouterr().out
             if printed is not None:
                 assert found == textwrap.dedent(printed), f"{page.name}: {indent}{code}"
