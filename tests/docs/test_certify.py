@@ -22,7 +22,7 @@ def run(tmp_path):
         (tmp_path / name).write_text(text)
 
     def run(command):
-        program, *arguments = shlex.split(command)
+        program, *arguments = shlex.split(command.replace("\\\n", ""))
         line = [sys.executable, *PROGRAMS[program], *arguments]
         environment = os.environ | {"COLUMNS": "80"}
         return subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
