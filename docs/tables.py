@@ -49,7 +49,7 @@ def rules() -> Rows:
     for (library, found), platforms in places.items():
         for rule in found:
             sizes = {"a head": rule.of_a_head, "a batch entry": rule.of_an_entry}
-            least = [f"{of}: {size:,}" for of, size in sizes.items() if size]
+            least = [f"{size:,} in {of}" for of, size in sizes.items() if size]
             only = [f"{rule.least_queries} queries or more"] if rule.least_queries else []
             only += [f"at most {rule.most_queries} query"] if rule.most_queries == 1 else []
             only += [" and ".join(rule.dtypes)] if rule.dtypes else []
