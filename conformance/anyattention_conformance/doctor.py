@@ -70,10 +70,9 @@ def packages() -> tuple[list[str], list[str]]:
     for package in PACKAGES:
         try:
             here.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            (here if package == "anyattention" else absent).append(
-                f"{package} from a checkout" if package == "anyattention" else package
-            )
+        except PackageNotFoundError:  # also of what is on the path and was not installed
+            known = _has(package.replace("-", "_"))
+            (here if known else absent).append(f"{package} of unknown version" if known else package)
     return here, absent
 
 
