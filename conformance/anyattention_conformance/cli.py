@@ -108,7 +108,7 @@ def doctor(options: argparse.Namespace) -> int:
     """
     from anyattention_conformance import doctor
 
-    return doctor.run()
+    return doctor.run(options.html)
 
 
 def _target(options: argparse.Namespace) -> tuple[str, str, Claims]:
@@ -164,7 +164,10 @@ def _parser() -> argparse.ArgumentParser:
     many.set_defaults(command=report)
     many.add_argument("files", nargs="+", type=Path, metavar="JSON")
     many.add_argument("--html", type=Path, metavar="FILE", help="as a page; without it, a table in Markdown")
-    for command in (mutants, cases, doctor):
+    machine = commands.add_parser("doctor", help="examine this machine", description=doctor.__doc__)
+    machine.set_defaults(command=doctor)
+    machine.add_argument("--html", type=Path, metavar="FILE", help="a page with time and memory against length")
+    for command in (mutants, cases):
         commands.add_parser(command.__name__, help=command.__doc__, description=command.__doc__).set_defaults(
             command=command
         )

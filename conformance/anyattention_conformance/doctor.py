@@ -7,142 +7,25 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from itertools import product
 from pathlib import Path
-from threading import Lock
-from typing import Any, TextIO
+from typing import TextIO
 
-from anyattention_conformance.machine import Machine, Served
+from anyattention_conformance import costs, doctor_html
+from anyattention_conformance.examination import TITLES, Library, examine, libraries
+from anyattention_conformance.machine import Served
 from anyattention_conformance.report_text import ASCII
-from anyattention_conformance.targets import TargetError
-from anyattention_conformance.usual import DTYPES, USUAL, Judge, Usual, recorded
-from anyattention_conformance.workers import DiedError, Recipe, Worker
+from anyattention_conformance.usual import DTYPES, USUAL, Usual, recorded
 
 RIGHT, WRONG, NOT_RUN = 0, 1, 2  # exit status
-TITLES = {"numpy": "NumPy", "jax": "JAX", "torch": "PyTorch", "mlx": "MLX"}
 PACKAGES = (
     *("anyattention", "numpy", "array-api-compat", "jax", "jaxlib", "flax", "torch", "mlx", "tokamax", "dask"),
     *("array-api-strict", "ndonnx", "ml_dtypes", "rich", "jinja2"),
 )
-SECONDS = 120.0  # that an answer may take, with compiling
-DEATHS = 3  # of the process of a library, after which it is given up
-#: What a library itself rounds more than Flax: library, dtype, by how many eps at most, and why. The exponential is in
-#: the numerator and in the denominator.
-KNOWN = {("mlx", "float32"): (16, "MLX's exponential is up to eight rounding errors off")}
 CUDA_13 = 580  # the first driver that runs it
-
-
-@dataclass(frozen=True)
-class Cell:
-    """What serves one call, and what is wrong with its numbers; `ran` is False where they could not be had."""
-
-    served: Served
-    message: str = ""
-    ran: bool = True
-    known: bool = False  # as `KNOWN` says
-
-    @property
-    def mark(self) -> str:
-        """One character."""
-        return "○" if not self.ran else "≠" if self.known else "✗" if self.message else "✓"
-
-
-@dataclass
-class Library:
-    """One library, and the cell of every call, dtype, and with or without gradient."""
-
-    name: str
-    version: str = ""
-    device: str = ""
-    problem: str = ""
-    cells: dict[tuple[Usual, str, bool], Cell] = field(default_factory=dict)
-
-    @property
-    def title(self) -> str:
-        """Its name as it writes it."""
-        return TITLES.get(self.name, self.name)
-
-
-def libraries() -> list[str]:
-    """Those that are installed, of those that have a process here."""
-    return [name for name in TITLES if importlib.util.find_spec(name)]
-
-
-def examine(names: Sequence[str]) -> Iterator[Library]:
-    """Each library in a process of its own, all at the same time; they come in this order."""
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # JAX and PyTorch share the GPU
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    workers = [Worker(Recipe(Machine, (name,))) for name in names]
-    try:
-        with ThreadPoolExecutor(max(1, len(names))) as pool:
-            yield from pool.map(_examined, names, workers)
-    finally:
-        for worker in workers:
-            worker.stop()
-
-
-def _examined(name: str, worker: Worker) -> Library:
-    found = Library(name)
-    try:
-        about = worker.ready()
-    except (DiedError, TargetError) as error:
-        found.problem = f"it cannot be started: {error}"
-        return found
-    found.version, found.device = about["version"], about["device"]
-    dtypes = [x for x in DTYPES if x != "bfloat16" or name != "numpy" or _has("ml_dtypes")]
-    deaths = 0
-    for dtype, call in product(dtypes, USUAL):
-        try:
-            for gradient, cell in _cells(found, worker, call, dtype):
-                found.cells[call, dtype, gradient] = cell
-        except DiedError as error:
-            for gradient in (False, True):
-                found.cells.setdefault((call, dtype, gradient), Cell(Served("", "", (), {}), str(error), ran=False))
-            deaths += 1
-            if deaths == DEATHS:
-                found.problem = f"it was given up after its process ended {DEATHS} times"
-                break
-            worker.start()
-    return found
-
-
-def _cells(library: Library, worker: Worker, call: Usual, dtype: str) -> Iterator[tuple[bool, Cell]]:
-    """The cells of one call in one dtype, without and with gradient."""
-    forward, both = (worker.ask("served", call, dtype, gradient, seconds=SECONDS) for gradient in (False, True))
-    answer = worker.ask("answer", call, dtype, True, seconds=SECONDS)
-    known = KNOWN.get((library.name, dtype), (0, ""))
-    yield True, _judged(both, answer, call, dtype, known)
-    if library.name == "jax" and library.device == "CPU" and isinstance(answer, dict):
-        answer = {"output": answer["output"]}  # of one function with and without gradient, and compiling takes seconds
-    else:
-        answer = worker.ask("answer", call, dtype, False, seconds=SECONDS)
-    yield False, _judged(forward, answer, call, dtype, known)
-
-
-def _judged(served: Served, answer: Any, call: Usual, dtype: str, known: tuple[int, str]) -> Cell:
-    if isinstance(answer, str):
-        return Cell(served, answer, ran=False)
-    message, beyond = _judge(call, dtype).wrong(answer)
-    most, why = known
-    return Cell(served, f"{message} ({why})", known=True) if 0 < beyond <= most else Cell(served, message)
-
-
-_LOCK = Lock()
-
-
-def _judge(call: Usual, dtype: str) -> Judge:
-    with _LOCK:
-        return _judges(call, dtype)
-
-
-@cache
-def _judges(call: Usual, dtype: str) -> Judge:
-    return Judge(call, dtype)
 
 
 # What is here
@@ -187,10 +70,9 @@ def packages() -> tuple[list[str], list[str]]:
     for package in PACKAGES:
         try:
             here.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            (here if package == "anyattention" else absent).append(
-                f"{package} from a checkout" if package == "anyattention" else package
-            )
+        except PackageNotFoundError:  # also of what is on the path and was not installed
+            known = _has(package.replace("-", "_"))
+            (here if known else absent).append(f"{package} of unknown version" if known else package)
     return here, absent
 
 
@@ -234,6 +116,7 @@ def header() -> Iterator[str]:
 def footer(found: list[Library]) -> Iterator[str]:
     """The legend, what is missing, and the verdict."""
     flax = recorded()["flax"]
+    yield "shapes are batch x length x heads x depth; the names in the tables are those of implementations and engines"
     yield f"✓ right by contract C3: the error against float64 is at most twice that of Flax {flax}, plus 4 eps"
     yield "✗ wrong   ○ could not be run   ≠ wrong as this library is known to be"
     yield ""
@@ -266,6 +149,8 @@ def table(library: Library) -> Iterator[str]:
     yield from (f"  {x}" for x in refusals(library))
     if library.problem:
         yield f"  ✗ {library.problem}"
+    if library.name == "jax" and library.device != "CPU":
+        yield "  float32: with jax_default_matmul_precision = 'highest'; JAX's default rounds the factors here"
 
 
 def refusals(library: Library) -> Iterator[str]:
@@ -359,18 +244,43 @@ def say(lines: Iterable[str], file: TextIO) -> None:
 
 
 def run(html: Path | None = None) -> int:
-    """Examine this machine and say what was found."""
+    """Examine this machine and say what was found; to a file, a page with time and memory against length."""
+    if html:
+        doctor_html.to_html([], [], "", "")  # which raises where jinja2 is missing, before a minute has gone
+    said: list[str] = []
+
+    def tell(lines: Iterable[str]) -> None:
+        lines = list(lines)
+        said.extend(lines)
+        say(lines, sys.stdout)
+        sys.stdout.flush()
+
     names = libraries()
-    say(header(), sys.stdout)
-    if sys.stderr.isatty():
-        say([f"\nexamining {', '.join(TITLES[x] for x in names)}, which takes up to a minute"], sys.stderr)
+    tell(header())
+    _progress(f"examining {', '.join(TITLES[x] for x in names)}, which takes up to a minute")
     found = []
     for library in examine(names):
-        say(["", *table(library)], sys.stdout)
-        sys.stdout.flush()
+        tell(["", *table(library)])
         found.append(library)
-    say(["", *footer(found)], sys.stdout)
+    tell(["", *footer(found)])
+    if html:
+        facts = [value for _, value in machine()]
+        html.write_text(doctor_html.to_html(list(_measured(found)), facts, "\n".join(said), verdict(found)), "utf-8")
+        say(["", f"time and memory against length: {html}"], sys.stdout)
     return status(found)
+
+
+def _measured(found: list[Library]) -> Iterator[doctor_html.Measured]:
+    for library in found:
+        if not library.problem:
+            _progress(f"measuring {library.title}")
+            curves = list(costs.measure(library.name, library.device))
+            yield doctor_html.Measured(library.title, library.version, library.device, curves)
+
+
+def _progress(sentence: str) -> None:
+    if sys.stderr.isatty():
+        say([sentence], sys.stderr)
 
 
 if __name__ == "__main__":

@@ -66,6 +66,7 @@ CONTRACTS = {
 
 def to_html(reports: list[Report]) -> str:
     """One self-contained page about these reports, side by side."""
+    reports = sorted(reports, key=_weight)
     columns = sum(len(dtypes_of(x)) for x in reports)
     shared = _shared(reports)
     panels = report_plot.panels(reports)
@@ -119,11 +120,18 @@ def render(template: str, **values: Any) -> str:
     return environment.get_template(template).render(**page, **values)
 
 
+def _weight(report: Report) -> tuple[int, int]:
+    """Where a target stands among others: what fails comes first, of that what fails in most ordinary calls."""
+    return ("bad", "none", "good").index(status_of(report)), -report.ordinary.failed
+
+
 def _title(reports: list[Report]) -> str:
     if len(reports) == 1:
         return headline_of(reports[0])
-    good = sum(x.passes and not x.selection for x in reports)
-    return f"{good} of {len(reports)} targets conform{'s' if good == 1 else ''}"
+    whole = [x for x in reports if not x.selection]
+    good, chosen = sum(x.passes for x in whole), len(reports) - len(whole)
+    text = f"{good} of {len(whole)} targets conform{'s' if good == 1 else ''}"
+    return f"{text}, beside {chosen} selection{'' if chosen == 1 else 's'} of cases" if chosen else text
 
 
 # The targets
@@ -223,7 +231,7 @@ def _target(index: int, report: Report, shared: list[str]) -> _Target:
         verdict=clean(re.split(r": |; ", report.verdict, maxsplit=1)[0]),
         but=_but(report, counts),
         tally=tally(report),
-        ring=_ring(counts),
+        ring="var(--line)" if status == "good" and report.selection else _ring(counts),
         parts=[_part(*x) for x in (("ordinary calls", report.ordinary), ("corners", report.corners)) if x[1].total],
         facts=[x for x in about(report) if x not in shared],
         dtypes=[clean(x) for x in dtypes_of(report)],

@@ -1,26 +1,22 @@
 """The doctor: what it says of this machine, and that it sees wrong numbers, missing engines and broken libraries."""
 
+import re
+import shutil
 import subprocess
 import sys
+from html import escape
+from itertools import pairwise
 
 import jax
 import numpy as np
 import pytest
 
 import anyattention
-from anyattention_conformance import doctor
-from anyattention_conformance.doctor import (
-    NOT_RUN,
-    RIGHT,
-    WRONG,
-    Cell,
-    Library,
-    advice,
-    examine,
-    status,
-    table,
-    verdict,
-)
+from anyattention_conformance import costs, doctor, doctor_html, examination
+from anyattention_conformance.costs import Cost, Curve
+from anyattention_conformance.doctor import NOT_RUN, RIGHT, WRONG, advice, status, table, verdict
+from anyattention_conformance.doctor_html import Measured
+from anyattention_conformance.examination import Cell, Library, examine
 from anyattention_conformance.machine import ENGINES, Machine, Served
 from anyattention_conformance.usual import DTYPES, USUAL, Judge, flax_errors, of, recorded
 
@@ -92,7 +88,7 @@ def test_a_difference_that_is_known_is_so_only_as_far_as_is_known():
     def off(beyond, known):
         changed = found["output"].copy()
         changed[0, 0, 0] += (allowed + beyond * eps) * unit
-        return doctor._judged(served(), {"output": changed}, call, "float32", known).mark
+        return examination._judged(served(), {"output": changed}, call, "float32", known).mark
 
     assert [off(beyond, (0, "")) for beyond in (-2, 8, 20)] == ["✓", "✗", "✗"]
     assert [off(beyond, (16, "because")) for beyond in (-2, 8, 20)] == ["✓", "≠", "✗"]
@@ -212,3 +208,99 @@ def test_the_command():
     for title in ("NumPy", "JAX", "PyTorch", "MLX"):
         assert f"\n{title} " in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 160
+
+
+# Time and memory against length
+
+
+def test_costs_of_numpy(monkeypatch):
+    monkeypatch.setattr(costs, "ON_CPU", ("float32", (256, 1024)))
+    ours, exact = costs.measure("numpy", "CPU")
+    assert [ours.line, exact.line] == ["anyattention", "Flax's steps, exact"]
+    assert not ours.gaps
+    assert not exact.gaps
+    assert {x.served for x in ours.costs.values()} == {"tiled"}
+    for length in (256, 1024):
+        assert 1e-5 < ours.costs[length].seconds < 60
+    logits = 8 * 1024**2 * 4
+    assert 2 * logits * 0.9 < exact.costs[1024].bytes < 4 * logits  # logits and weights, and what the library needs
+    assert ours.costs[1024].bytes < logits
+
+
+def test_a_curve_that_would_be_drawn_twice_is_drawn_once(monkeypatch):
+    monkeypatch.setattr(costs, "ON_CPU", ("float32", (8, 16)))
+    (only,) = costs.measure("numpy", "CPU")
+    assert {x.served for x in only.costs.values()} == {"exact"}
+
+
+def test_a_point_that_cannot_be_had_is_a_gap(monkeypatch):
+    monkeypatch.setattr(costs, "ON_CPU", ("float32", (256, 1024)))
+    monkeypatch.setattr(costs, "_free", lambda: 4 * 8 * 256**2 * 4)
+    _, exact = costs.measure("numpy", "CPU")
+    assert list(exact.costs) == [256]
+    assert exact.gaps == {1024: "it may take 0.1 GiB, of 0.0 GiB free"}
+    monkeypatch.setattr(costs, "ON_CPU", ("no such dtype", (256,)))
+    (curve,) = costs.measure("numpy", "CPU")
+    assert not curve.costs
+    assert "no such dtype" in curve.gaps[256]
+
+
+def test_numbers_have_three_digits_and_a_unit():
+    assert [costs.seconds(x) for x in (2.5, 0.99999, 0.0123, 4.5e-5)] == ["2.5 s", "1 s", "12.3 ms", "45 us"]
+    assert [costs.size(x) for x in (None, 12, 1536, 9.6e6, 1.08e9)] == ["", "12 B", "1.54 kB", "9.6 MB", "1.08 GB"]
+
+
+def curves():
+    ours = {n: Cost(n**1.5 / 1e6, n * 1000, "tiled") for n in (256, 512, 1024)}
+    exact = {n: Cost(n**2 / 1e6, n * n * 64, "exact") for n in (256, 512)}
+    return [
+        Curve("numpy", "anyattention", "float32", ours, {}),
+        Curve("numpy", "exact", "float32", exact, {1024: "it may take 9 GiB, of 2 GiB free"}),
+    ]
+
+
+def test_points_lie_where_their_numbers_say():
+    for panel, value in zip(costs.panels(curves()), (lambda x: x.seconds, lambda x: x.bytes), strict=True):
+        places = {tick.text: tick.y for tick in panel.up}
+        assert [tick.text for tick in panel.across] == ["256", "512", "1024"]
+        scale = [(places[text], float(number)) for text, number in zip(places, range(len(places)), strict=True)]
+        assert len(scale) >= 2
+        per_decade = scale[0][0] - scale[1][0]
+        for (_, points), curve in zip(panel.lines, curves(), strict=True):
+            numbers = [value(x) for x in curve.costs.values()]
+            for (a, b), (y, z) in zip(pairwise(points), pairwise(numbers), strict=True):
+                assert a.y - b.y == pytest.approx(per_decade * np.log10(z / y), abs=0.25)
+                assert b.x - a.x == pytest.approx((costs.WIDTH - costs.LEFT - costs.RIGHT) / 2, abs=0.2)
+
+
+def test_the_page_has_the_numbers_the_gaps_and_what_was_said():
+    page = doctor_html.to_html([Measured("NumPy", "2.4", "CPU", curves())], ["Linux"], "all <that>", "✓ right")
+    for part in ("4.1 ms", "256 kB", "it may take 9 GiB, of 2 GiB free", "all &lt;that&gt;", "✓ right", "Linux"):
+        assert part in page
+    assert page.count("<polyline") == 4
+    assert not re.search(r"https?:|url\(|<link|<img", page)
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium")
+@pytest.mark.slow
+def test_the_page_on_a_phone(tmp_path):
+    measured = [Measured("NumPy", "2.4", "CPU", curves())]
+    page = re.sub(r"<meta http-equiv.*?>", "", doctor_html.to_html(measured, ["Linux"], "x" * 200, "✓ right"))
+    tell = "<script>parent.document.title = [innerWidth, document.documentElement.scrollWidth].join()</script>"
+    page = escape(page.replace("</body>", tell))
+    frame = f'<title></title><iframe width="400" height="900" srcdoc="{page}"></iframe>'
+    (tmp_path / "page.html").write_text(frame)
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--dump-dom",
+    ]
+    command = [BROWSER, *flags, (tmp_path / "page.html").as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert "<title>400,400</title>" in done.stdout

@@ -166,10 +166,11 @@ def test_the_headline_says_what_takes_from_the_verdict():
 def test_a_selection_never_reads_as_conforming():
     chosen = report(measured(0.2), selection=["mask"])
     assert headline(chosen) == "◐ torch SDPA: selection of 1 case passes"
-    assert headline(chosen, CONFORMING) == "1 of 2 targets conforms"
+    assert headline(chosen, CONFORMING) == "1 of 1 targets conforms, beside 1 selection of cases"
     page = Page(to_html([chosen]))
     assert "conforms to" not in "".join(page.texts("header"))
     assert page.all("b", "part")
+    assert "--ok" not in next(x["style"] for x, _ in page.all("span", "ring"))
     assert not page.all("b", "good")
 
 
@@ -186,6 +187,12 @@ def test_the_shares_of_verdicts_are_said_and_drawn():
         ("notrun", "63.6", "72.7"),
         ("bug", "72.7", "100.0"),
     ]
+
+
+def test_of_many_targets_the_one_that_fails_most_comes_first():
+    little = report(measured(3.0, BUG), *[measured(0.1, case=f"{i}") for i in range(5)], target="little")
+    names = Page(to_html([CONFORMING, little, FAILS])).texts("h2")[:3]
+    assert names == ["torch SDPA", "little", "numpy"]
 
 
 def test_a_contract_is_explained_where_it_is_named():
