@@ -22,6 +22,7 @@ import numpy as np
 Array = Any
 RECORD = Path(__file__).with_name("peers.json")
 GROUPS = ("keras-jax", "keras-numpy", "keras-torch", "others")
+CAUSAL = {"is_causal": True}
 PACKAGES = ("flax", "jax", "keras", "mlx", "torch", "transformers")
 
 
@@ -147,26 +148,15 @@ def _not_finite(actual: Array, flax: Array) -> str:
 QUESTIONS = {"causal": causal, "grouped heads": grouped, "dropout": dropout, "float mask": float_mask}
 
 
-def of_torch(function: Callable[..., Array]) -> Callable[..., Array]:
-    """A function of PyTorch over ``[batch, heads, length, depth]``."""
-    import torch
+def through(function: Any, put: Any, get: Any, heads_first: bool = False) -> Callable[..., Array]:
+    """A function of another library, for NumPy's arrays; `heads_first` if its are ``[batch, heads, length, depth]``."""
+
+    def moved(x: Array) -> Array:
+        return x.swapaxes(1, 2) if heads_first else x
 
     def call(*arrays: Array, **options: Any) -> Array:
-        tensors = (torch.tensor(x).transpose(1, 2) for x in arrays)
-        options = {name: torch.tensor(x) if isinstance(x, np.ndarray) else x for name, x in options.items()}
-        torch.manual_seed(0)
-        return function(*tensors, **options).transpose(1, 2).numpy()
-
-    return call
-
-
-def of_jax(function: Callable[..., Array]) -> Callable[..., Array]:
-    """A function of JAX."""
-    import jax.numpy as jnp
-
-    def call(*arrays: Array, **options: Any) -> Array:
-        options = {name: jnp.asarray(x) if isinstance(x, np.ndarray) else x for name, x in options.items()}
-        return np.asarray(function(*map(jnp.asarray, arrays), **options))
+        options = {name: put(x) if isinstance(x, np.ndarray) else x for name, x in options.items()}
+        return moved(get(function(*(put(moved(x)) for x in arrays), **options)))
 
     return call
 
@@ -176,11 +166,8 @@ def keras(backend: str) -> dict[str, Peer]:
     os.environ["KERAS_BACKEND"] = backend
     from keras import ops
 
-    def call(*arrays: Array, **options: Any) -> Array:
-        options = {name: ops.convert_to_tensor(x) if isinstance(x, np.ndarray) else x for name, x in options.items()}
-        return ops.convert_to_numpy(ops.dot_product_attention(*map(ops.convert_to_tensor, arrays), **options))
-
-    return {f"keras-{backend}": Peer(call, {"is_causal": True})}
+    call = through(ops.dot_product_attention, ops.convert_to_tensor, ops.convert_to_numpy)
+    return {f"keras-{backend}": Peer(call, CAUSAL)}
 
 
 def others() -> dict[str, Peer]:
@@ -195,11 +182,14 @@ def others() -> dict[str, Peer]:
 
     from anyattention import dot_product_attention
 
-    def mlx(*arrays: Array, **options: Any) -> Array:
-        options = {name: mx.array(x) if isinstance(x, np.ndarray) else x for name, x in options.items()}
-        moved = (mx.array(x).swapaxes(1, 2) for x in arrays)
-        scale = arrays[0].shape[-1] ** -0.5
-        return np.asarray(mx.fast.scaled_dot_product_attention(*moved, scale=scale, **options).swapaxes(1, 2))
+    def on_jax(function: Any) -> Callable[..., Array]:
+        return through(function, jax.numpy.asarray, np.asarray)
+
+    def on_torch(function: Any) -> Callable[..., Array]:
+        return through(function, torch.tensor, np.asarray, heads_first=True)
+
+    def scaled(query: Array, *arrays: Array, **options: Any) -> Array:
+        return mx.fast.scaled_dot_product_attention(query, *arrays, scale=query.shape[-1] ** -0.5, **options)
 
     def layer(function: Any) -> Callable[..., Array]:
         def call(query: Array, key: Array, value: Array, mask: Array = None, **options: Any) -> Array:
@@ -207,34 +197,27 @@ def others() -> dict[str, Peer]:
             module = SimpleNamespace(is_causal=False, num_key_value_groups=groups, training=True)
             return function(module, query, key, value, mask, **options)[0].transpose(1, 2)
 
-        return of_torch(call)
+        return on_torch(call)
 
+    torch.manual_seed(0)
     flax = {"dropout_rate": 0.5, "dropout_rng": jax.random.key(0)}
-    torchs = torch.nn.functional.scaled_dot_product_attention
-    gqa = {"enable_gqa": True}
-    return {
-        "flax-linen": Peer(of_jax(linen.dot_product_attention), dropout=flax),
-        "flax-nnx": Peer(of_jax(nnx.dot_product_attention), {"is_causal": True}, dropout=flax),
-        "jax-nn": Peer(of_jax(jax.nn.dot_product_attention), {"is_causal": True}),
-        "mlx-fast": Peer(mlx, {"mask": "causal"}),
-        "torch-sdpa": Peer(of_torch(torchs), {"is_causal": True}, gqa, {"dropout_p": 0.5}, "attn_mask"),
-        "torch-flex": Peer(of_torch(flex_attention), None, gqa, mask=None),
-        "huggingface-eager": Peer(layer(eager_attention_forward), dropout={"dropout": 0.5}),
-        "huggingface-sdpa": Peer(layer(AttentionInterface()["sdpa"]), {"is_causal": True}, {}, {"dropout": 0.5}),
-        "anyattention-numpy": Peer(dot_product_attention, {"is_causal": True}, dropout=flax),
-        "anyattention-jax": Peer(of_jax(dot_product_attention), {"is_causal": True}, dropout=flax),
-        "anyattention-torch": Peer(
-            lambda *arrays, **options: _on_torch(dot_product_attention, arrays, options),
-            {"is_causal": True},
-            dropout=flax,
-        ),
+    gqa, sdpa = {"enable_gqa": True}, torch.nn.functional.scaled_dot_product_attention
+    ours = {
+        "numpy": dot_product_attention,
+        "jax": on_jax(dot_product_attention),
+        "torch": through(dot_product_attention, torch.tensor, np.asarray),
     }
-
-
-def _on_torch(function: Any, arrays: Any, options: Any) -> Array:
-    import torch
-
-    return function(*map(torch.tensor, arrays), **options).numpy()
+    return {
+        "flax-linen": Peer(on_jax(linen.dot_product_attention), dropout=flax),
+        "flax-nnx": Peer(on_jax(nnx.dot_product_attention), CAUSAL, dropout=flax),
+        "jax-nn": Peer(on_jax(jax.nn.dot_product_attention), CAUSAL),
+        "mlx-fast": Peer(through(scaled, mx.array, np.asarray, heads_first=True), {"mask": "causal"}),
+        "torch-sdpa": Peer(on_torch(sdpa), CAUSAL, gqa, {"dropout_p": 0.5}, "attn_mask"),
+        "torch-flex": Peer(on_torch(flex_attention), grouped=gqa, mask=None),
+        "huggingface-eager": Peer(layer(eager_attention_forward), dropout={"dropout": 0.5}),
+        "huggingface-sdpa": Peer(layer(AttentionInterface()["sdpa"]), CAUSAL, dropout={"dropout": 0.5}),
+        **{f"anyattention-{library}": Peer(function, CAUSAL, dropout=flax) for library, function in ours.items()},
+    }
 
 
 def answers(group: str) -> dict[str, Any]:
