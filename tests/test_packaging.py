@@ -182,5 +182,7 @@ def test_forms(name):
     for field in form["body"]:
         assert field["type"] in ("textarea", "input", "dropdown", "checkboxes")
         assert field["attributes"]["label"]
+    for command in set(re.findall(r"`anyattention (\w+)`", str(form))):
+        subprocess.run([sys.executable, "-m", PACKAGES[2], command, "--help"], check=True, capture_output=True)
     required = {field["id"] for field in form["body"] if field.get("validations", {}).get("required")}
     assert {"bug": {"doctor"}, "number": {"doctor", "reproduce"}, "feature": set()}[name] <= required
