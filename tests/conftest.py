@@ -25,6 +25,7 @@ ARRAY_LIBRARIES = ("numpy", "jax", "torch", "mlx", "dask", "ndonnx", "array_api_
 COMPANIONS = (  # packages that tests need beside an array library: chosen wherever they are installed
     *("flax", "ml_dtypes", "tokamax", "keras", "transformers", "onnxruntime", "safetensors", "tokenizers"),
     *("rich", "jinja2", "PIL", "matplotlib", "build", "hatchling", "packaging", "yaml", "mypy", "pyright"),
+    "flatbuffers",
 )
 PACKAGES = {*ARRAY_LIBRARIES, *COMPANIONS}
 OURS = str(Path(__file__).parent)  # the tests
@@ -215,7 +216,8 @@ def _item_needs(item: Any) -> set[str]:
     if isinstance(item, pytest.DoctestItem):
         return marked | _needs([example.source for example in item.dtest.examples])
     params = list(item.callspec.params.values()) if hasattr(item, "callspec") else []
-    words = {word for x in params if isinstance(x, str) for word in re.findall("[a-z_0-9]+", x)}
+    texts = " ".join(x for x in params if isinstance(x, str)).lower().replace("pytorch", "torch")
+    words = {*re.findall("[a-z_0-9]+", texts), *re.findall("[a-z]+", texts)}
     named = words & PACKAGES | ({"ml_dtypes"} if "bfloat16" in words else set())
     fixtures = [x.func for found in item._fixtureinfo.name2fixturedefs.values() for x in found]
     reached = set().union(*map(_function_needs, (item.function, *fixtures)))

@@ -330,3 +330,20 @@ def test_grouped_heads_have_the_bits_of_nnx():
     np.testing.assert_array_equal(aa.dot_product_attention(q, k, k, **options), expected)
     raw = [np.asarray(x) for x in (q, k)]
     np.testing.assert_allclose(aa.dot_product_attention(raw[0], raw[1], raw[1], **options), expected, atol=2e-6)
+
+
+@pytest.mark.skipif(not hasattr(nnx, "RoPE"), reason="Flax before 0.12.12 has no nnx.RoPE, and that wants Python 3.12")
+@pytest.mark.parametrize("implementation", ["exact", "tiled"])
+def test_rotary_positions_of_nnx(implementation):
+    """With queries and keys rotated by nnx.RoPE, as nnx's own function for it does before its attention."""
+    rope = nnx.RoPE()  # the tables that it can keep give a warning of Flax itself
+    rotate = jax.vmap(rope, in_axes=-2, out_axes=-2)
+
+    def ours(query, key, value, **options):
+        return aa.dot_product_attention(rotate(query), rotate(key), value, **options, implementation=implementation)
+
+    theirs, alone = partial(nnx.dot_product_attention_with_rope, rope=rope), nnx.dot_product_attention
+    mask = jnp.tri(X.shape[1])
+    results = [nnx_layer(decode=False, attention_fn=f)(X, mask=mask) for f in (ours, theirs, alone)]
+    np.testing.assert_allclose(results[0], results[1], atol=4e-6)
+    assert np.abs(results[1] - results[2]).max() > 0.01  # the rotation shows

@@ -36,6 +36,9 @@ def test_value(make): assert make(2).sum() == 2
 @pytest.mark.parametrize("name", MAKE)
 def test_name(name): assert MAKE[name](2).sum() == 2
 
+@pytest.mark.parametrize("kind", ["numpy_int32", "torch_int32", "PyTorch-arrays"])
+def test_kind(kind): torch.ones(2) if "orch" in kind else np.ones(2)
+
 def test_fixture_of_libraries(library): assert library.get(library.put(np.ones(2))).sum() == 2
 def test_no_library(): pass
 def test_helper(): through_a_helper()
@@ -73,8 +76,9 @@ def test_others_are_deselected_and_counted(suite, options):
     done, passed = suite(SAMPLE, "--libraries", "numpy", *options)
     assert done.returncode == 0, done.stdout
     names = {first or second for first, second in passed}
-    assert names == {"test_value[numpy]", "test_name[numpy]", "test_fixture_of_libraries[numpy]", "test_no_library"}
-    assert "deselected: 11 tests that need torch" in done.stdout
+    whole = {"test_no_library", "test_kind[numpy_int32]"}
+    assert names == {f"test_{x}[numpy]" for x in ("value", "name", "fixture_of_libraries")} | whole
+    assert "deselected: 13 tests that need torch" in done.stdout
     assert "deselected: 1 tests that need jax" in done.stdout
 
 
@@ -83,7 +87,7 @@ def test_others_are_deselected_and_counted(suite, options):
 def test_with_all_libraries_all_run(suite, options):
     done, passed = suite(SAMPLE, *options)
     assert done.returncode == 0, done.stdout
-    assert len(passed) == 16
+    assert len(passed) == 19
     assert "deselected" not in done.stdout
 
 

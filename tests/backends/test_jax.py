@@ -84,6 +84,7 @@ def test_donated_arguments(arguments):
     np.testing.assert_array_equal(actual, expected)
 
 
+@pytest.mark.needs("flatbuffers")
 def test_export(arguments):
     exported = jax.export.export(jax.jit(OURS))(*arguments.values())
     exported = jax.export.deserialize(exported.serialize())

@@ -112,14 +112,31 @@ def test_limits(engine):
     assert "no kernel for float32" in reason(*arrays(dtype=jnp.float32))
 
 
-def test_masks_that_it_lacks_are_arrays(engine):
+@pytest.mark.parametrize("q_length", [5, 9, 14])
+@pytest.mark.parametrize("mask", [LocalMask(2, 3), CausalMask(2), ~CausalMask(-3), ~CausalMask(1)], ids=str)
+def test_windows(engine, monkeypatch, mask, q_length):
+    """Of queries and keys of two lengths: an array before tokamax 0.0.17, which takes them as they are."""
+    pytest.importorskip("tokamax", reason="an extra that wants Python 3.12")
+    monkeypatch.setattr(engine, "implementation", "xla")
+    query, key, value = (x.astype(jnp.float32) for x in arrays(q_length))
+    expected = linen.dot_product_attention(query, key, value, mask=mask.to_array(q_length, 9))
+    actual = fused(*arrays(q_length), mask=mask).astype(jnp.float32)
+    seen = mask.to_array(q_length, 9).any(axis=-1)  # the mean of all values else, which test_jax_kernel.py tests
+    np.testing.assert_allclose(actual[:, seen], expected[:, seen], atol=2e-2)
+
+
+def test_masks_that_it_lacks_are_arrays(engine, monkeypatch):
     def remark(*args, mask):
         return str(aa.explain(*args, mask=mask, implementation="fused"))
+
+    monkeypatch.setitem(vars(engine), "version", (0, 0, 16))
 
     ids = np.zeros((2, 9), int)
     assert "an array of 162 elements: it has no segments" in remark(*arrays(), mask=SegmentMask(ids, ids))
     assert "windows need queries and keys of one length" in remark(*arrays(q_length=7), mask=LocalMask(2, 3))
     assert "elements" not in remark(*arrays(), mask=LocalMask(2, 3) & ARRAY)
+    monkeypatch.setitem(vars(engine), "version", (0, 0, 17))
+    assert "elements" not in remark(*arrays(q_length=7), mask=LocalMask(2, 3))
 
 
 @pytest.mark.parametrize(
@@ -129,7 +146,8 @@ def test_masks_that_it_lacks_are_arrays(engine):
         ("0.0.12", "9.0", "command line"),
         ("0.0.17", "8.0", "not 8.0"),
         ("0.0.17", "9.0", ""),
-        ("0.1.0", "10.0", ""),
+        ("0.1.0", "10.3", ""),
+        ("0.1.0", "12.0", "not 12.0"),
     ],
     ids=str,
 )

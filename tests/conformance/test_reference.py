@@ -67,7 +67,8 @@ def agree(arguments, compute=None):
     expected, actual = flax(**arguments), attention(**arguments)
     name = compute or expected.dtype.name
     single = arguments["key"].shape[-3] == 1  # whose weights, if it has several, Flax adds up first
-    if expected.dtype.name in ("float16", "bfloat16") and not single:
+    grown = expected.shape[-2] != arguments["query"].shape[-2] and jax.__version_info__ >= (0, 12)  # adds in 16 bits
+    if expected.dtype.name in ("float16", "bfloat16") and not single and not grown:
         same(actual, expected)
     plain = {n: np.asarray(x) if n in (*NAMES, "mask") else x for n, x in arguments.items()}
     assert not within_c2(actual, expected, plain, name)

@@ -4,6 +4,8 @@ import re
 
 import pytest
 
+pytestmark = pytest.mark.needs("jax", "flax", "torch")
+
 NAMES = {"query", "key", "value", "attention", "out"}
 NAMES |= {f"gradient of {layer} {part}" for layer in NAMES - {"attention"} for part in ("kernel", "bias")}
 

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.needs("jax", "torch", "array_api_strict", "dask", "matplotlib")
+
 
 def test_attention_is_nadaraya_watsons_estimate(load):
     example = load("terrain")

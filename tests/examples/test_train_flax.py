@@ -4,6 +4,8 @@ import re
 
 import pytest
 
+pytestmark = pytest.mark.needs("jax", "flax")
+
 
 @pytest.mark.slow
 def test_one_argument_swaps_attention_and_memory_falls(printed):

@@ -22,20 +22,26 @@ class Tokamax(JAXKernel):
     implementation = "mosaic"
 
     @cached_property
+    def version(self) -> tuple[int, ...]:
+        """Of the installed tokamax; empty if there is none."""
+        there = util.find_spec("tokamax") is not None
+        return tuple(map(int, re.findall(r"\d+", metadata.version("tokamax"))[:3])) if there else ()
+
+    @cached_property
     def absent(self) -> str:
-        if util.find_spec("tokamax") is None:
+        if not self.version:
             return "tokamax is not installed: pip install 'anyattention[tokamax]'"
-        version = metadata.version("tokamax")
-        if tuple(int(x) for x in re.findall(r"\d+", version)[:3]) < (0, 0, 13):
-            return f"tokamax {version} reads the program's command line: install 0.0.13 or later"
+        name = f"tokamax {'.'.join(map(str, self.version))}"
+        if self.version < (0, 0, 13):
+            return f"{name} reads the program's command line: install 0.0.13 or later"
         device = jax.devices()[0]
         capability = getattr(device, "compute_capability", "0")
-        if float(capability) not in (9.0, 10.0):
-            return f"it needs compute capability 9.0 or 10.0, not {capability}"
+        if not 9.0 <= float(capability) < 11.0:
+            return f"it needs compute capability 9 or 10, not {capability}"
         try:
             import tokamax  # noqa: F401
         except Exception as error:
-            return f"tokamax {version} cannot be imported: {type(error).__name__}: {error}"
+            return f"{name} cannot be imported: {type(error).__name__}: {error}"
         return ""
 
     def rank(self, call: Call) -> int:
@@ -45,8 +51,9 @@ class Tokamax(JAXKernel):
         found = {}
         if mask.kv_ids is not None:
             found["segments"] = "it has no segments"
-        if mask.banded and not mask.causal and call.lengths[0] != call.lengths[1]:
-            found["band"] = "its windows need queries and keys of one length"
+        windowed = mask.banded and not mask.causal
+        if windowed and call.lengths[0] != call.lengths[1] and self.version < (0, 0, 17):
+            found["band"] = "before tokamax 0.0.17 its windows need queries and keys of one length"
         return found
 
     def kernel(self, query: Array, key: Array, value: Array, bias: Array | None, mask: Structure, scale: float) -> Any:
@@ -54,8 +61,8 @@ class Tokamax(JAXKernel):
 
         window = None
         if mask.banded and not mask.causal:
-            length = key.shape[-3]
-            window = tuple(length if side is None else side for side in (mask.left, mask.right))
+            longest = max(query.shape[-3], key.shape[-3])
+            window = tuple(longest if side is None else side for side in (mask.left, mask.right))
         lengths = mask.kv_lengths
         if lengths is None and bias is not None:  # else a tile whose biases are all minus infinity makes NaN of its row
             lengths = jnp.full(query.shape[:1], key.shape[-3], jnp.int32)
