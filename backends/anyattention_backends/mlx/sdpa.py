@@ -26,7 +26,7 @@ class MLXFast(Fused):
 
     def limits(self, call: Call, mask: Structure) -> Iterator[str]:
         if call.operands.bias is not None and call.operands.mask is not None:
-            yield "beside a bias, finfo.min is no mask"
+            yield "beside a bias it cannot hide keys as Flax does"
 
     def lacks(self, call: Call, mask: Structure) -> dict[str, str]:
         found = super().lacks(call, mask)

@@ -118,9 +118,9 @@ class Fused(Implementation):
         if dtype not in self.dtypes:
             yield f"there is no kernel for {dtype}"
         if call.options.force_fp32_for_softmax and "16" in dtype:
-            yield "a softmax in float32 of 16-bit arrays returns float32"
+            yield "with force_fp32_for_softmax a 16-bit call returns float32, which no kernel does"
         if 0 in (*query.shape, *key.shape, *value.shape):
-            yield "something is empty"
+            yield "an axis is empty"
             return
         if bias is not None or call.operands.mask is not None:
             if not call.operands_fit():
