@@ -34,6 +34,10 @@ class MLXFast(Fused):
             return {}
         return found | ({"band": "its causal mask ends with the last key, and stands alone"} if mask.banded else {})
 
+    def summed(self, xp: Any, value: Array, dtype: Any) -> Array:
+        """MLX's sum takes no dtype."""
+        return mx.sum(value.astype(dtype), axis=-3, keepdims=True)
+
     def kernel(self, query: Array, key: Array, value: Array, bias: Array | None, mask: Structure, scale: float) -> Any:
         infinite = None
         shown = "causal" if mask.causal else mask.joined
