@@ -1,6 +1,6 @@
 """A language model in training: one argument of a Flax module swaps its attention, and memory falls.
 
-    pip install "anyattention[jax]" flax optax
+    pip install -e ".[jax]" flax optax
     python examples/train_flax.py
 
 A transformer of two layers learns to continue a text letter by letter: the documentation that comes with Python. It is
