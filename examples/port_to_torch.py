@@ -1,6 +1,6 @@
 """A layer ported from Flax to PyTorch, checked step by step; then a port with a mistake, which is found and named.
 
-    pip install "anyattention[jax,torch]" flax
+    pip install -e ".[jax,torch]" flax
     python examples/port_to_torch.py
 
 The weights of Flax's MultiHeadDotProductAttention go into a PyTorch module, and one key of JAX gives both the same

@@ -1,6 +1,6 @@
 """Ask Python's standard library a question, and let three array libraries agree on the answer.
 
-    pip install "anyattention[demo]"
+    pip install -e ".[demo]"
     python examples/semantic_search.py "how do I read a compressed file line by line?"
 
 One sentence encoder (all-MiniLM-L6-v2, with its real weights) is written once, in array API terms, on

@@ -1,6 +1,6 @@
 """Kernel regression written once: spot heights become a map, on NumPy, PyTorch, JAX, array-api-strict and Dask.
 
-    pip install "anyattention[jax,torch,strict,dask]" matplotlib
+    pip install -e ".[jax,torch,strict,dask]" matplotlib
     python examples/terrain.py
 
 The Nadaraya-Watson estimate of a height is the mean of all spot heights, each weighted by a Gaussian of its distance.

@@ -26,13 +26,17 @@ class MLXFast(Fused):
 
     def limits(self, call: Call, mask: Structure) -> Iterator[str]:
         if call.operands.bias is not None and call.operands.mask is not None:
-            yield "beside a bias, finfo.min is no mask"
+            yield "beside a bias it cannot hide keys as Flax does"
 
     def lacks(self, call: Call, mask: Structure) -> dict[str, str]:
         found = super().lacks(call, mask)
         if mask.causal and list(found) == ["band"] and not mask.rest and call.lengths[0] == call.lengths[1]:
             return {}
         return found | ({"band": "its causal mask ends with the last key, and stands alone"} if mask.banded else {})
+
+    def summed(self, xp: Any, value: Array, dtype: Any) -> Array:
+        """MLX's sum takes no dtype."""
+        return mx.sum(value.astype(dtype), axis=-3, keepdims=True)
 
     def kernel(self, query: Array, key: Array, value: Array, bias: Array | None, mask: Structure, scale: float) -> Any:
         infinite = None

@@ -51,7 +51,7 @@ class SDPA(TorchKernel):
         elif (size := self.elements(call, mask)) > 0:
             yield f"the mask would be an array{told(size)}, where tiled skips what is hidden"
         if bias is not None and not can_look(call):
-            yield "how low the bias goes cannot be seen here"
+            yield "the values of the bias cannot be inspected here, and low biases need the gradient of tiled"
         if getattr(bias, "requires_grad", False):
             yield "the bias needs a gradient"
 

@@ -7,7 +7,7 @@ Flax's too. Keys and values that no query of their batch entry may see are zeros
 A row whose biases are all far below zero, as where they stand for a mask, is beyond kernels: see `least_bias`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import prod
 from typing import Any
 
@@ -85,6 +85,10 @@ class Fused(Implementation):
         """The kernel: ``[batch, length, heads, depth]`` in and out; all of one dtype, of no batch axes but one."""
         raise NotImplementedError
 
+    def summed(self, xp: Any, value: Array, dtype: Any) -> Array:
+        """The sum over keys in this dtype; one pass, where the library's `sum` is the standard's."""
+        return xp.sum(value, axis=-3, keepdims=True, dtype=dtype)
+
     def attend(self, call: Call) -> Array:
         """The output, with the derivatives that the kernel has; tiled's where low biases cannot be ruled out."""
         sound = call.operands.bias is None or self.low_biases
@@ -118,9 +122,9 @@ class Fused(Implementation):
         if dtype not in self.dtypes:
             yield f"there is no kernel for {dtype}"
         if call.options.force_fp32_for_softmax and "16" in dtype:
-            yield "a softmax in float32 of 16-bit arrays returns float32"
+            yield "with force_fp32_for_softmax a 16-bit call returns float32, which no kernel does"
         if 0 in (*query.shape, *key.shape, *value.shape):
-            yield "something is empty"
+            yield "an axis is empty"
             return
         if bias is not None or call.operands.mask is not None:
             if not call.operands_fit():
@@ -219,7 +223,11 @@ class Fused(Implementation):
         if tuple(output.shape[1::2]) != (lengths[0], value.shape[-1]):
             output = output[:, : lengths[0], :, : value.shape[-1]]
         output = output if flat else xp.reshape(output, (*query.shape[:-1], value.shape[-1]))
-        return output if seen is None else xp.where(permute(arrays, seen, (-1, -2))[..., None], output, _mean(call))
+        return (
+            output
+            if seen is None
+            else xp.where(permute(arrays, seen, (-1, -2))[..., None], output, _mean(call, self.summed))
+        )
 
     def keys(self, call: Call, visible: Array | None = None) -> Array | None:
         """Which keys some query of their batch entry may see, ``[batch..., kv_length, 1, 1]``; None for all."""
@@ -326,14 +334,14 @@ def _visible(call: Call) -> Array:
     return _ranked(call.backend.xp, call.visible(call.operands.mask), 3)
 
 
-def _mean(call: Call) -> Array:
+def _mean(call: Call, summed: Callable[[Any, Array, Any], Array]) -> Array:
     """The mean of all values for each query head, ``[batch..., 1, num_heads, v_depth]``, summed in float32 at least."""
     xp, arrays, value, dtype = call.backend.xp, call.backend.arrays, call.operands.value, call.options.dtype
     count, wide = value.shape[-3], getattr(xp, dtypes.promote(dtype, "float32"))
     if dtype == "float16":  # of which float32 holds the sum; fractions would be lost
-        mean = xp.sum(value, axis=-3, keepdims=True, dtype=wide) / count
+        mean = summed(xp, value, wide) / count
     else:  # a sum that does not overflow where the mean does not
-        mean = xp.sum(value / count, axis=-3, keepdims=True, dtype=wide)
+        mean = summed(xp, value / count, wide)
     mean = arrays.cast(mean, dtype)[..., None, :]
     (*lead, kv_heads, _, depth), heads = mean.shape, call.operands.query.shape[-2]
     return xp.reshape(xp.broadcast_to(mean, (*lead, kv_heads, heads // kv_heads, depth)), (*lead, heads, depth))
