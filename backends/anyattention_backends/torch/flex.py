@@ -19,7 +19,7 @@ class Flex(TorchKernel):
     """The kernel, compiled; PyTorch has no gradient of it on CPU."""
 
     name = "flex"
-    serves = TorchKernel.serves - {"bias"}
+    serves = TorchKernel.serves - {"bias"} | {"logits_soft_cap"}
     platforms = ("cuda",)
     dtypes = ("float32", "bfloat16", "float16")
     dense = False
@@ -46,8 +46,9 @@ class Flex(TorchKernel):
         whole = mask.kv_lengths is None and mask.kv_ids is None and mask.band_shows(*call.lengths)
         program = _compiled() if self.compiled and not torch.compiler.is_compiling() else _program
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not any(x.requires_grad for x in arrays):
-            return program(*arrays, keys, whole, *ends)
-        return FirstOnly.apply(lambda *x: program(*x, keys, whole, *ends), call, *arrays)
+            return program(*arrays, keys, whole, call.scale, call.options.logits_soft_cap, *ends)
+        how = keys, whole, call.scale, call.options.logits_soft_cap
+        return FirstOnly.apply(lambda *x: program(*x, *how, *ends), call, *arrays)
 
 
 def _program(
@@ -56,6 +57,8 @@ def _program(
     value: Tensor,
     keys: Tensor | None,
     whole: bool,
+    scale: float,
+    cap: float | None,
     first: Tensor,
     last: Tensor,
     *ids: Tensor,
@@ -72,7 +75,9 @@ def _program(
     four = [x.reshape(-1, x.shape[-3], *y).transpose(1, 2) for x, y in zip((query, *shown), heads, strict=True)]
     group = heads[0][0] // heads[1][0]
     blocks = create_block_mask(visible, len(first), None, query.shape[-3], key.shape[-3], device=query.device)
-    options = {"block_mask": blocks, "enable_gqa": group != 1, "return_aux": AuxRequest(lse=True)}
+    options = {"block_mask": blocks, "scale": scale, "enable_gqa": group != 1, "return_aux": AuxRequest(lse=True)}
+    if cap is not None:
+        options["score_mod"] = lambda score, b, h, i, j: torch.tanh(score / cap) * cap
     output, more = flex_attention(*four, **options)
     if not whole:
         mean = value.reshape(-1, *value.shape[-3:]).mean(dim=1)[:, :, None].repeat_interleave(group, dim=1)

@@ -2,8 +2,9 @@
 
 The order of these steps, and the dtype of each, is the whole of what makes the numbers Flax's:
 
-    query  <- query / sqrt(depth)                     rounded to the compute dtype, before the product
+    query  <- query / sqrt(depth), or query * scale   rounded to the compute dtype, before the product
     logits <- query . key                             rounded to the compute dtype
+    logits <- cap * tanh(logits / cap)                where there is a soft cap, which Flax lacks
     logits <- logits + bias                           in the wider of the two dtypes
     logits <- logits where mask, else finfo.min       the finite minimum of the *compute* dtype: a replacement
     weights <- softmax(logits)                        in the logits' dtype, then back to the compute dtype
@@ -21,7 +22,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from anyattention._src import interfaces
+from anyattention._src import dtypes, interfaces
 from anyattention._src.call import Call, Dropout
 from anyattention._src.implementations.base import EINSUMS, OWN, Implementation
 from anyattention._src.rules import Mask
@@ -59,8 +60,13 @@ def attention_weights(call: Call) -> Array:
     backend, options = call.backend, call.options
     arrays, steps, dtype = backend.arrays, backend.steps, options.dtype
     query, key, _, bias, mask, _, _ = call.operands
-    query = steps.scale(query, query.shape[-1], dtype)
+    if options.scale is None:
+        query = steps.scale(query, query.shape[-1], dtype)
+    else:
+        query = _times(arrays, query, options.scale, dtype)
     logits = attention_logits(call, query, key)
+    if (cap := options.logits_soft_cap) is not None:
+        logits = _times(arrays, backend.xp.tanh(steps.divide_by_scalar(logits, cap, dtype)), cap, dtype)
 
     if bias is not None:
         logits, bias = arrays.join(logits, bias)
@@ -102,6 +108,11 @@ def weights_after_dropout(call: Call, dropout: Dropout, weights: Array) -> Array
     keep = arrays.cast(steps.keep(call.operands.dropout_key, dropout.keep_prob, shape, weights), dtype)
     weights, multiplier = arrays.join(weights, steps.divide_by_scalar(keep, dropout.keep_prob, dtype))
     return weights * multiplier
+
+
+def _times(arrays: interfaces.Arrays, x: Array, value: float, dtype: str) -> Array:
+    """``x * value``, the number first rounded to the dtype of `x`; NumPy makes float32 of bfloat16 and a number."""
+    return arrays.cast(x * dtypes.round_to(value, dtype), dtype)
 
 
 def _product(call: Call, einsum: Einsum | None) -> Einsum:
