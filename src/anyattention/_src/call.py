@@ -211,7 +211,7 @@ def number(name: str, x: Any, positive: bool = False) -> float | None:
         found = float(x)
     except Exception as error:  # each library has its own for arrays, and for numbers that are not known yet
         raise TypeError(f"{name} must be a number, known when the call is made, got {x!r}") from error
-    if not math.isfinite(found) or (positive and found <= 0.0):
+    if not -math.inf < found < math.inf or (positive and found <= 0.0):  # torch.compile cannot trace `isfinite`
         raise ValueError(f"{name} must be {'positive and ' if positive else ''}finite, got {x!r}")
     return found
 

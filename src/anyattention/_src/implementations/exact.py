@@ -22,7 +22,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from anyattention._src import dtypes, interfaces
+from anyattention._src import interfaces
 from anyattention._src.call import Call, Dropout
 from anyattention._src.implementations.base import EINSUMS, OWN, Implementation
 from anyattention._src.rules import Mask
@@ -63,10 +63,11 @@ def attention_weights(call: Call) -> Array:
     if options.scale is None:
         query = steps.scale(query, query.shape[-1], dtype)
     else:
-        query = _times(arrays, query, options.scale, dtype)
+        query = query * _scalar(call, options.scale, query)
     logits = attention_logits(call, query, key)
-    if (cap := options.logits_soft_cap) is not None:
-        logits = _times(arrays, backend.xp.tanh(steps.divide_by_scalar(logits, cap, dtype)), cap, dtype)
+    if options.logits_soft_cap is not None:
+        cap = _scalar(call, options.logits_soft_cap, logits)
+        logits = backend.xp.tanh(steps.divide(logits, cap)) * cap
 
     if bias is not None:
         logits, bias = arrays.join(logits, bias)
@@ -110,9 +111,9 @@ def weights_after_dropout(call: Call, dropout: Dropout, weights: Array) -> Array
     return weights * multiplier
 
 
-def _times(arrays: interfaces.Arrays, x: Array, value: float, dtype: str) -> Array:
-    """``x * value``, the number first rounded to the dtype of `x`; NumPy makes float32 of bfloat16 and a number."""
-    return arrays.cast(x * dtypes.round_to(value, dtype), dtype)
+def _scalar(call: Call, value: float, x: Array) -> Array:
+    """A number in the dtype of `x`, beside it: not as it is, which some libraries round and others do not."""
+    return call.backend.xp.full((), value, dtype=x.dtype, **call.backend.arrays.beside(x))
 
 
 def _product(call: Call, einsum: Einsum | None) -> Einsum:
