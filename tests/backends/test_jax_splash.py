@@ -57,6 +57,19 @@ def test_interpreted(splash, monkeypatch, name):
         np.testing.assert_allclose(actual, right, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
+def test_scale_and_soft_cap(splash, monkeypatch):
+    monkeypatch.setattr(splash, "interpret", True)
+    words = {"mask": MASKS["causal"], "scale": 0.3, "logits_soft_cap": 1.5}
+    (output, pullback), (right, right_pullback) = (
+        jax.vjp(partial(aa.dot_product_attention, implementation=name, **words), *arrays(2))
+        for name in ("fused", "exact")
+    )
+    np.testing.assert_allclose(output, right, rtol=1e-5, atol=1e-5)
+    for actual, expected in zip(pullback(right), right_pullback(right), strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", MASKS)
 def test_lowers_for_tpus(splash, name):
     """Forward and backward, with nothing as large as the logits."""

@@ -77,6 +77,22 @@ def test_equals_tiled(on_cpu, name):
         torch.testing.assert_close(fused(*args, mask=MASKS[name]), tiled(*args, mask=MASKS[name]), rtol=1e-5, atol=1e-6)
 
 
+WORDS = {
+    "scale": {"scale": 0.3},
+    "soft cap": {"logits_soft_cap": 1.5},
+    "both": {"scale": -0.7, "logits_soft_cap": 2.0},
+}
+
+
+@pytest.mark.parametrize("words", WORDS.values(), ids=WORDS)
+def test_scale_and_soft_cap(on_cpu, words):
+    for name in ("none", "everything"):
+        args, mask = arrays(kv_heads=2), MASKS[name]
+        torch.testing.assert_close(
+            fused(*args, mask=mask, **words), tiled(*args, mask=mask, **words), rtol=1e-5, atol=1e-6
+        )
+
+
 def test_other_batches_and_more_than_a_block(on_cpu):
     for args, mask in (
         (arrays(()), CausalMask()),
@@ -104,11 +120,13 @@ def test_wrong_shapes_are_shape_errors(on_cpu):
 # --- what CPU lacks: gradients, and the compiled program ---
 
 
-def kernel(query, key, value, block_mask, enable_gqa, return_aux):
+def kernel(query, key, value, block_mask, enable_gqa, return_aux, score_mod=None):
     """What FlexAttention computes: zero where no key is seen, and minus infinity as the logarithm of the sum."""
     assert enable_gqa == (query.shape[1] != key.shape[1])
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-    logits = torch.where(block_mask, query @ key.mT / query.shape[-1] ** 0.5, -torch.inf)
+    logits = query @ key.mT / query.shape[-1] ** 0.5
+    logits = logits if score_mod is None else score_mod(logits, *[None] * 4)
+    logits = torch.where(block_mask, logits, -torch.inf)
     seen = block_mask.any(-1, keepdim=True)
     weights = torch.where(seen, torch.softmax(torch.where(seen, logits, 0.0), -1), 0.0)
     return weights @ value, AuxOutput(lse=torch.logsumexp(logits, -1))
@@ -152,6 +170,12 @@ def test_gradients(stand_in, name):
     for changes in ({}, {"q_length": 9, "batch": (1, 3), "kv_heads": 2, "v_depth": 24}):
         answers = (with_gradients(function, arrays(**changes), MASKS[name]) for function in (fused, tiled))
         torch.testing.assert_close(*answers, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("words", WORDS.values(), ids=WORDS)
+def test_gradients_of_scale_and_soft_cap(stand_in, words):
+    answers = (with_gradients(partial(f, **words), arrays(), MASKS["lengths"]) for f in (fused, tiled))
+    torch.testing.assert_close(*answers, rtol=1e-5, atol=1e-6)
 
 
 def test_second_derivatives_are_those_of_tiled(stand_in):

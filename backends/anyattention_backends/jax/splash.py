@@ -19,7 +19,7 @@ class Splash(JAXKernel):
     """Bands and segments, of which it computes no tile that is wholly hidden; lengths are segments."""
 
     name = "splash"
-    serves = JAXKernel.serves - {"bias"}
+    serves = JAXKernel.serves - {"bias"} | {"logits_soft_cap"}
     platform = "tpu"
     dtypes = ("bfloat16", "float32")
     multiple = LANES
@@ -39,7 +39,16 @@ class Splash(JAXKernel):
         both = mask.kv_lengths is not None and mask.kv_ids is not None
         return {"lengths": "it has lengths or segments, not both"} if both else {}
 
-    def kernel(self, query: Array, key: Array, value: Array, bias: Array | None, mask: Structure, scale: float) -> Any:
+    def kernel(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        bias: Array | None,
+        mask: Structure,
+        scale: float,
+        logits_soft_cap: float | None = None,
+    ) -> Any:
         from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
         from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as rules
 
@@ -47,6 +56,7 @@ class Splash(JAXKernel):
         shape = q_length, kv_length
         rule = rules.LocalMask(shape, (mask.left, mask.right), 0) if mask.banded else rules.FullMask(shape)
         options = {"block_sizes": _blocks(splash, *shape), "interpret": self.interpret}
+        options |= {"attn_logits_soft_cap": logits_soft_cap}
         kernel = splash.make_splash_mha(rules.MultiHeadMask([rule] * heads), head_shards=1, q_seq_shards=1, **options)
         segments = None
         if mask.kv_ids is not None:

@@ -1,6 +1,7 @@
 """tokamax's Mosaic kernels for NVIDIA's Hopper and Blackwell GPUs, where tokamax is installed."""
 
 import re
+from collections.abc import Iterator
 from functools import cached_property
 from importlib import metadata, util
 from typing import Any
@@ -20,6 +21,7 @@ class Tokamax(JAXKernel):
     platform = "gpu"
     dtypes = ("bfloat16", "float16")
     implementation = "mosaic"
+    serves = JAXKernel.serves | {"logits_soft_cap"}
 
     @cached_property
     def version(self) -> tuple[int, ...]:
@@ -56,7 +58,20 @@ class Tokamax(JAXKernel):
             found["band"] = "before tokamax 0.0.17 its windows need queries and keys of one length"
         return found
 
-    def kernel(self, query: Array, key: Array, value: Array, bias: Array | None, mask: Structure, scale: float) -> Any:
+    def limits(self, call: Call, mask: Structure) -> Iterator[str]:
+        if call.operands.bias is not None and call.options.logits_soft_cap is not None:
+            yield "its soft cap comes after the bias"
+
+    def kernel(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        bias: Array | None,
+        mask: Structure,
+        scale: float,
+        logits_soft_cap: float | None = None,
+    ) -> Any:
         import tokamax
 
         window = None
@@ -67,5 +82,6 @@ class Tokamax(JAXKernel):
         if lengths is None and bias is not None:  # else a tile whose biases are all minus infinity makes NaN of its row
             lengths = jnp.full(query.shape[:1], key.shape[-3], jnp.int32)
         options = {"scale": scale, "is_causal": mask.causal, "local_window_size": window}
+        options |= {"logits_soft_cap": logits_soft_cap}
         options |= {"bias": bias, "mask": mask.joined, "key_value_seq_lengths": lengths}
         return tokamax.dot_product_attention(query, key, value, **options, implementation=self.implementation)

@@ -19,7 +19,7 @@ class Flex(TorchKernel):
     """The kernel, compiled; PyTorch has no gradient of it on CPU."""
 
     name = "flex"
-    serves = TorchKernel.serves - {"bias"}
+    serves = TorchKernel.serves - {"bias"} | {"logits_soft_cap"}
     platforms = ("cuda",)
     dtypes = ("float32", "bfloat16", "float16")
     dense = False
@@ -44,10 +44,12 @@ class Flex(TorchKernel):
             call.backend.steps.check_precision(call.options.precision, None, arrays[0])
         mask, ends = call.structure, bounds(call)
         whole = mask.kv_lengths is None and mask.kv_ids is None and mask.band_shows(*call.lengths)
+        cap = call.options.logits_soft_cap
+        cap = None if cap is None else torch.full((), cap, device=arrays[0].device)  # numbers would be constants of it
         program = _compiled() if self.compiled and not torch.compiler.is_compiling() else _program
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not any(x.requires_grad for x in arrays):
-            return program(*arrays, keys, whole, *ends)
-        return FirstOnly.apply(lambda *x: program(*x, keys, whole, *ends), call, *arrays)
+            return program(*arrays, keys, whole, call.options.scale, cap, *ends)
+        return FirstOnly.apply(lambda *x: program(*x, keys, whole, call.options.scale, cap, *ends), call, *arrays)
 
 
 def _program(
@@ -56,6 +58,8 @@ def _program(
     value: Tensor,
     keys: Tensor | None,
     whole: bool,
+    scale: float | None,
+    cap: Tensor | None,
     first: Tensor,
     last: Tensor,
     *ids: Tensor,
@@ -68,11 +72,15 @@ def _program(
         within = (first[b, i] <= j) & (j < last[b, i])
         return within & (ids[0][b, i] == ids[1][b, j]) if ids else within
 
+    if scale is not None:
+        query = query * (scale * query.shape[-1] ** 0.5)  # rounded once, as in exact
     heads = [[len(range(size)) for size in x.shape[-2:]] for x in (query, key, value)]  # no symbols: to a compiler too
     four = [x.reshape(-1, x.shape[-3], *y).transpose(1, 2) for x, y in zip((query, *shown), heads, strict=True)]
     group = heads[0][0] // heads[1][0]
     blocks = create_block_mask(visible, len(first), None, query.shape[-3], key.shape[-3], device=query.device)
     options = {"block_mask": blocks, "enable_gqa": group != 1, "return_aux": AuxRequest(lse=True)}
+    if cap is not None:
+        options["score_mod"] = lambda score, b, h, i, j: torch.tanh(score / cap) * cap
     output, more = flex_attention(*four, **options)
     if not whole:
         mean = value.reshape(-1, *value.shape[-3:]).mean(dim=1)[:, :, None].repeat_interleave(group, dim=1)

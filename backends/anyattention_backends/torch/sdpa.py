@@ -10,7 +10,7 @@ from anyattention_backends.torch import operators
 from anyattention_backends.torch.fused import TorchKernel, beyond, can_look, for_cuda, told, with_second_derivative
 
 Array = Any
-_FULL, _CAUSAL, _SIMPLE = Structure(), Structure(right=0), frozenset(("mask", "grouped heads"))
+_FULL, _CAUSAL, _SIMPLE = Structure(), Structure(right=0), frozenset(("mask", "scale", "grouped heads"))
 
 
 class SDPA(TorchKernel):
@@ -76,7 +76,7 @@ class SDPA(TorchKernel):
         if mask is not None and key.shape[-3] > query.shape[-3]:  # which hides keys from all queries
             return self.mended(call)
         if fits and depth == value.shape[-1] and query.ndim == 4 and _is_plain(call):
-            return self.kernel(query, key, value, None, _FULL if mask is None else _CAUSAL, depth**-0.5)
+            return self.kernel(query, key, value, None, _FULL if mask is None else _CAUSAL, call.scale)
         return self.mended(call)
 
     def kernel(self, query: Array, key: Array, value: Array, bias: Array | None, mask: Structure, scale: float) -> Any:

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from anyattention._src import plan, registry
-from anyattention._src.call import Call, Operands, dropout_of, make_call
+from anyattention._src.call import Call, Operands, dropout_of, make_call, number
 from anyattention._src.errors import ShapeError
 from anyattention._src.implementations.tiled import TILED
 from anyattention._src.interfaces import Backend
@@ -41,6 +41,8 @@ def dot_product_attention(
     attn_weights_value_einsum: Callable[..., Array] | None = None,
     *,
     is_causal: bool = False,
+    scale: float | None = None,
+    logits_soft_cap: float | None = None,
     implementation: Name | None = None,
 ) -> Array:
     """Attention of queries over keys and values, with the numbers of ``flax.linen.dot_product_attention``.
@@ -69,6 +71,8 @@ def dot_product_attention(
         qk_attn_weights_einsum: called as ``f("...qhd,...khd->...hqk", query, key)`` for the logits.
         attn_weights_value_einsum: called as ``f("...hqk,...khd->...qhd", weights, value)`` for the output.
         is_causal: a query sees the keys at its own position and before (top-left aligned), and-ed with `mask`.
+        scale: what the query is multiplied by in place of ``1 / sqrt(depth)``, rounded to the compute dtype.
+        logits_soft_cap: caps the logits: ``cap * tanh(logits / cap)``, before bias and mask, as in Gemma 2.
         implementation: ``"exact"``, ``"tiled"``, ``"fused"``, or None to choose; see `explain`.
 
     Returns:
@@ -78,7 +82,8 @@ def dot_product_attention(
         ShapeError: shapes that do not fit; a ValueError and an AssertionError.
         TypeError: arrays of different libraries, or a dtype that attention cannot compute in.
         ValueError: active dropout without a key or at a rate outside [0, 1); an unknown implementation; a
-            `dtype` that is not floating or complex; a `precision` or einsum that cannot be honoured.
+            `dtype` that is not floating or complex; a `precision` or einsum that cannot be honoured; a scale that
+            is not finite; a soft cap that is not positive.
 
     Examples:
         >>> import numpy as np
@@ -101,6 +106,8 @@ def dot_product_attention(
         precision=precision,
         module=module,
         force_fp32_for_softmax=force_fp32_for_softmax,
+        scale=scale,
+        logits_soft_cap=logits_soft_cap,
         einsum_dot_general=einsum_dot_general,
         qk_attn_weights_einsum=qk_attn_weights_einsum,
         attn_weights_value_einsum=attn_weights_value_einsum,
@@ -125,6 +132,8 @@ def dot_product_attention_weights(
     einsum: Callable[..., Array] | None = None,
     *,
     is_causal: bool = False,
+    scale: float | None = None,
+    logits_soft_cap: float | None = None,
     implementation: Name | None = None,
 ) -> Array:
     """The attention weights: arguments as `dot_product_attention`, without the value.
@@ -156,6 +165,8 @@ def dot_product_attention_weights(
         precision=precision,
         module=module,
         force_fp32_for_softmax=force_fp32_for_softmax,
+        scale=scale,
+        logits_soft_cap=logits_soft_cap,
         einsum_dot_general=einsum_dot_general,
         qk_attn_weights_einsum=einsum,
         weights_only=True,
@@ -178,6 +189,8 @@ def dot_product_attention_vjp(
     force_fp32_for_softmax: bool = False,
     *,
     is_causal: bool = False,
+    scale: float | None = None,
+    logits_soft_cap: float | None = None,
 ) -> tuple[Array, Callable[[Array], tuple[Array, Array, Array, Any]]]:
     """The output and its pullback: gradients for any library, NumPy included, in memory that grows with the lengths.
 
@@ -213,6 +226,8 @@ def dot_product_attention_vjp(
         dtype=dtype,
         precision=precision,
         force_fp32_for_softmax=force_fp32_for_softmax,
+        scale=scale,
+        logits_soft_cap=logits_soft_cap,
     )
     plan.choose(call, TILED.name)  # which raises where tiled cannot serve the call
     arrays = call.backend.arrays
@@ -248,6 +263,8 @@ def explain(
     attn_weights_value_einsum: Callable[..., Array] | None = None,
     *,
     is_causal: bool = False,
+    scale: float | None = None,
+    logits_soft_cap: float | None = None,
     implementation: Name | None = None,
 ) -> Plan:
     """The plan that `dot_product_attention` follows for these very arguments; prints as a table.
@@ -280,6 +297,8 @@ def explain(
         precision=precision,
         module=module,
         force_fp32_for_softmax=force_fp32_for_softmax,
+        scale=scale,
+        logits_soft_cap=logits_soft_cap,
         einsum_dot_general=einsum_dot_general,
         qk_attn_weights_einsum=qk_attn_weights_einsum,
         attn_weights_value_einsum=attn_weights_value_einsum,
@@ -312,10 +331,16 @@ def _call(
     broadcast_dropout: Any,
     deterministic: Any,
     dtype: Any,
+    scale: Any,
+    logits_soft_cap: Any,
     **options: Any,
 ) -> Call:
     """The call, with all arrays in the one library that serves them."""
     asked = {name: option for name, option in options.items() if option or isinstance(option, str)}
+    if scale is not None:
+        asked["scale"] = number("scale", scale)
+    if logits_soft_cap is not None:
+        asked["logits_soft_cap"] = number("logits_soft_cap", logits_soft_cap, positive=True)
     kind = type(query)
     if bias is mask is None and kind is type(key) and (kind is type(value) or value is None) and query is not None:
         backend = registry.backend_of(query, "query") or registry.backend_for(query=query)

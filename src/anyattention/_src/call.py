@@ -1,5 +1,6 @@
 """A call whose arguments are checked: its operands, which are traced and differentiated, and its options."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -41,6 +42,8 @@ class Options:
     dropout: Dropout | None = None
     precision: Any = None
     force_fp32_for_softmax: bool = False
+    scale: float | None = None  # of the logits; None for 1 / sqrt(depth)
+    logits_soft_cap: float | None = None
     module: Any = None
     einsum_dot_general: Any = None
     qk_attn_weights_einsum: Any = None
@@ -83,6 +86,11 @@ class Call:
         if not (bias is mask is dropout_key is origin is None):
             words = words.union([name for name, x in self.operands._asdict().items() if x is not None]) - _ALWAYS
         return words if query.shape[-2] == key.shape[-2] else words | {"grouped heads"}
+
+    @property
+    def scale(self) -> float:
+        """What logits are multiplied by."""
+        return self.operands.query.shape[-1] ** -0.5 if self.options.scale is None else self.options.scale
 
     @property
     def lengths(self) -> tuple[int, int]:
@@ -187,6 +195,25 @@ def dropout_of(rate: Any, broadcast: Any, key: Any) -> Dropout:
     if key is None:
         raise ValueError("dropout needs a key: pass dropout_rng=anyattention.random.key(seed), or deterministic=True")
     return Dropout(type(rate)(1.0 - rate), bool(broadcast))  # bfloat16 alone would become float64
+
+
+def number(name: str, x: Any, positive: bool = False) -> float | None:
+    """A number that is an option of a call, as a Python float; None stays.
+
+    Raises:
+        TypeError, ValueError: what is no number known here, or no finite one, or not positive where it has to be.
+    """
+    if x is None:
+        return None
+    try:
+        if isinstance(x, bool | str | bytes):
+            raise TypeError
+        found = float(x)
+    except Exception as error:  # each library has its own for arrays, and for numbers that are not known yet
+        raise TypeError(f"{name} must be a number, known when the call is made, got {x!r}") from error
+    if not -math.inf < found < math.inf or (positive and found <= 0.0):  # torch.compile cannot trace `isfinite`
+        raise ValueError(f"{name} must be {'positive and ' if positive else ''}finite, got {x!r}")
+    return found
 
 
 def _check_einsums(asked: dict[str, Any]) -> bool:

@@ -8,7 +8,10 @@ from anyattention._src.call import Call
 Array = Any
 EINSUMS = ("einsum_dot_general", "qk_attn_weights_einsum", "attn_weights_value_einsum")
 # What both of the project's own implementations honour.
-OWN = frozenset(("bias", "mask", "dropout_key", "dropout", "precision", "force_fp32_for_softmax", "grouped heads"))
+OWN = frozenset(
+    {"bias", "mask", "dropout_key", "dropout", "precision", "force_fp32_for_softmax", "grouped heads"}
+    | {"scale", "logits_soft_cap"}
+)
 # Why a word is not served, where there is more to say than that.
 _WHY = {
     "module": "module is given the weights, which {name} never has all at once",
@@ -17,6 +20,7 @@ _WHY = {
     "dropout": "it has no dropout of Flax's bits",
     "precision": "its precision is its own",
     "origin": "it takes no shard of a whole",
+    "logits_soft_cap": "it has no soft cap",
     **dict.fromkeys(EINSUMS, "einsum overrides take whole products"),
 }
 _SILENT = {"dropout_key": "dropout", "whole": "origin"}  # words that come with another, which is told instead

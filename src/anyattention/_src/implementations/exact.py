@@ -2,8 +2,9 @@
 
 The order of these steps, and the dtype of each, is the whole of what makes the numbers Flax's:
 
-    query  <- query / sqrt(depth)                     rounded to the compute dtype, before the product
+    query  <- query / sqrt(depth), or query * scale   rounded to the compute dtype, before the product
     logits <- query . key                             rounded to the compute dtype
+    logits <- cap * tanh(logits / cap)                where there is a soft cap, which Flax lacks
     logits <- logits + bias                           in the wider of the two dtypes
     logits <- logits where mask, else finfo.min       the finite minimum of the *compute* dtype: a replacement
     weights <- softmax(logits)                        in the logits' dtype, then back to the compute dtype
@@ -59,8 +60,14 @@ def attention_weights(call: Call) -> Array:
     backend, options = call.backend, call.options
     arrays, steps, dtype = backend.arrays, backend.steps, options.dtype
     query, key, _, bias, mask, _, _ = call.operands
-    query = steps.scale(query, query.shape[-1], dtype)
+    if options.scale is None:
+        query = steps.scale(query, query.shape[-1], dtype)
+    else:
+        query = query * _scalar(call, options.scale, query)
     logits = attention_logits(call, query, key)
+    if options.logits_soft_cap is not None:
+        cap = _scalar(call, options.logits_soft_cap, logits)
+        logits = backend.xp.tanh(steps.divide(logits, cap)) * cap
 
     if bias is not None:
         logits, bias = arrays.join(logits, bias)
@@ -102,6 +109,11 @@ def weights_after_dropout(call: Call, dropout: Dropout, weights: Array) -> Array
     keep = arrays.cast(steps.keep(call.operands.dropout_key, dropout.keep_prob, shape, weights), dtype)
     weights, multiplier = arrays.join(weights, steps.divide_by_scalar(keep, dropout.keep_prob, dtype))
     return weights * multiplier
+
+
+def _scalar(call: Call, value: float, x: Array) -> Array:
+    """A number in the dtype of `x`, beside it: not as it is, which some libraries round and others do not."""
+    return call.backend.xp.full((), value, dtype=x.dtype, **call.backend.arrays.beside(x))
 
 
 def _product(call: Call, einsum: Einsum | None) -> Einsum:

@@ -50,7 +50,7 @@ class Fused(Implementation):
         low_biases: whether gradients are right where all biases of a row are far below zero.
     """
 
-    serves = frozenset({"bias", "mask", "force_fp32_for_softmax", "grouped heads"})
+    serves = frozenset({"bias", "mask", "force_fp32_for_softmax", "scale", "grouped heads"})
     platforms: tuple[str, ...]
     dtypes: tuple[str, ...]
     multiple = 1
@@ -82,7 +82,10 @@ class Fused(Implementation):
     def kernel(
         self, query: Array, key: Array, value: Array, bias: Array | None, mask: Structure, scale: float
     ) -> Array:
-        """The kernel: ``[batch, length, heads, depth]`` in and out; all of one dtype, of no batch axes but one."""
+        """The kernel: ``[batch, length, heads, depth]`` in and out; all of one dtype, of no batch axes but one.
+
+        An engine that serves "logits_soft_cap" is given the cap by that name, where there is one.
+        """
         raise NotImplementedError
 
     def summed(self, xp: Any, value: Array, dtype: Any) -> Array:
@@ -219,7 +222,8 @@ class Fused(Implementation):
             mask = mask._replace(query_lengths=query_lengths, kv_lengths=kv_lengths)
         if bias is not None:
             bias = four_axes(xp, arrays.cast(_array(call, bias), self.wide(call)), call.batch)
-        output = self.kernel(q, k, v, bias, mask, query.shape[-1] ** -0.5)
+        more: Any = {} if (cap := call.options.logits_soft_cap) is None else {"logits_soft_cap": cap}
+        output = self.kernel(q, k, v, bias, mask, call.scale, **more)
         if tuple(output.shape[1::2]) != (lengths[0], value.shape[-1]):
             output = output[:, : lengths[0], :, : value.shape[-1]]
         output = output if flat else xp.reshape(output, (*query.shape[:-1], value.shape[-1]))

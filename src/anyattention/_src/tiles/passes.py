@@ -13,6 +13,7 @@ Source of the backward formulas: Dao et al., FlashAttention (2022). Base (the ma
 because the base of a row that sees nothing is finfo.min, which would absorb the logarithm of the total.
 """
 
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -37,7 +38,7 @@ class Tiling(NamedTuple):
     options: Options  # of the call
     dtype: str  # of logits and accumulators: at least float32
     expression: Expression  # the mask, over the arrays in `Pairs.mask`
-    root: float  # of the depth, which divides queries
+    root: float  # of the depth, or one over the scale: divides queries
     fill: float  # the logit of a masked key: finfo.min of the compute dtype
     sizes: Sizes  # rows and columns of a tile
     bias_axes: tuple[bool, bool]  # whether the bias has rows, and columns, of its own
@@ -61,6 +62,8 @@ def tiling(
     ruled = mask is not None and mask.ranges(0, 1, columns)[0] != mask.ranges(rows - 1, rows, columns)[0]
     sizes, bias = backend.tiles.sizes(block, ruled), block.pairs.bias
     root, fill = max(block.rows[0].shape[-1], 1) ** 0.5, float(backend.steps.lowest(options.dtype))
+    if options.scale is not None:
+        root = 1.0 / options.scale if options.scale else math.inf
     bias_axes = (False, False) if bias is None else tuple(size != 1 for size in bias.shape[-2:])
     groups = _groups(mask, block, sizes[0], backend.tiles.most_groups) if ruled else (everything(block),)
     skip, precise = expression is not None and backend.arrays.inspects(block.rows[0]), options.dtype == "float32"
@@ -140,7 +143,7 @@ def absorb(tiling: Tiling, state: Partial | None, tile: Block) -> tuple[Partial 
         if stop - start < visible.shape[-1]:
             tile = cut_columns(tile, start, stop)
             visible = tile_visible(tiling, tile)
-    logits, keep = tile_logits(tiling, tile, visible), tile_keep(tiling, tile)
+    (logits, _), keep = tile_logits(tiling, tile, visible), tile_keep(tiling, tile)
     base = None if tiling.bounded else tiles.row_max(logits)
     weights = tile_weights(tiling, logits, visible, finite(tiles, base))
     total = tiles.row_sum(weights)
@@ -159,14 +162,21 @@ def tile_visible(tiling: Tiling, tile: Block) -> Array | None:
     return None if arrays.surely(visible, True) else visible
 
 
-def tile_logits(tiling: Tiling, tile: Block, visible: Array | None) -> Array:
-    """The logits of a tile, ``[lead..., rows, columns]``; masked, unless they are bounded: then weights are."""
-    backend, bias = tiling.backend, tile.pairs.bias
+def tile_logits(tiling: Tiling, tile: Block, visible: Array | None) -> tuple[Array, Array | None]:
+    """The logits of a tile, ``[lead..., rows, columns]``; masked, unless they are bounded: then weights are.
+
+    And their tanh, where they are capped.
+    """
+    backend, bias, capped = tiling.backend, tile.pairs.bias, None
     logits = backend.tiles.logits(tile.rows[0], tile.columns[0], tiling.options.precision, tiling.precise)
+    if (cap := tiling.options.logits_soft_cap) is not None:
+        capped = backend.xp.tanh(logits / cap)
+        logits = capped * cap
     if bias is not None:
         bias = backend.arrays.cast(bias, tiling.dtype)
         logits = logits + (bias * backend.tiles.power_unit if tiling.bounded else bias)
-    return logits if visible is None or tiling.bounded else backend.tiles.fill(logits, visible, tiling.fill)
+    masked = visible is not None and not tiling.bounded
+    return backend.tiles.fill(logits, visible, tiling.fill) if masked else logits, capped
 
 
 def tile_weights(tiling: Tiling, logits: Array, visible: Array | None, base: Array | None) -> Array:
@@ -226,10 +236,10 @@ def _inspected(tiling: Tiling, block: Block) -> Tiling:
     if pairs.bounds is None:
         return tiling._replace(skip=False)
     rows, columns, size, values = pairs.bounds
-    largest = xp.max(rows) * xp.max(columns) / tiling.root
+    largest = xp.max(rows) * xp.max(columns) / abs(tiling.root)
     small = arrays.surely(largest <= BOUND, True)
     finite = values is None or arrays.surely(xp.isfinite(values), True)
-    bounded = small and finite
+    bounded = small and finite and tiling.options.logits_soft_cap is None
     if bounded and pairs.bias is not None:
         bounded = size is not None and arrays.surely(largest + xp.max(size) <= BOUND, True)
     return tiling._replace(bounded=bounded, precise=tiling.precise and not small, skip=tiling.skip and finite)
@@ -294,7 +304,8 @@ def pull_tile(tiling: Tiling, dquery: Array | None, tile: Block) -> tuple[Array,
         return zeros[0] if dquery is None else dquery, (zeros[1], zeros[2], None)
 
     product = partial(tiles.product, precision=tiling.options.precision)
-    weights = tile_weights(tiling, tile_logits(tiling, tile, visible), visible, base)
+    logits, capped = tile_logits(tiling, tile, visible)
+    weights = tile_weights(tiling, logits, visible, base)
     dweights = product(doutput, tiles.transpose(value), scratch="" if bias is not None else "dweights")
     kept = weights
     if keep is not None:
@@ -303,12 +314,14 @@ def pull_tile(tiling: Tiling, dquery: Array | None, tile: Block) -> tuple[Array,
     dlogits = tiles.times_minus(weights, dweights, delta)
     if visible is not None:
         dlogits = tiles.fill(dlogits, visible, 0.0)
-    more = sum_to(xp, product(dlogits, key), query.shape)
-    dkey = sum_to(xp, product(tiles.transpose(dlogits), query), key.shape)
     dbias = None
     if bias is not None:
         shape = (*bias.shape[:-2], dlogits.shape[-2] if tiling.bias_axes[0] else 1, dlogits.shape[-1])
         dbias = tiles.transpose(sum_to(xp, dlogits, shape))
+    if capped is not None:
+        dlogits = dlogits * (1.0 - capped * capped)
+    more = sum_to(xp, product(dlogits, key), query.shape)
+    dkey = sum_to(xp, product(tiles.transpose(dlogits), query), key.shape)
     return more if dquery is None else dquery + more, (dkey, dvalue, dbias)
 
 

@@ -1,0 +1,271 @@
+"""What today's models ask for beyond Flax: a scale, a soft cap. Against the formula in float64, written out here."""
+
+import functools
+import itertools
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+import anyattention as aa
+from anyattention.masks import CausalMask, LengthMask, LocalMask
+
+LIBRARIES = {"numpy": np.asarray, "jax": jnp.asarray, "torch": torch.asarray}
+WORDS = {
+    "scale": {"scale": 0.3},
+    "negative scale": {"scale": -0.2},
+    "zero scale": {"scale": 0.0},
+    "soft cap": {"logits_soft_cap": 1.5},
+    "both": {"scale": 0.7, "logits_soft_cap": 2.0},
+}
+BESIDE = {
+    "alone": {},
+    "causal": {"is_causal": True},
+    "window and lengths": {"mask": lambda put: LocalMask(40, 3) & LengthMask(put(np.array([90, 0])))},
+    "mask": {"mask": lambda put: put(np.random.default_rng(5).random((2, 1, 130, 150)) > 0.4)},
+    "bias": {"bias": lambda put: put(draw(3, (2, 4, 130, 150)))},
+    "bias and mask": {
+        "bias": lambda put: put(draw(3, (1, 4, 1, 150))),
+        "mask": lambda put: put(np.arange(150) < 77),
+    },
+    "dropout": {"dropout_rate": 0.3, "dropout_rng": lambda put: aa.random.key(7)},
+    "dropout of each head": {
+        "dropout_rate": 0.3,
+        "dropout_rng": lambda put: aa.random.key(7),
+        "broadcast_dropout": False,
+    },
+}
+
+
+def draw(seed, shape):
+    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+
+
+@functools.cache
+def arrays(grouped=False):
+    heads = 2 if grouped else 4
+    return draw(0, (2, 130, 4, 16)), draw(1, (2, 150, heads, 16)), draw(2, (2, 150, heads, 24))
+
+
+def beside(name, put):
+    return {key: x(put) if callable(x) else x for key, x in BESIDE[name].items()}
+
+
+@functools.cache
+def truth(word, name, grouped=False):
+    """The output and the gradients of its sum of squares, by JAX's derivative of the formula in float64."""
+    with jax.enable_x64(True):
+        words, options = WORDS[word], beside(name, np.asarray)
+        q, k, v = (jnp.asarray(x, "float64") for x in arrays(grouped))
+        bias = options.get("bias")
+        given = [q, k, v] + ([] if bias is None else [jnp.asarray(bias, "float64")])
+
+        def formula(q, k, v, bias=None):
+            group = q.shape[-2] // k.shape[-2]
+            k, v = (jnp.repeat(x, group, axis=-2) for x in (k, v))
+            logits = jnp.einsum("bqhd,bkhd->bhqk", q, k) * words.get("scale", q.shape[-1] ** -0.5)
+            if (cap := words.get("logits_soft_cap")) is not None:
+                logits = cap * jnp.tanh(logits / cap)
+            logits = logits if bias is None else logits + bias
+            mask = CausalMask() if options.get("is_causal") else options.get("mask")
+            if mask is not None:
+                mask = mask if isinstance(mask, np.ndarray) else mask.to_array(*logits.shape[-2:])
+                logits = jnp.where(mask, logits, np.finfo(np.float32).min)
+            weights = jax.nn.softmax(logits)
+            if "dropout_rng" in options:
+                shape = (1, 1, *weights.shape[-2:]) if options.get("broadcast_dropout", True) else weights.shape
+                keep = aa.random.bernoulli(options["dropout_rng"], np.float32(0.7), shape)
+                weights = weights * np.asarray(keep) / 0.7
+            return jnp.einsum("bhqk,bkhd->bqhd", weights, v)
+
+        output = formula(*given)
+        gradients = jax.grad(lambda *x: (formula(*x) ** 2).sum(), tuple(range(len(given))))(*given)
+        return [np.asarray(x) for x in (output, *gradients)]
+
+
+def ours(library, implementation, word, name, grouped=False):
+    """The output of a library, and the gradients of its sum of squares where it has them; of NumPy by the pullback."""
+    put = LIBRARIES[library]
+    options = {**WORDS[word], **beside(name, put)}
+    bias = options.pop("bias", None)
+    given = [put(x) for x in arrays(grouped)] + ([] if bias is None else [bias])
+
+    def call(q, k, v, bias=None):
+        return aa.dot_product_attention(q, k, v, bias, implementation=implementation, **options)
+
+    if library == "numpy":
+        output = call(*given)
+        if implementation != "tiled":
+            return [output]
+        _, pullback = aa.dot_product_attention_vjp(*given, **options)
+        return [output, *pullback(2 * output)[: len(given)]]
+    if library == "jax":
+        output, gradients = jax.jit(lambda *x: (call(*x), jax.vjp(call, *x)[1](2 * call(*x))))(*given)
+        return [output, *gradients]
+    leaves = [x.clone().requires_grad_() for x in given]
+    output = call(*leaves)
+    return [output.detach(), *torch.autograd.grad((output**2).sum(), leaves)]
+
+
+@pytest.mark.parametrize("implementation", ["exact", "tiled"])
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize(
+    ("word", "name"), [*itertools.product(("soft cap", "both"), BESIDE), *((x, "mask") for x in WORDS)]
+)
+def test_the_formula(library, implementation, word, name):
+    found, right = ours(library, implementation, word, name), truth(word, name)
+    for x, y in zip(found, right, strict=False):
+        assert tuple(x.shape) == y.shape
+        np.testing.assert_allclose(np.asarray(x), y, atol=3e-6 * max(1.0, np.abs(y).max()), rtol=0)
+
+
+@pytest.mark.parametrize("implementation", ["exact", "tiled"])
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_grouped_heads(library, implementation):
+    for x, y in zip(ours(library, implementation, "both", "causal", True), truth("both", "causal", True), strict=False):
+        np.testing.assert_allclose(np.asarray(x), y, atol=3e-6 * max(1.0, np.abs(y).max()), rtol=0)
+
+
+# --- 16 bits, programs, more derivatives, engines ---
+
+
+@pytest.mark.parametrize("implementation", ["exact", "tiled"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_16_bits(library, dtype, implementation):
+    """Within a few roundings of the formula at the rounded inputs, each word."""
+    put = {"numpy": lambda x: x.astype(dtype), "jax": lambda x: jnp.asarray(x, dtype)}.get(library)
+    put = put or (lambda x: torch.asarray(x).to(getattr(torch, dtype)))
+    for words in WORDS.values():
+        q, k, v = given = [put(x) for x in arrays()]
+        output = aa.dot_product_attention(*given, implementation=implementation, **words)
+        assert dtype in str(output.dtype)
+        q, k, v = (np.asarray(x.float() if library == "torch" else x, np.float64) for x in given)
+        logits = np.einsum("bqhd,bkhd->bhqk", q, k) * words.get("scale", 16**-0.5)
+        if (cap := words.get("logits_soft_cap")) is not None:
+            logits = cap * np.tanh(logits / cap)
+        weights = np.exp(logits - logits.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        right, size = (np.einsum("bhqk,bkhd->bqhd", weights, x) for x in (v, np.abs(v)))
+        eps = float(jnp.finfo(dtype).eps)
+        error = np.abs(np.asarray(output.float() if library == "torch" else output, np.float64) - right)
+        kappa = np.abs(logits).max()
+        assert (error <= eps * (2 + 2 * kappa) * size.max()).all()
+
+
+@pytest.mark.parametrize("implementation", ["exact", "tiled", None])
+def test_programs_of_pytorch(implementation):
+    """One graph each; of scales that are numbers the second does not change what the first computes."""
+    torch._dynamo.reset()  # else the programs of other tests count too
+    q, k, v = (torch.asarray(x) for x in arrays())
+    for words in (WORDS["both"], WORDS["scale"], {"scale": 0.4}, {"scale": 0.5}):
+        call = partial(aa.dot_product_attention, implementation=implementation, **words)
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+        output, right = compiled(*leaves), call(*leaves)
+        torch.testing.assert_close(output, right, rtol=1e-5, atol=1e-6)
+        found, wanted = (torch.autograd.grad(x.square().sum(), leaves) for x in (output, right))
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script(_method)?` is deprecated:DeprecationWarning")  # PyTorch's own
+def test_second_derivatives():
+    small = [x[:1, :5, :2, :4].astype("float64") for x in arrays()]
+    words = WORDS["both"]
+
+    def by(implementation):
+        def loss(q):
+            return (
+                aa.dot_product_attention(q, *map(like(q), small[1:]), implementation=implementation, **words) ** 2
+            ).sum()
+
+        return loss
+
+    def like(x):
+        return jnp.asarray if isinstance(x, jax.Array) else torch.asarray
+
+    with jax.enable_x64(True):
+        exact, tiled = (np.asarray(jax.hessian(by(name))(jnp.asarray(small[0]))) for name in ("exact", "tiled"))
+    np.testing.assert_allclose(tiled, exact, atol=1e-10)
+    found = torch.func.hessian(by("tiled"))(torch.asarray(small[0]))
+    np.testing.assert_allclose(found, exact, atol=1e-10)
+    assert np.abs(exact).max() > 0.01
+
+
+def test_mapped():
+    q, k, v = arrays()
+    call = partial(aa.dot_product_attention, implementation="tiled", **WORDS["both"])
+    right = aa.dot_product_attention(q, k, v, **WORDS["both"])
+    np.testing.assert_allclose(jax.vmap(call)(q, k, v), right, atol=1e-5)
+    np.testing.assert_allclose(torch.vmap(call)(*map(torch.asarray, (q, k, v))), right, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["alone", "causal", "bias", "window and lengths"])
+def test_sdpa_has_the_scale(name):
+    put = torch.asarray
+    options = {**WORDS["scale"], **beside(name, put)}
+    bias = options.pop("bias", None)
+    if name == "window and lengths":  # of which SDPA has the lengths
+        options["mask"] = LengthMask(torch.tensor([90, 0]))
+    leaves = [put(x).requires_grad_() for x in arrays()]
+    output = aa.dot_product_attention(*leaves, bias, implementation="fused", **options)
+    exact = aa.dot_product_attention(*leaves, bias, implementation="exact", **options)
+    torch.testing.assert_close(output, exact, rtol=1e-5, atol=1e-5)
+    found, right = (torch.autograd.grad(x.square().sum(), leaves) for x in (output, exact))
+    torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-4)
+
+
+def test_engines_without_a_soft_cap_refuse_it():
+    q, k, v = map(torch.asarray, arrays())
+    plan = aa.explain(q, k, v, logits_soft_cap=2.0)
+    assert plan.implementation in ("tiled", "exact")
+    assert "sdpa: it has no soft cap" in str(plan)
+    with pytest.raises(NotImplementedError, match="it has no soft cap"):
+        aa.dot_product_attention(q, k, v, logits_soft_cap=2.0, implementation="fused")
+
+
+def test_weights_and_grouped_heads():
+    q, k, _ = arrays(True)
+    weights = aa.dot_product_attention_weights(q, k, **WORDS["both"])
+    logits = np.einsum("bqhd,bkhd->bhqk", q, np.repeat(k, 2, axis=2)).astype("float64") * 0.7
+    logits = 2.0 * np.tanh(logits / 2.0)
+    right = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    np.testing.assert_allclose(weights, right, atol=1e-6)
+
+
+@pytest.mark.parametrize("number", [np.float32(0.3), np.array(0.3), 1, np.int64(1), torch.tensor(0.3)])
+def test_numbers_of_any_kind(number):
+    q, k, v = arrays()
+    options = {"scale": number, "logits_soft_cap": number}
+    wanted = {name: float(x) for name, x in options.items()}
+    np.testing.assert_array_equal(
+        aa.dot_product_attention(q, k, v, **options), aa.dot_product_attention(q, k, v, **wanted)
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"scale": float("nan")}, ValueError, "scale must be finite, got nan"),
+        ({"scale": float("inf")}, ValueError, "scale must be finite, got inf"),
+        ({"scale": "0.5"}, TypeError, "scale must be a number, known when the call is made, got '0.5'"),
+        ({"scale": True}, TypeError, "scale must be a number"),
+        ({"scale": np.ones(2)}, TypeError, "scale must be a number"),
+        ({"logits_soft_cap": 0.0}, ValueError, "logits_soft_cap must be positive and finite, got 0.0"),
+        ({"logits_soft_cap": -1}, ValueError, "logits_soft_cap must be positive and finite, got -1"),
+        ({"logits_soft_cap": None, "scale": [0.5]}, TypeError, "scale must be a number"),
+    ],
+)
+def test_what_is_no_such_number(options, kind, message):
+    q, k, v = arrays()
+    with pytest.raises(kind, match=message):
+        aa.dot_product_attention(q, k, v, **options)
+
+
+def test_a_traced_scale_is_refused():
+    q, k, v = arrays()
+    with pytest.raises(TypeError, match="scale must be a number, known when the call is made"):
+        jax.jit(lambda s: aa.dot_product_attention(jnp.asarray(q), k, v, scale=s))(0.5)
