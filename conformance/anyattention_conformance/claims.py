@@ -29,15 +29,11 @@ from anyattention_conformance.case import Case
 from anyattention_conformance.cases import CASES
 from anyattention_conformance.results import ORDINARY, SCOPES
 from anyattention_conformance.truth import FLAX, Meaning
+from anyattention_conformance.words import ClaimError, nearest, words
 
 CONTRACTS = ("C1", "C2", "C3")
 QUANTITIES = {"query": "dq", "key": "dk", "value": "dv", "bias": "dbias"}
 DTYPES = frozenset(dtype for case in CASES for dtype in case.dtypes)
-WORDS = frozenset({"gradients"} | DTYPES | {word for case in CASES for word in case.needs})
-
-
-class ClaimError(ValueError):
-    """The claims cannot be read; the message says what to write instead."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +132,8 @@ def parse(data: dict[str, Any]) -> Claims:
         _known(entry.get("quantities", []), ("output", "error", *QUANTITIES.values()), "a quantity")
         for pattern in entry["cases"]:
             if not any(fnmatchcase(case.id, pattern) or case.group == pattern for case in CASES):
-                raise ClaimError(f"no case and no group is called {pattern!r}")
+                names = {name for case in CASES for name in (case.id, case.group)}
+                raise ClaimError(f"no case and no group is called {pattern!r}{nearest(pattern, names)}")
         lists = (tuple(entry.get(name, ())) for name in ("cases", "dtypes", "quantities"))
         differs.append(Difference(entry["because"], *lists))
     return Claims(
@@ -147,13 +144,6 @@ def parse(data: dict[str, Any]) -> Claims:
         meaning=Meaning(fill=_fill(meaning.get("fill", FLAX.fill)), empty=float(meaning.get("empty", FLAX.empty))),
         differs=tuple(differs),
     )
-
-
-def words(names: Iterable[str]) -> frozenset[str]:
-    """The words of what is unsupported. ClaimError for others."""
-    found = frozenset(names)
-    _known(found, WORDS, "something to support")
-    return found
 
 
 def _fill(fill: float | str) -> float | str:

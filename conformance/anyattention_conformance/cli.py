@@ -1,177 +1,188 @@
-"""The command line: ``anyattention conform TARGET``, ``report``, ``mutants``, ``cases``, ``doctor``."""
+"""The command line: ``anyattention conform TARGET``, ``report``, ``cases``, ``mutants``, ``doctor``."""
 
 import argparse
 import os
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-from anyattention_conformance import claims, report_html, report_text, suite, targets
-from anyattention_conformance.adapters import ADAPTERS, FOLDER, OURS
-from anyattention_conformance.cases import CASES
-from anyattention_conformance.claims import CONTRACTS, ClaimError, Claims
+import anyattention
+from anyattention_conformance import commands, suite
+from anyattention_conformance.claims import CONTRACTS, DTYPES
+from anyattention_conformance.commands import FAILED
 from anyattention_conformance.oracles import OracleError
-from anyattention_conformance.results import ALL, SCOPES, Report
+from anyattention_conformance.results import SCOPES
 from anyattention_conformance.targets import TargetError
-from anyattention_conformance.workers import Recipe, Workers
+from anyattention_conformance.words import ClaimError
 
-CONFORMS, DIFFERS, FAILED = 0, 1, 2  # exit status
+STATUS = """\
+exit status:
+  0  the target conforms within the scope, or the selection of cases passes
+  1  it does not
+  2  it could not be run; one sentence on the standard error says why
+"""
+DOCTOR = """\
+exit status:
+  0  all numbers are right
+  1  some are wrong
+  2  something could not be run
+"""
+CONTRACT = """\
+contracts, from the loosest to the strictest:
+  C3  the error against the truth in float64 is at most twice Flax's own, plus 4 eps
+  C2  Flax's steps: each row within what rounding explains, NaN in the same places
+  C1  Flax's bits; asks the installed Flax
+  docs/guarantees.md defines them.
+"""
+SCOPE = """\
+scopes:
+  ordinary  calls that ordinary models make decide: one batch axis, one dtype, finite numbers
+  all       corners decide as well: depth 0, mixed dtypes, fully masked rows, NaN, shapes that Flax refuses
+  `anyattention cases` says of each case whether it is a corner, and why.
+"""
+EXAMPLES = {
+    "conform": (
+        "anyattention conform mine.py:attention --unsupported bias,dropout --html report.html",
+        "anyattention conform mine.py:attention --only mask --only 'lengths-*'",
+        "anyattention conform mine.py:attention --write-claims mine.toml  # then check them",
+        "anyattention conform mine.py:attention --claims mine.toml --tier full",
+        "anyattention conform --library array_api_strict",
+    ),
+    "report": ("anyattention report one.json other.json --html page.html",),
+    "cases": ("anyattention cases", "anyattention cases --words"),
+    "mutants": ("anyattention mutants",),
+    "doctor": ("anyattention doctor", "anyattention doctor --html machine.html"),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; its exit status is 0 if the target conforms, 1 if it does not, 2 if it could not be run."""
+    """Run a command; the exit status is as `STATUS` says."""
     options = _parser().parse_args(arguments)
     try:
         return int(options.command(options))
+    except BrokenPipeError:  # who reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
     except (TargetError, ClaimError, OracleError, RuntimeError, OSError) as error:
-        _say(f"anyattention: {error}", sys.stderr)
+        sys.stderr.write(f"anyattention: {error}\n")
         return FAILED
     except KeyboardInterrupt:
         return 130
-
-
-def conform(options: argparse.Namespace) -> int:
-    """Certify a target."""
-    name, library, declared = _target(options)
-    if options.claims:
-        declared = claims.read(options.claims)
-    if options.unsupported:
-        more = claims.words(word.strip() for word in options.unsupported.split(","))
-        declared = replace(declared, unsupported=declared.unsupported | more)
-    if options.contract:
-        declared = replace(declared, contract=options.contract)
-    if options.scope or options.only:  # who names cases asks about them all
-        declared = replace(declared, scope=options.scope or ALL)
-    chosen = suite.runs(options.tier, declared.contract, options.only, options.dtype)
-    if not chosen:
-        raise ClaimError("no case is chosen; `anyattention cases` lists them")
-    if options.html:
-        report_html.to_html([])
-    workers = Workers(Recipe(targets.load, (name, library)), options.time_limit, options.jobs)
-    report = suite.certify(
-        name,
-        library,
-        workers(chosen),
-        chosen,
-        claims=declared,
-        oracle=suite.oracle_for(declared.contract, options.oracle),
-        tier="full" if options.only else options.tier,
-        selection=(*options.only, *options.dtype),
-        progress=_progress,
-    )
-    report.versions = workers.versions
-    if options.json:
-        options.json.write_text(report.to_json() + "\n", encoding="utf-8")
-    if options.html:
-        options.html.write_text(report_html.to_html([report]), encoding="utf-8")
-    report_text.print_report(report, sys.stdout)
-    if report.exit_status == FAILED:
-        raise TargetError("nothing was compared: every case is unsupported or was not run")
-    return report.exit_status
-
-
-def report(options: argparse.Namespace) -> int:
-    """Put reports side by side, as one page or as a table in Markdown."""
-    found = [Report.from_json(path.read_text(encoding="utf-8")) for path in options.files]
-    if options.html:
-        options.html.write_text(report_html.to_html(found), encoding="utf-8")
-    else:
-        _say(report_text.to_markdown(found))
-    return CONFORMS
-
-
-def mutants(options: argparse.Namespace) -> int:
-    """Show that the suite has teeth: every wrong attention is rejected, the right one is accepted."""
-    from anyattention_conformance import teeth
-
-    scores = list(teeth.scores(_progress))
-    for score in scores:
-        _say(str(score))
-    caught = sum(score.caught for score in scores)
-    _say(f"{caught} of {len(scores)} as they should be")
-    return CONFORMS if caught == len(scores) else DIFFERS
-
-
-def cases(options: argparse.Namespace) -> int:
-    """List the cases."""
-    for case in CASES:
-        tier = "smoke" if case.smoke else "full"
-        _say(f"{case.id:32} {case.group:14} {tier:6} {','.join(case.dtypes):26} {', '.join(sorted(case.needs))}")
-    return CONFORMS
-
-
-def doctor(options: argparse.Namespace) -> int:
-    """Say what this machine has for attention: what serves the usual calls, whether the numbers are right, what is
-    missing. The exit status is 0 if all is right, 1 if numbers are wrong, 2 if something could not be run.
-    """
-    from anyattention_conformance import doctor
-
-    return doctor.run(options.html)
-
-
-def _target(options: argparse.Namespace) -> tuple[str, str, Claims]:
-    """Name, framework and claims of what is to be certified."""
-    if options.library:
-        declared = claims.read(FOLDER / "anyattention.toml")
-        return OURS, options.library, replace(declared, title=f"anyattention on {options.library}")
-    if not options.target:
-        raise TargetError("name a target, module:callable or path/to/file.py:callable, or a --library")
-    if options.target in ADAPTERS:
-        declared = claims.read(FOLDER / f"{options.target}.toml")
-        return options.target, ADAPTERS[options.target].framework, declared
-    return options.target, options.framework, Claims()
-
-
-def _progress(each: Iterable[Any], total: int) -> Iterable[Any]:
-    """A bar, on a terminal with rich."""
-    if not sys.stderr.isatty():
-        return each
-    try:
-        from rich.console import Console
-        from rich.progress import track
-    except ImportError:
-        return each
-    return track(each, "cases", total, console=Console(stderr=True), transient=True)
-
-
-def _say(text: str, file: Any = None) -> None:
-    (file or sys.stdout).write(text + "\n")
+    except Exception as error:
+        traceback.print_exc()
+        sys.stderr.write(f"anyattention: {type(error).__name__} in the kit itself, so there is no verdict: report it\n")
+        return FAILED
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("anyattention", description="Is an attention Flax's attention?")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    one = commands.add_parser("conform", help="certify an attention", description=conform.__doc__)
-    one.set_defaults(command=conform)
-    one.add_argument("target", nargs="?", metavar="TARGET", help="module:callable, file.py:callable, or an adapter")
-    one.add_argument("--library", metavar="MODULE", help="certify our own attention on the arrays of this module")
-    one.add_argument("--framework", default="numpy", metavar="NAME", help="numpy, jax, torch, mlx, or a module")
-    one.add_argument("--tier", choices=suite.TIERS, default="smoke")
-    one.add_argument("--contract", choices=CONTRACTS, help="what the numbers are held to (default: C3)")
-    one.add_argument("--scope", choices=SCOPES, help="which failures count")
-    one.add_argument("--claims", type=Path, metavar="FILE", help="what differs on purpose, in TOML")
-    one.add_argument("--unsupported", metavar="WORD,...", help="what the target refuses, such as dropout,bias")
-    one.add_argument("--only", action="append", default=[], metavar="CASE", help="a case, a pattern, or a group")
-    one.add_argument("--dtype", action="append", default=[], choices=sorted(claims.DTYPES))
-    one.add_argument("--oracle", choices=("auto", "golden", "live"), default="auto", help="recorded Flax or live")
-    one.add_argument("--time-limit", type=float, default=60.0, metavar="SECONDS", help="of a case (default: 60)")
-    one.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), metavar="N", help="processes")
-    one.add_argument("--json", type=Path, metavar="FILE")
-    one.add_argument("--html", type=Path, metavar="FILE")
-    many = commands.add_parser("report", help="put reports side by side", description=report.__doc__)
-    many.set_defaults(command=report)
-    many.add_argument("files", nargs="+", type=Path, metavar="JSON")
-    many.add_argument("--html", type=Path, metavar="FILE", help="as a page; without it, a table in Markdown")
-    machine = commands.add_parser("doctor", help="examine this machine", description=doctor.__doc__)
-    machine.set_defaults(command=doctor)
-    machine.add_argument("--html", type=Path, metavar="FILE", help="a page with time and memory against length")
-    for command in (mutants, cases):
-        commands.add_parser(command.__name__, help=command.__doc__, description=command.__doc__).set_defaults(
-            command=command
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "anyattention",
+        description="Tell whether an attention is Flax's attention.",
+        epilog=f"{_examples('conform')}\n{STATUS}",
+        formatter_class=formatter,
+    )
+    parser.add_argument("--version", action="version", version=f"anyattention {anyattention.__version__}")
+    commands_of = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
+
+    def add(
+        name: str, command: Callable[[argparse.Namespace], int], help: str, *epilogs: str
+    ) -> argparse.ArgumentParser:
+        found = commands_of.add_parser(
+            name,
+            help=help,
+            description=f"{help[0].upper()}{help[1:]}.",
+            epilog="\n".join((_examples(name), *epilogs)),
+            formatter_class=formatter,
         )
+        found.set_defaults(command=command)
+        return found
+
+    one = add("conform", commands.conform, "compare an attention with Flax's, case by case", STATUS, SCOPE, CONTRACT)
+    _add_conform(one)
+    many = add("report", commands.report, "put reports side by side, as a page or as a table in Markdown")
+    many.add_argument("files", nargs="+", type=Path, metavar="JSON", help="a file that `conform --json` wrote")
+    many.add_argument("--html", type=Path, metavar="FILE", help="write a page (default: print a table)")
+    listed = add("cases", commands.cases, "list the cases, each with its group, and why it is a corner if it is one")
+    listed.add_argument("--words", action="store_true", help="list the words of --unsupported, each with its meaning")
+    add("mutants", commands.mutants, "test the suite itself: it has to reject over a hundred wrong attentions")
+    machine = add("doctor", commands.doctor, "examine this machine: what serves attention, is it right", DOCTOR)
+    machine.add_argument("--html", type=Path, metavar="FILE", help="write a page with time and memory against length")
     return parser
+
+
+def _add_conform(one: argparse.ArgumentParser) -> None:
+    target = one.add_argument_group("what to certify")
+    target.add_argument(
+        "target",
+        nargs="?",
+        metavar="TARGET",
+        help="module:callable, path/to/file.py:callable, or the name of an adapter",
+    )
+    target.add_argument("--library", metavar="MODULE", help="certify our own attention on the arrays of this module")
+    target.add_argument(
+        "--framework", metavar="NAME", help="numpy, jax, torch, mlx, or a module (default: inferred from the target)"
+    )
+    chosen = one.add_argument_group("which cases")
+    chosen.add_argument(
+        "--tier", choices=suite.TIERS, default="smoke", help="some 120 calls or all 550 (default: %(default)s)"
+    )
+    chosen.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="CASE",
+        help="a case, a pattern such as 'mask-*', or a group, in all its dtypes; may be repeated",
+    )
+    chosen.add_argument(
+        "--dtype",
+        action="append",
+        default=[],
+        choices=sorted(DTYPES),
+        metavar="DTYPE",
+        help=f"a dtype, one of {', '.join(sorted(DTYPES))}; may be repeated",
+    )
+    held = one.add_argument_group("what it is held to")
+    held.add_argument("--contract", choices=CONTRACTS, help="the contract, see below (default: C3)")
+    held.add_argument(
+        "--scope", choices=SCOPES, help="which failures decide, see below (default: ordinary; with --only all)"
+    )
+    held.add_argument("--strict", action="store_const", const="all", dest="scope", help="the same as --scope all")
+    held.add_argument("--claims", type=Path, metavar="FILE", help="read from a TOML file what differs on purpose")
+    held.add_argument(
+        "--unsupported",
+        metavar="WORD,...",
+        help="what the target raises at, or lacks a parameter for, such as bias,dropout; `anyattention cases "
+        "--words` lists the words; what it answers in another way goes under [[differs]] in a claims file",
+    )
+    held.add_argument(
+        "--oracle",
+        choices=("auto", "golden", "live"),
+        default="auto",
+        help="recorded answers of Flax, or the installed Flax",
+    )
+    out = one.add_argument_group("what to write")
+    out.add_argument("--json", type=Path, metavar="FILE", help="write the report as data")
+    out.add_argument("--html", type=Path, metavar="FILE", help="write the report as a page")
+    out.add_argument(
+        "--write-claims",
+        type=Path,
+        metavar="FILE",
+        help="write claims that fit what the target did, to be checked by you",
+    )
+    run = one.add_argument_group("how to run")
+    run.add_argument(
+        "--time-limit", type=float, default=60.0, metavar="SECONDS", help="of a case (default: %(default)g)"
+    )
+    run.add_argument(
+        "--jobs", type=int, default=min(2, os.cpu_count() or 1), metavar="N", help="processes (default: %(default)s)"
+    )
+
+
+def _examples(name: str) -> str:
+    lines = EXAMPLES[name]
+    return f"{'example' if len(lines) == 1 else 'examples'}:\n" + "".join(f"  {line}\n" for line in lines)
 
 
 if __name__ == "__main__":

@@ -72,7 +72,8 @@ class HeadsFirst(Attention):
         if not query[-3:-2] == query[-2:-1] == key[-3:-2]:
             return super().run(call)
         call.query, call.key, call.value = (np.swapaxes(x, -2, -3) for x in (call.query, call.key, call.value))
-        super().run(call).output = np.swapaxes(call.output, -2, -3)
+        output = super().run(call).output
+        call.output = np.swapaxes(output, -2, -3)
         return call
 
 
@@ -689,7 +690,8 @@ class Float64InFloat32(Attention):
         if super().promote(call) != np.float64:
             return super().run(call)
         call.dtype = FLOAT32
-        super().run(call).output = rounded(call.output, np.float64)
+        output = super().run(call).output
+        call.output = rounded(output, np.float64)
         return call
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from anyattention_conformance import plugin_suite
 from anyattention_conformance.claims import CONTRACTS
+from anyattention_conformance.results import SCOPES
 from anyattention_conformance.suite import TIERS
 
 
@@ -13,11 +14,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """The options, as those of ``anyattention conform``."""
     group = parser.getgroup("attention", "conformance to Flax's attention")
     group.addoption("--attention-target", metavar="TARGET", help="module:callable or path/to/file.py:callable")
-    group.addoption("--attention-framework", default="numpy", metavar="NAME", help="numpy, jax, torch, mlx, a module")
+    group.addoption("--attention-framework", metavar="NAME", help="numpy, jax, torch, mlx, a module; else inferred")
     group.addoption("--attention-tier", default="smoke", choices=TIERS)
     group.addoption("--attention-contract", choices=CONTRACTS)
+    group.addoption(
+        "--attention-scope", choices=SCOPES, help="which failures count: of ordinary calls (default), or all"
+    )
     group.addoption("--attention-claims", metavar="FILE", help="what differs on purpose, in TOML")
-    group.addoption("--attention-unsupported", default="", metavar="WORD,...", help="what the target refuses")
+    group.addoption("--attention-unsupported", default="", metavar="WORD,...", help="what the target raises at")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -28,6 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
     suite = plugin_suite.TestAttention
     suite.target, suite.framework = option("--attention-target"), option("--attention-framework")
     suite.tier, suite.contract = option("--attention-tier"), option("--attention-contract")
+    suite.scope = option("--attention-scope")
     suite.claims = option("--attention-claims")
     suite.unsupported = tuple(filter(None, (x.strip() for x in option("--attention-unsupported").split(","))))
     named = config.args if config.args_source is pytest.Config.ArgsSource.ARGS else []

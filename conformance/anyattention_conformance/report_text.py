@@ -282,6 +282,24 @@ def to_text(report: Report, *, width: int | None = None) -> str:
     return "\n".join(lines) + "\n"
 
 
+def to_short(report: Report, *, width: int | None = None) -> str:
+    """The verdict on one case, what explains it, and for each result that fails the row that is worst."""
+    width = width or shutil.get_terminal_size().columns
+    mark = STATUS[status_of(report)][0]
+    cases = ", ".join(dict.fromkeys(f"{clean(x.case)} in {clean(x.dtype)}" for x in report.results))
+    lines = [f"{mark} {name_of(report)}: {cases} {'conforms' if report.conforms else 'differs'}, {report.contract}"]
+    lines += [_text(x) for x in _diagnoses(report, width)]
+    for result in report.results:
+        over = over_budget(result)
+        lines.append(f"  {clean(result.quantity)}: {result.verdict}" + (f", {over}" if over else ""))
+        lines += [f"    {x}" for x in clean_lines(result.message)]
+        if result.rows:
+            lines += [_text(x) for x in _numbers(result.rows, width, "    ")]
+    if corner := next((x.corner for x in report.results), ""):
+        lines.append(f"  The case is a corner: {clean(corner)}.")
+    return "\n".join(lines)
+
+
 def print_report(report: Report, file: TextIO | None = None) -> None:
     """Write the report to a file or the terminal: with rich if it is installed, else as plain text."""
     file = file or sys.stdout
@@ -322,11 +340,16 @@ def print_report(report: Report, file: TextIO | None = None) -> None:
 def _heading(report: Report, width: int) -> Iterator[Line]:
     yield [(name_of(report), "bold")]
     yield from _wrapped(" · ".join(about(report)), width, "", "bright_black")
-    for diagnosis in report.diagnosis:
+    if report.diagnosis:
         yield []
+    yield from _diagnoses(report, width)
+    yield []
+
+
+def _diagnoses(report: Report, width: int) -> Iterator[Line]:
+    for diagnosis in report.diagnosis:
         yield from _wrapped(clean(diagnosis.cause), width, "  ", STYLES[BUG], first="✗ ")
         yield from _wrapped(clean(diagnosis.mend), width, "  ", "", first="  ")
-    yield []
 
 
 def _table(report: Report) -> list[list[tuple[str, str]]]:

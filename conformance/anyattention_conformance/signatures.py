@@ -11,6 +11,8 @@ from anyattention_conformance.truth import NAMES
 
 Parameters = tuple[inspect.Parameter, ...]
 ARRAYS = NAMES[:3]
+FLAX = (*NAMES, "mask", "broadcast_dropout", "dropout_rng", "dropout_rate", "deterministic", "dtype", "precision")
+RENAMED = {"mask": "mask", "bias": "bias", "dropout_rate": "dropout"}  # parameters that others give longer names
 LAYERS = ("forward", "call")  # what layers of PyTorch and Keras call
 NOT_TAKEN = re.compile(r"(unexpected|unknown|invalid|no) keyword argument", re.IGNORECASE)
 
@@ -38,6 +40,25 @@ class Signature:
             return []
         unseen = self._unseen(arguments)
         return unseen if "no keyword arguments" in said else [x for x in unseen if f"'{x}'" in said]
+
+    def advice(self, missing: list[str]) -> tuple[str, str] | None:
+        """Cause and mend, if arguments that it does not take seem to have other names: mask and attn_mask."""
+        pairs = [(name, self._alike(RENAMED[name])) for name in missing if name in RENAMED]
+        pairs = [(name, other) for name, other in pairs if other]
+        if not pairs:
+            return None
+        cause = "It has no parameter " + ", and no ".join(f"{name}, but {other}" for name, other in pairs)
+        outer = ", ".join(f"{name}=None" for name, _ in pairs)
+        inner = ", ".join(f"{other}={name}" for name, other in pairs)
+        return f"{cause}.", (
+            f"Rename it, or wrap it: lambda query, key, value, {outer}: attention(query, key, value, {inner}). Flax's "
+            f"names are {', '.join(FLAX)}; query, key and value may also be the first three, under any names."
+        )
+
+    def _alike(self, word: str) -> str:
+        """A parameter whose name has this word in it."""
+        names = [x.name for x in self.parameters if x.name not in FLAX]
+        return next((x for x in names if word in x.lower()), "")
 
     def call(self, function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         """Call a function: with names, but for what has a place alone."""

@@ -9,18 +9,30 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from anyattention_conformance import budgets
+from anyattention_conformance import budgets, probes
 from anyattention_conformance.budgets import Comparison, c2, c3, other_meaning
 from anyattention_conformance.case import Case
 from anyattention_conformance.cases import CASES
 from anyattention_conformance.claims import QUANTITIES, Claims
 from anyattention_conformance.frameworks import quiet
 from anyattention_conformance.oracles import Golden, Live, Oracle
-from anyattention_conformance.results import BUG, CONFORMS, DECLARED, NOT_RUN, UNSUPPORTED, Report, Result, Rows
+from anyattention_conformance.results import (
+    ALL,
+    BUG,
+    CONFORMS,
+    DECLARED,
+    NOT_RUN,
+    UNSUPPORTED,
+    Diagnosis,
+    Report,
+    Result,
+    Rows,
+)
 from anyattention_conformance.targets import Outcome, Target
 from anyattention_conformance.truth import FLAX, Answer, truth
 
 Array = Any
+NO_VJP = "no attribute `vjp`"
 TIERS = ("smoke", "full")
 
 
@@ -41,6 +53,9 @@ class Expected(NamedTuple):
     usual: tuple[Answer, Answer] | None
 
 
+PROBES = [Run(case, "float32", False) for case in probes.CALLS]
+
+
 def runs(tier: str, contract: str = "C3", only: Iterable[str] = (), dtypes: Iterable[str] = ()) -> list[Run]:
     """What a tier asks for; `only` are patterns of case ids or names of groups, which it then does not limit."""
     only, dtypes = tuple(only), tuple(dtypes)
@@ -54,8 +69,12 @@ def runs(tier: str, contract: str = "C3", only: Iterable[str] = (), dtypes: Iter
 
 
 def oracle_for(contract: str, name: str = "auto") -> Oracle:
-    """The oracle of this name: "golden", "live", or "auto", live where bits are compared."""
-    return Live() if name == "live" or (name == "auto" and contract == "C1") else Golden()
+    """The oracle of this name: "golden", "live", or "auto", live where bits are compared. OracleError without Flax."""
+    if name == "golden" or (name == "auto" and contract != "C1"):
+        return Golden()
+    live = Live()
+    live.name  # noqa: B018  it imports Flax
+    return live
 
 
 class Judge:
@@ -63,15 +82,25 @@ class Judge:
 
     def __init__(self, oracle: Oracle, claims: Claims) -> None:
         self.oracle, self.claims = oracle, claims
+        self.lacking: set[str] = set()  # words for what the target has no parameter for, and does not declare
         self._occurred: set[str] = set()
         self._exercised: set[str] = set()
 
     def results(self, run: Run, outcome: Outcome) -> list[Result]:
         """The verdict on every quantity of one run."""
         with quiet():
-            found = list(self._results(run, outcome))
+            found = [self._answered(run, x) for x in self._results(run, outcome)]
         self._watch(run, found)
         return found
+
+    def _answered(self, run: Run, result: Result) -> Result:
+        """A result, with advice if it answers wrongly what it declares that it does not."""
+        words = self.claims.refused(run.case, run.dtype)
+        if result.verdict != BUG or result.kind != "answer" or not words:
+            return result
+        names = ", ".join(sorted(words))
+        advice = f"{names} is declared unsupported, so it should raise: declare another answer under [[differs]]"
+        return replace(result, message=f"{result.message}; {advice}")
 
     def _results(self, run: Run, outcome: Outcome) -> Iterator[Result]:
         case, dtype, gradients = run
@@ -93,6 +122,8 @@ class Judge:
                 yield replace(result, verdict=UNSUPPORTED)
             else:
                 if outcome.kind == "missing":
+                    if not case.corner or self.claims.scope == ALL:
+                        self.lacking |= {_word(name) for name in outcome.names}
                     result = replace(result, message=f"{outcome.message}, and does not declare it unsupported")
                 yield self._declared(result, run)
             return
@@ -101,7 +132,7 @@ class Judge:
         if not gradients:
             return
         if outcome.gradients is None:
-            declared = "gradients" in self.claims.unsupported or "no attribute `vjp`" in outcome.no_gradients
+            declared = "gradients" in self.claims.unsupported or NO_VJP in outcome.no_gradients
             verdict = UNSUPPORTED if declared or self.claims.refused(case, dtype) else BUG
             result = replace(result, quantity="dq", verdict=verdict, message=outcome.no_gradients)
             yield self._declared(result, run)
@@ -201,6 +232,8 @@ class Judge:
         for result in results:
             if difference := self.claims.difference(run.case, run.dtype, result.quantity):
                 self._exercised |= difference.claims(run.case)
+            if NO_VJP in result.message:  # which says nothing of what the case needs
+                continue
             of_output = result.quantity in ("output", "error")
             words = refused if of_output else refused | (self.claims.unsupported & {"gradients"})
             if result.verdict == UNSUPPORTED and len(words) == 1:
@@ -209,9 +242,16 @@ class Judge:
                 self._exercised |= words
 
     @property
-    def problems(self) -> list[str]:
+    def never(self) -> list[str]:
         """Claims that did not come true, though they could have."""
-        return [f"declared, but did not occur: {x}" for x in sorted(self._exercised - self._occurred)]
+        return sorted(self._exercised - self._occurred)
+
+    @property
+    def problems(self) -> list[str]:
+        """The same in words."""
+        raises = " (the target does not raise: drop the word, or declare another answer under [[differs]])"
+        advice = dict.fromkeys(self.claims.unsupported, raises)
+        return [f"declared, but did not occur: {x}{advice.get(x, '')}" for x in self.never]
 
 
 def certify(
@@ -230,8 +270,12 @@ def certify(
     claims = claims or Claims()
     oracle = oracle or oracle_for(claims.contract)
     judge, found, start = Judge(oracle, claims), {}, time.perf_counter()
+    probed: dict[str, list[Outcome]] = {}
     for run, outcome in progress(outcomes, len(chosen)):
-        found[run.case.id, run.dtype] = judge.results(run, outcome)
+        if run.case in probes.CALLS:
+            probed.setdefault(run.case.id, []).append(outcome)
+        else:
+            found[run.case.id, run.dtype] = judge.results(run, outcome)
     return Report(
         target=name,
         title=claims.title,
@@ -245,6 +289,7 @@ def certify(
         versions={},
         claims=claims.sentences,
         problems=judge.problems,
+        diagnosis=[*probes.diagnose(probed), *_undeclared(judge.lacking)],
         results=[result for run in chosen for result in found[run.case.id, run.dtype]],
         seconds=time.perf_counter() - start,
     )
@@ -252,10 +297,22 @@ def certify(
 
 def certify_here(target: Target, chosen: list[Run], **options: Any) -> Report:
     """Certify a target in this process, with the options of `certify`."""
-    outcomes = ((run, target.run(*run)) for run in chosen)
+    outcomes = ((run, target.run(*run)) for run in (*PROBES, *chosen))
     report = certify(target.name, target.framework.name, outcomes, chosen, **options)
-    report.versions = target.framework.versions
-    return report
+    return replace(report, **target.about)
+
+
+def _undeclared(words: set[str]) -> list[Diagnosis]:
+    """What is to be said of parameters that a target neither has nor declares."""
+    if not words:
+        return []
+    cause = f"It has no parameter for {' and '.join(sorted(words))}, and does not declare so."
+    return [Diagnosis("undeclared", cause, f"If this is meant, declare it: --unsupported {','.join(sorted(words))}")]
+
+
+def _word(name: str) -> str:
+    """The word of a claim for a parameter."""
+    return "dropout" if "dropout" in name or name == "deterministic" else name
 
 
 def _same_zeros(actual: Array, flax: Array) -> Comparison | None:

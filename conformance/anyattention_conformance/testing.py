@@ -4,30 +4,36 @@
 >>> assert_matches_flax(dot_product_attention, framework="numpy", only=["plain"])
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
 from anyattention_conformance import claims as declarations
-from anyattention_conformance import report_text, suite, targets
-from anyattention_conformance.claims import Claims
-from anyattention_conformance.results import ALL, BUG, NOT_RUN, UNSUPPORTED, Result
+from anyattention_conformance import probes, report_text, suite, targets
+from anyattention_conformance.claims import Claims, Difference
+from anyattention_conformance.oracles import OracleError
+from anyattention_conformance.results import ALL, BUG, NOT_RUN, ORDINARY, UNSUPPORTED, Report, Result
 from anyattention_conformance.suite import Judge, Run
-from anyattention_conformance.targets import Target
+from anyattention_conformance.targets import Target, TargetError
+from anyattention_conformance.words import ClaimError, words
 
 Function = Callable[..., Any]
+Differs = Iterable[Difference | Mapping[str, Any]]
+IMPOSSIBLE = (TargetError, ClaimError, OracleError)
 
 
 def assert_matches_flax(
     function: Function | str,
-    framework: str = "numpy",
+    framework: str | None = None,
     *,
     tier: str = "smoke",
     contract: str | None = None,
+    scope: str | None = None,
     claims: Claims | Path | str | None = None,
     unsupported: Iterable[str] = (),
+    differs: Differs = (),
     only: Iterable[str] = (),
     dtypes: Iterable[str] = (),
 ) -> None:
@@ -35,74 +41,110 @@ def assert_matches_flax(
 
     Args:
         function: attention with Flax's parameter names, or some of them; or where it is, ``"module:callable"``.
-        framework: numpy, jax, torch, mlx, or a module that follows the array API standard.
+        framework: numpy, jax, torch, mlx, or a module that follows the array API standard; by default what the
+            function's annotations, code and file show. TargetError if they show nothing.
         tier: "smoke", seconds, or "full", minutes.
         contract: what the numbers are held to, "C1", "C2" or "C3"; by default what the claims say, else "C3".
+        scope: which failures count, those of "ordinary" calls or of "all", corners too; by default what the claims say,
+            else "ordinary", and with `only` all.
         claims: what differs on purpose, or the TOML file that says so.
-        unsupported: words for what the function refuses, such as "dropout".
+        unsupported: words for what the function raises at, or has no parameter for, such as "dropout".
+        differs: answers that differ on purpose, as `Difference` or as an entry of the file: ``{"cases": ["depth-0"],
+            "because": "no heads are that flat"}``.
         only: patterns of case ids, or case groups.
         dtypes: only these.
     """
+    __tracebackhide__ = True
     only, dtypes = tuple(only), tuple(dtypes)
-    target, declared = _target(function, framework), _claims(claims, contract, unsupported)
-    if only:  # who names cases asks about them all
-        declared = replace(declared, scope=ALL)
-    chosen = suite.runs(tier, declared.contract, only, dtypes)
-    tier = "full" if only else tier
-    report = suite.certify_here(target, chosen, claims=declared, tier=tier, selection=(*only, *dtypes))
+    try:
+        target = _target(function, framework)
+        declared = _claims(claims, contract, unsupported, differs, scope or (ALL if only else None))
+        chosen = suite.runs(tier, declared.contract, only, dtypes)
+        tier = "full" if only else tier
+        report = suite.certify_here(target, chosen, claims=declared, tier=tier, selection=(*only, *dtypes))
+    except IMPOSSIBLE as error:  # the frames are the kit's own, and the sentence says it all
+        raise error.with_traceback(None) from None
     if not report.passes:
         raise AssertionError(report_text.to_text(report))
 
 
 def reproduce(
-    function: Function | str, case: str, dtype: str = "float32", framework: str = "numpy", contract: str = "C3"
-) -> None:
-    """Print what a function and Flax answer to one case, the inputs too: to look into a failure."""
+    function: Function | str,
+    case: str,
+    dtype: str = "float32",
+    framework: str | None = None,
+    contract: str = "C3",
+    inputs: bool = False,
+) -> Report:
+    """Print how a function's answer to one case compares with Flax's, and return the report: to look into a failure.
+
+    With `inputs` the arguments and both outputs are printed as well.
+    """
     chosen = [run for run in suite.runs("full", "C1", [case], [dtype]) if run.case.id == case]
     if not chosen:
         raise ValueError(f"there is no case {case!r} in {dtype}; `anyattention cases` lists them")
-    target, declared = _target(function, framework), Claims(contract=contract)
-    judge = Judge(suite.oracle_for(contract), declared)
-    (run,) = chosen
-    for name, x in run.case.inputs(dtype).items():
-        print(f"{name} =\n{x!r}" if hasattr(x, "shape") else f"{name} = {x!r}")  # noqa: T201
-    outcome = target.run(*run)
-    print(f"returned {outcome.kind} {outcome.message}\n{outcome.output!r}")  # noqa: T201
-    flax = judge.oracle.answer(run.case, dtype)
-    print(f"Flax\n{flax if isinstance(flax, str) else flax.output!r}")  # noqa: T201
-    for result in judge.results(run, outcome):
-        print(f"{result.quantity}: {result.verdict} {result.message}")  # noqa: T201
+    target, declared = _target(function, framework), Claims(contract=contract, scope=ALL)
+    report = suite.certify_here(target, chosen, claims=declared, tier="full", selection=(case, dtype))
+    print(report_text.to_short(report))  # noqa: T201
+    if inputs:
+        (run,) = chosen
+        for name, x in run.case.inputs(dtype).items():
+            print(f"{name} =\n{x!r}" if hasattr(x, "shape") else f"{name} = {x!r}")  # noqa: T201
+        outcome, flax = target.run(*run), suite.oracle_for(contract).answer(run.case, dtype)
+        print(f"returned {outcome.kind} {outcome.message}\n{outcome.output!r}")  # noqa: T201
+        print(f"Flax\n{flax if isinstance(flax, str) else flax.output!r}")  # noqa: T201
+    return report
 
 
 class AttentionConformance:
     """A test of every case. Inherit from it, under a name that pytest collects, and say what is tested.
 
-    ```python
-    class TestMyAttention(AttentionConformance):
-        target = staticmethod(my_attention)
-        framework = "torch"
-        unsupported = ("dropout",)
-    ```
+    ::
+
+        class TestMyAttention(AttentionConformance):
+            target = staticmethod(my_attention)
+            framework = "torch"
+            unsupported = ("dropout",)
+
+    The attributes are as the arguments of `assert_matches_flax`. In the scope "ordinary" a corner that differs is an
+    expected failure, with the reason why it is a corner.
     """
 
     target: ClassVar[Any] = None
-    framework: ClassVar[str] = "numpy"
+    framework: ClassVar[str | None] = None
     tier: ClassVar[str] = "smoke"
     contract: ClassVar[str | None] = None
+    scope: ClassVar[str | None] = None
     claims: ClassVar[Claims | Path | str | None] = None
     unsupported: ClassVar[Iterable[str]] = ()
+    differs: ClassVar[Differs] = ()
+
+    @classmethod
+    def _declared(cls) -> Claims:
+        return _claims(cls.claims, cls.contract, cls.unsupported, cls.differs, cls.scope)
 
     @classmethod
     @cache
-    def _judge(cls) -> tuple[Target, Judge]:
-        declared = _claims(cls.claims, cls.contract, cls.unsupported)
-        return _target(cls.target, cls.framework), Judge(suite.oracle_for(declared.contract), declared)
+    def _judge(cls) -> tuple[Target, Judge, str]:
+        """The target, what judges it, and a diagnosis of its mistakes."""
+        declared = cls._declared()
+        target = _target(cls.target, cls.framework)
+        answers: dict[str, list[Any]] = {}
+        for run in suite.PROBES:
+            answers.setdefault(run.case.id, []).append(target.run(*run))
+        diagnosis = "".join(f"{x.cause}\n{x.mend}\n" for x in probes.diagnose(answers))
+        return target, Judge(suite.oracle_for(declared.contract), declared), diagnosis
 
     @classmethod
     def pytest_generate_tests(cls, metafunc: Any) -> None:
         """One test for each case and dtype."""
+        import pytest
+
         if "attention_run" in metafunc.fixturenames:
-            declared = _claims(cls.claims, cls.contract, cls.unsupported)
+            try:
+                declared = cls._declared()
+            except IMPOSSIBLE as error:
+                raise pytest.Collector.CollectError(str(error)) from None
             chosen = suite.runs(cls.tier, declared.contract)
             metafunc.parametrize("attention_run", chosen, ids=[f"{run.case.id}-{run.dtype}" for run in chosen])
 
@@ -110,10 +152,16 @@ class AttentionConformance:
         """A case in one dtype: output and gradients."""
         import pytest
 
-        target, judge = self._judge()
-        results = judge.results(attention_run, target.run(*attention_run))
+        try:
+            target, judge, diagnosis = self._judge()
+            results = judge.results(attention_run, target.run(*attention_run))
+        except IMPOSSIBLE as error:
+            pytest.fail(str(error), pytrace=False)
         if failures := [result for result in results if result.verdict == BUG]:
-            pytest.fail("\n".join(map(_sentence, failures)), pytrace=False)
+            sentences = "\n".join(map(_sentence, failures))
+            if judge.claims.scope == ORDINARY and attention_run.case.corner:
+                pytest.xfail(f"a corner, {attention_run.case.corner}: {sentences}")
+            pytest.fail(f"{diagnosis}{sentences}", pytrace=False)
         if all(result.verdict in (UNSUPPORTED, NOT_RUN) for result in results):  # nothing was compared
             pytest.skip(_sentence(results[0]))
 
@@ -121,7 +169,10 @@ class AttentionConformance:
         """Every claim comes true in some case."""
         import pytest
 
-        target, judge = self._judge()
+        try:
+            target, judge, _ = self._judge()
+        except IMPOSSIBLE as error:
+            pytest.fail(str(error), pytrace=False)
         declared = judge.claims
         fresh = Judge(judge.oracle, declared)
         for run in suite.runs(self.tier, declared.contract):
@@ -136,11 +187,24 @@ def _sentence(result: Result) -> str:
     return f"{result.verdict}: {result.case} {result.dtype} {result.quantity}: {result.message}{rows}"
 
 
-def _target(function: Function | str, framework: str) -> Target:
+def _target(function: Function | str, framework: str | None) -> Target:
     return targets.load(function, framework) if isinstance(function, str) else targets.make(function, framework)
 
 
-def _claims(claims: Claims | Path | str | None, contract: str | None, unsupported: Iterable[str]) -> Claims:
+def _claims(
+    claims: Claims | Path | str | None,
+    contract: str | None,
+    unsupported: Iterable[str],
+    differs: Differs,
+    scope: str | None,
+) -> Claims:
     declared = claims if isinstance(claims, Claims) else declarations.read(Path(claims)) if claims else Claims()
-    declared = replace(declared, unsupported=declared.unsupported | declarations.words(unsupported))
-    return replace(declared, contract=contract) if contract else declared
+    entries = [x for x in differs if not isinstance(x, Difference)]
+    more = (*(x for x in differs if isinstance(x, Difference)), *declarations.parse({"differs": entries}).differs)
+    return replace(
+        declared,
+        unsupported=declared.unsupported | words(unsupported),
+        differs=(*declared.differs, *more),
+        contract=contract or declared.contract,
+        scope=scope or declared.scope,
+    )

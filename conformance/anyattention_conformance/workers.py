@@ -120,7 +120,7 @@ class Workers:
 
     def __init__(self, recipe: Recipe, seconds: float = 60.0, jobs: int = 2) -> None:
         self.recipe, self.seconds, self.jobs = recipe, seconds, jobs
-        self.versions: dict[str, str] = {}
+        self.about: dict[str, Any] = {}  # what the target says of itself
 
     def __call__(self, chosen: list[Any]) -> Iterator[tuple[Any, Outcome]]:
         """The outcomes, as they come.
@@ -141,7 +141,7 @@ class Workers:
                         continue
                     try:
                         if worker.run is None:
-                            self.versions = worker.ready()
+                            self.about = worker.ready()
                         else:
                             yield worker.run, worker.receive()
                     except DiedError as error:

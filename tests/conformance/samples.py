@@ -60,3 +60,25 @@ def changes_its_query(query, key, value, mask=None):
     output = attention(query, key, value, mask=mask)
     query *= 2
     return output
+
+
+def takes_no_bias(query, key, value, mask=None):
+    return attention(query, key, value, None, mask)
+
+
+def unclear(query, key, value):
+    return query
+
+
+def inverted(query, key, value, bias=None, mask=None):
+    return attention(query, key, value, bias, None if mask is None else ~np.asarray(mask, bool))
+
+
+def misspelt(query, key, value):
+    if len({x.shape for x in (query, key, value)}) > 2:
+        raise ShapeErorr("no")  # noqa: F821  the mistake
+    return attention(query, key, value)
+
+
+def refuses_all(query, key, value):
+    raise ValueError("never")

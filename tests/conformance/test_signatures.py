@@ -196,7 +196,7 @@ def test_a_right_one_conforms(function):
 @pytest.mark.parametrize("function", RIGHT.values(), ids=RIGHT)
 def test_what_it_takes_cannot_be_declared_away(function):
     report = certify(function, unsupported=REST | {"mask"})
-    assert report.problems == ["declared, but did not occur: mask"]
+    assert [x.partition(" (")[0] for x in report.problems] == ["declared, but did not occur: mask"]
     assert report.compared
 
 
@@ -324,7 +324,7 @@ def test_modules_and_compiled_functions_conform():
         report = certify(module, ("mask", "mask-and-bias"), "torch")
         assert report.conforms, report.failures
         report = certify(module, ("mask",), "torch", unsupported=REST | {"mask"})
-        assert report.problems == ["declared, but did not occur: mask"]
+        assert [x.partition(" (")[0] for x in report.problems] == ["declared, but did not occur: mask"]
     report = certify(WithoutMask(), ("plain", "mask"), "torch", unsupported={"bias"})
     assert {x.message[:13] for x in report.failures} == {"takes no mask"}
     for function in (Module().forward, decorated(anyattention.dot_product_attention)):

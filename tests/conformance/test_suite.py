@@ -90,7 +90,8 @@ def test_claims():
     report = certify(zero, ["plain"], differs=(Difference("always zero", ("plain",), ("float32",)),))
     assert {x.dtype for x in report.failures} == {"bfloat16", "float16"}
     report = certify(attention, ["plain", "dropout"], unsupported=frozenset({"dropout"}))
-    assert report.problems == ["declared, but did not occur: dropout"]
+    (problem,) = report.problems
+    assert problem.startswith("declared, but did not occur: dropout (the target does not raise")
 
 
 def test_a_meaning_is_held_to():

@@ -40,10 +40,17 @@ def test_claims_may_be_given():
 
 
 def test_a_failure_can_be_reproduced(capsys):
-    reproduce(wrong, "plain")
-    said = capsys.readouterr().out
-    assert "query =" in said
-    assert "output: BUG" in said
+    report = reproduce(wrong, "plain")
+    first, cause, *rest = capsys.readouterr().out.splitlines()
+    assert first.endswith(":wrong: plain in float32 differs, C3")
+    assert cause == "✗ It does not divide the logits by the root of the depth."
+    assert any("output: BUG" in line for line in rest)
+    assert len(rest) < 15
+    assert [x.quantity for x in report.failures] == ["output"]
+    reproduce(wrong, "plain", inputs=True)
+    assert "query =" in capsys.readouterr().out
+    assert reproduce(attention, "plain").conforms
+    assert capsys.readouterr().out.startswith("✓ ")
     with pytest.raises(ValueError, match="there is no case 'absent'"):
         reproduce(wrong, "absent")
 
@@ -63,6 +70,7 @@ def test_the_class(tmp_path):
         "    target = attention\n"
         "    contract = 'C2'\n"
         "class TestWrong(AttentionConformance):\n"
+        "    framework = 'numpy'\n"
         "    target = staticmethod(wrong)\n"
         "    unsupported = ('bias', 'dropout', 'force_fp32_for_softmax', 'dtype')\n"
     )
@@ -92,9 +100,12 @@ def test_the_plugin(tmp_path):
     done = run_pytest(*plugin, f"{SAMPLES}:right", "--attention-contract", "C2", cwd=tmp_path)
     assert done.returncode == 0, done.stdout
     assert "failed" not in done.stdout
-    done = run_pytest(*plugin, f"{SAMPLES}:zero_rows", "--attention-unsupported", "dropout", cwd=tmp_path)
+    done = run_pytest(
+        *plugin, f"{SAMPLES}:zero_rows", "--attention-unsupported", "dropout", "--attention-scope", "all", cwd=tmp_path
+    )
     assert done.returncode == 1
     assert "test_case[mask-hidden-row-float32]" in done.stdout
+    assert "anyattention_conformance/testing.py" not in done.stdout
     (tmp_path / "test_other.py").write_text("def test_other(): pass\n")
     done = run_pytest(*plugin, f"{SAMPLES}:right", "test_other.py", "-k", "plain or other", cwd=tmp_path)
     assert "4 passed" in done.stdout  # three dtypes of plain, and the other test
