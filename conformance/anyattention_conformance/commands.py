@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from anyattention_conformance import claims, report_html, report_text, suite, targets
+from anyattention_conformance import claims, report_html, report_terminal, report_text, suite, targets
 from anyattention_conformance.adapters import ADAPTERS, FOLDER, OURS
 from anyattention_conformance.cases import CASES
 from anyattention_conformance.claims import Claims
@@ -59,7 +59,7 @@ def conform(options: argparse.Namespace) -> int:
         options.json.write_text(report.to_json() + "\n", encoding="utf-8")
     if options.html:
         options.html.write_text(report_html.to_html([report]), encoding="utf-8")
-    report_text.print_report(report, sys.stdout)
+    report_terminal.print_report(report, sys.stdout)
     if options.write_claims:
         draft = Draft(declared, outcomes, oracle).to_toml(name, tier)
         options.write_claims.write_text(draft, encoding="utf-8")

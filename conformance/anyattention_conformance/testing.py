@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from anyattention_conformance import claims as declarations
-from anyattention_conformance import probes, report_text, suite, targets
+from anyattention_conformance import probes, report_terminal, suite, targets
 from anyattention_conformance.claims import Claims, Difference
 from anyattention_conformance.oracles import OracleError
 from anyattention_conformance.results import ALL, BUG, NOT_RUN, ORDINARY, UNSUPPORTED, Report, Result
@@ -65,7 +65,7 @@ def assert_matches_flax(
     except IMPOSSIBLE as error:  # the frames are the kit's own, and the sentence says it all
         raise error.with_traceback(None) from None
     if not report.passes:
-        raise AssertionError(report_text.to_text(report))
+        raise AssertionError(report_terminal.to_text(report))
 
 
 def reproduce(
@@ -85,7 +85,7 @@ def reproduce(
         raise ValueError(f"there is no case {case!r} in {dtype}; `anyattention cases` lists them")
     target, declared = _target(function, framework), Claims(contract=contract, scope=ALL)
     report = suite.certify_here(target, chosen, claims=declared, tier="full", selection=(case, dtype))
-    print(report_text.to_short(report))  # noqa: T201
+    print(report_terminal.to_short(report))  # noqa: T201
     if inputs:
         (run,) = chosen
         for name, x in run.case.inputs(dtype).items():

@@ -9,16 +9,8 @@ import sys
 
 import pytest
 
-from anyattention_conformance.report_text import (
-    clean,
-    excerpt,
-    print_report,
-    reproduce_line,
-    short,
-    summarize,
-    to_markdown,
-    to_text,
-)
+from anyattention_conformance.report_terminal import print_report, to_text
+from anyattention_conformance.report_text import clean, excerpt, reproduce_line, short, summarize, to_markdown
 from anyattention_conformance.results import BUG, CONFORMS, DECLARED, NOT_RUN, UNSUPPORTED, Report, Result, Rows
 
 NAN, INF = math.nan, math.inf
@@ -265,7 +257,8 @@ def test_clean_leaves_text_as_it_is():
 
 def test_only_numpy_is_needed():
     code = "import sys; sys.modules |= dict.fromkeys(('rich', 'jinja2', 'jax', 'flax', 'torch', 'ml_dtypes'))\n"
-    code += "from anyattention_conformance.report_text import print_report, to_markdown\n"
+    code += "from anyattention_conformance.report_terminal import print_report\n"
+    code += "from anyattention_conformance.report_text import to_markdown\n"
     code += "from anyattention_conformance.results import Report, Result\n"
     code += "report = Report('t', 'f', 'C2', '', '', '', {}, results=[Result('c', 'g', 'd', 'q', 'BUG')])\n"
     code += "print_report(report); print(to_markdown([report]))"
