@@ -54,8 +54,11 @@ def nvidia() -> tuple[str, ...]:
     if shutil.which("nvidia-smi") is None:
         return ()
     command = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
-    lines = [line.split(", ") for line in done.stdout.splitlines()] if done.returncode == 0 else []
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):  # of a driver that does not answer
+        return ()
+    lines = [line.split(", ") for line in done.stdout.splitlines()]
     return tuple(f"{x[0]}, driver {x[1]}, {x[2]}" for x in lines if len(x) == 3)
 
 

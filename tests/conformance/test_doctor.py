@@ -182,6 +182,22 @@ def test_what_is_missing_and_how_to_get_it(on_gpu, monkeypatch):
     assert said == ["JAX: tokamax is not installed: pip install 'anyattention[tokamax]'"]
 
 
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [
+        ("echo 'NVIDIA H100, 580.86, 81559 MiB'", ("NVIDIA H100, driver 580.86, 81559 MiB",)),
+        ("echo 'no driver'; exit 9", ()),
+    ],
+)
+def test_gpus_are_those_that_the_driver_names(script, expected, tmp_path, monkeypatch):
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    doctor.nvidia.cache_clear()
+    assert doctor.nvidia() == expected
+    doctor.nvidia.cache_clear()
+
+
 def test_every_engine_is_asked():
     """An engine that the library has and the doctor does not know would be missing from what it says."""
     with pytest.raises(ValueError, match="there is no engine") as raised, anyattention.config(engines=["none"]):
