@@ -105,7 +105,7 @@ def test_padded_queries():
     np.testing.assert_allclose(ours[0, :2], theirs[0, :2], atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["scale", "logits_soft_cap", "attn_logits_soft_cap", "return_residual", "return_lse"])
+@pytest.mark.parametrize("name", ["return_residual", "return_lse", "return_aux", "flash_attention", "promote_dtype"])
 def test_what_is_missing_here(name):
     assert name not in inspect.signature(dot_product_attention).parameters
 
@@ -158,6 +158,13 @@ def test_flex_attention_has_no_gradients_on_cpu():
     query, key, value = TORCH
     with pytest.raises(NotImplementedError, match="backward on CPU"):
         flex_attention(query.clone().requires_grad_(), key, value)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_caps_as_a_function_of_the_score():
+    theirs = flex_attention(*TORCH, lambda score, *at: 0.5 * torch.tanh(score / 0.5))
+    ours = dot_product_attention(QUERY, KEY, VALUE, logits_soft_cap=0.5)
+    np.testing.assert_allclose(theirs.transpose(1, 2), ours, atol=1e-6)
 
 
 def test_flex_attention_takes_four_axes():
