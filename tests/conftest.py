@@ -213,6 +213,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _item_needs(item: Any) -> set[str]:
     marked = {package for mark in item.iter_markers("needs") for package in mark.args}
+    marked |= {library for library in ARRAY_LIBRARIES if item.path.name.startswith(f"test_{library}")}
     if isinstance(item, pytest.DoctestItem):
         return marked | _needs([example.source for example in item.dtest.examples])
     params = list(item.callspec.params.values()) if hasattr(item, "callspec") else []

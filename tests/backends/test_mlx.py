@@ -12,7 +12,6 @@ from anyattention._src import plan, registry
 from anyattention_backends.mlx import backend
 from anyattention_conformance import Golden, suite, targets
 
-pytestmark = pytest.mark.needs("mlx")
 fused = partial(aa.dot_product_attention, implementation="fused")
 exact = partial(aa.dot_product_attention, implementation="exact")
 
