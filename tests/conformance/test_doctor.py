@@ -240,6 +240,7 @@ def test_costs_of_numpy(monkeypatch):
         assert 1e-5 < ours.costs[length].seconds < 60
     logits = 8 * 1024**2 * 4
     assert 2 * logits * 0.9 < exact.costs[1024].bytes < 4 * logits  # logits and weights, and what the library needs
+    assert exact.costs[256].bytes > 8 * 256**2 * 4  # what was freed before is no room for the call
     assert ours.costs[1024].bytes < logits
 
 
