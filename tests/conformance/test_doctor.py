@@ -243,6 +243,17 @@ def test_costs_of_numpy(monkeypatch):
     assert ours.costs[1024].bytes < logits
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is measured on Linux")
+def test_memory_that_was_freed_before_a_call_is_no_room_for_it():
+    def call():
+        return [bytearray(60_000) for _ in range(500)]
+
+    kept = call()[::100]  # and the rest is freed
+    before = costs._resident(reset=True)
+    kept += call()
+    assert costs._resident(reset=False) - before > 25e6
+
+
 def test_a_curve_that_would_be_drawn_twice_is_drawn_once(monkeypatch):
     monkeypatch.setattr(costs, "ON_CPU", ("float32", (8, 16)))
     (only,) = costs.measure("numpy", "CPU")
