@@ -40,7 +40,8 @@ def test_the_page_has_commands():
 def test_a_command_prints_what_the_page_says(run, command, printed):
     """A line of dots stands for lines that the page leaves out."""
     done = run(command)
-    assert done.returncode == ("✗" in printed), done.stdout + done.stderr
+    fails = command.startswith("anyattention") and "✗" in printed
+    assert done.returncode == fails, done.stdout + done.stderr
     parts = re.split(r"^\.\.\.\n", printed, flags=re.MULTILINE)
     found, place = done.stdout, 0
     for part in parts:

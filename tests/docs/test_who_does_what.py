@@ -268,6 +268,14 @@ def test_facts_of_the_page():
     assert row_of("a-mask-of-zeros-and-ones", "torch SDPA") == ["added to the logits"]
 
 
+@pytest.mark.parametrize("name", [x for x in CORNERS["NAMES"] if not x.startswith("anyattention")])
+def test_every_other_library_differs_in_some_corner(name):
+    """As certify.md says."""
+    asked = CORNERS["CORNERS"].values()
+    marks = {CORNERS["mark"](CORNERS["phrases"](name, corner, corner.columns[0][1])) for corner in asked}
+    assert any("≠" in mark for mark in marks)
+
+
 @pytest.mark.parametrize("name", CORNERS["NAMES"])
 def test_the_committed_results_have_no_failure(name):
     report = Report.from_json((CORNERS["RESULTS"] / f"{name}.json").read_text())
