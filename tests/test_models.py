@@ -1,4 +1,4 @@
-"""What today's models ask for beyond Flax: a scale, a soft cap. Against the formula in float64, written out here."""
+"""What today's models ask for beyond Flax: a scale, a soft cap, sinks. Against the formula in float64, written here."""
 
 import functools
 import itertools
@@ -20,6 +20,10 @@ WORDS = {
     "zero scale": {"scale": 0.0},
     "soft cap": {"logits_soft_cap": 1.5},
     "both": {"scale": 0.7, "logits_soft_cap": 2.0},
+    "sinks": {"sinks": lambda put: put(draw(9, (4,)))},
+    "sinks of each query": {"sinks": lambda put: put(3 * draw(9, (2, 4, 130)))},
+    "large sinks": {"sinks": lambda put: put(np.array([[30.0], [-40.0], [90.0], [1.0]], np.float32)), "scale": 0.3},
+    "all": {"scale": 0.7, "logits_soft_cap": 2.0, "sinks": lambda put: put(draw(9, (4,)))},
 }
 BESIDE = {
     "alone": {},
@@ -50,20 +54,22 @@ def arrays(grouped=False):
     return draw(0, (2, 130, 4, 16)), draw(1, (2, 150, heads, 16)), draw(2, (2, 150, heads, 24))
 
 
-def beside(name, put):
-    return {key: x(put) if callable(x) else x for key, x in BESIDE[name].items()}
+def made(options, put):
+    return {key: x(put) if callable(x) else x for key, x in options.items()}
 
 
 @functools.cache
 def truth(word, name, grouped=False):
     """The output and the gradients of its sum of squares, by JAX's derivative of the formula in float64."""
     with jax.enable_x64(True):
-        words, options = WORDS[word], beside(name, np.asarray)
+        words, options = made(WORDS[word], np.asarray), made(BESIDE[name], np.asarray)
         q, k, v = (jnp.asarray(x, "float64") for x in arrays(grouped))
-        bias = options.get("bias")
-        given = [q, k, v] + ([] if bias is None else [jnp.asarray(bias, "float64")])
+        more = {"bias": options.get("bias"), "sinks": words.get("sinks")}
+        names = [name for name, x in more.items() if x is not None]
+        given = [q, k, v, *(jnp.asarray(more[name], "float64") for name in names)]
 
-        def formula(q, k, v, bias=None):
+        def formula(q, k, v, *rest):
+            bias, sinks = (dict(zip(names, rest, strict=True)).get(name) for name in ("bias", "sinks"))
             group = q.shape[-2] // k.shape[-2]
             k, v = (jnp.repeat(x, group, axis=-2) for x in (k, v))
             logits = jnp.einsum("bqhd,bkhd->bhqk", q, k) * words.get("scale", q.shape[-1] ** -0.5)
@@ -74,7 +80,10 @@ def truth(word, name, grouped=False):
             if mask is not None:
                 mask = mask if isinstance(mask, np.ndarray) else mask.to_array(*logits.shape[-2:])
                 logits = jnp.where(mask, logits, np.finfo(np.float32).min)
-            weights = jax.nn.softmax(logits)
+            if sinks is not None:
+                sinks = sinks[:, None] if sinks.ndim == 1 else sinks
+                logits = jnp.concatenate([logits, jnp.broadcast_to(sinks[..., None], (*logits.shape[:-1], 1))], -1)
+            weights = jax.nn.softmax(logits)[..., : k.shape[1]]
             if "dropout_rng" in options:
                 shape = (1, 1, *weights.shape[-2:]) if options.get("broadcast_dropout", True) else weights.shape
                 keep = aa.random.bernoulli(options["dropout_rng"], np.float32(0.7), shape)
@@ -89,19 +98,20 @@ def truth(word, name, grouped=False):
 def ours(library, implementation, word, name, grouped=False):
     """The output of a library, and the gradients of its sum of squares where it has them; of NumPy by the pullback."""
     put = LIBRARIES[library]
-    options = {**WORDS[word], **beside(name, put)}
-    bias = options.pop("bias", None)
-    given = [put(x) for x in arrays(grouped)] + ([] if bias is None else [bias])
+    options = {**made(WORDS[word], put), **made(BESIDE[name], put)}
+    more = {name: options.pop(name) for name in ("bias", "sinks") if name in options}
+    given = [*map(put, arrays(grouped)), *more.values()]
 
-    def call(q, k, v, bias=None):
-        return aa.dot_product_attention(q, k, v, bias, implementation=implementation, **options)
+    def call(q, k, v, *rest):
+        beside = dict(zip(more, rest, strict=True))
+        return aa.dot_product_attention(q, k, v, implementation=implementation, **beside, **options)
 
     if library == "numpy":
         output = call(*given)
         if implementation != "tiled":
             return [output]
-        _, pullback = aa.dot_product_attention_vjp(*given, **options)
-        return [output, *pullback(2 * output)[: len(given)]]
+        _, pullback = aa.dot_product_attention_vjp(*given[:3], **more, **options)
+        return [output, *(x for x in pullback(2 * output) if x is not None)]
     if library == "jax":
         output, gradients = jax.jit(lambda *x: (call(*x), jax.vjp(call, *x)[1](2 * call(*x))))(*given)
         return [output, *gradients]
@@ -113,11 +123,12 @@ def ours(library, implementation, word, name, grouped=False):
 @pytest.mark.parametrize("implementation", ["exact", "tiled"])
 @pytest.mark.parametrize("library", LIBRARIES)
 @pytest.mark.parametrize(
-    ("word", "name"), [*itertools.product(("soft cap", "both"), BESIDE), *((x, "mask") for x in WORDS)]
+    ("word", "name"),
+    sorted({*itertools.product(("sinks", "all"), BESIDE), *itertools.product(WORDS, ("alone", "window and lengths"))}),
 )
 def test_the_formula(library, implementation, word, name):
     found, right = ours(library, implementation, word, name), truth(word, name)
-    for x, y in zip(found, right, strict=False):
+    for x, y in zip(found, right[: len(found)], strict=True):
         assert tuple(x.shape) == y.shape
         np.testing.assert_allclose(np.asarray(x), y, atol=3e-6 * max(1.0, np.abs(y).max()), rtol=0)
 
@@ -125,7 +136,7 @@ def test_the_formula(library, implementation, word, name):
 @pytest.mark.parametrize("implementation", ["exact", "tiled"])
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_grouped_heads(library, implementation):
-    for x, y in zip(ours(library, implementation, "both", "causal", True), truth("both", "causal", True), strict=False):
+    for x, y in zip(ours(library, implementation, "all", "causal", True), truth("all", "causal", True), strict=False):
         np.testing.assert_allclose(np.asarray(x), y, atol=3e-6 * max(1.0, np.abs(y).max()), rtol=0)
 
 
@@ -139,7 +150,7 @@ def test_16_bits(library, dtype, implementation):
     """Within a few roundings of the formula at the rounded inputs, each word."""
     put = {"numpy": lambda x: x.astype(dtype), "jax": lambda x: jnp.asarray(x, dtype)}.get(library)
     put = put or (lambda x: torch.asarray(x).to(getattr(torch, dtype)))
-    for words in WORDS.values():
+    for words in map(made, WORDS.values(), [put] * len(WORDS)):
         q, k, v = given = [put(x) for x in arrays()]
         output = aa.dot_product_attention(*given, implementation=implementation, **words)
         assert dtype in str(output.dtype)
@@ -147,13 +158,21 @@ def test_16_bits(library, dtype, implementation):
         logits = np.einsum("bqhd,bkhd->bhqk", q, k) * words.get("scale", 16**-0.5)
         if (cap := words.get("logits_soft_cap")) is not None:
             logits = cap * np.tanh(logits / cap)
+        if (sinks := words.get("sinks")) is not None:
+            sinks = np.asarray(sinks.float() if library == "torch" else sinks, np.float64)
+            sinks = (sinks[:, None] if sinks.ndim == 1 else sinks)[..., None]
+            logits = np.concatenate([logits, np.broadcast_to(sinks, (*logits.shape[:-1], 1))], -1)
         weights = np.exp(logits - logits.max(-1, keepdims=True))
-        weights /= weights.sum(-1, keepdims=True)
+        weights = (weights / weights.sum(-1, keepdims=True))[..., :150]
         right, size = (np.einsum("bhqk,bkhd->bqhd", weights, x) for x in (v, np.abs(v)))
         eps = float(jnp.finfo(dtype).eps)
         error = np.abs(np.asarray(output.float() if library == "torch" else output, np.float64) - right)
         kappa = np.abs(logits).max()
         assert (error <= eps * (2 + 2 * kappa) * size.max()).all()
+
+
+def with_sinks(call, q, k, v, sinks):
+    return call(q, k, v, sinks=sinks)
 
 
 @pytest.mark.parametrize("implementation", ["exact", "tiled", None])
@@ -163,7 +182,9 @@ def test_programs_of_pytorch(implementation):
     q, k, v = (torch.asarray(x) for x in arrays())
     for words in (WORDS["both"], WORDS["scale"], {"scale": 0.4}, {"scale": 0.5}):
         call = partial(aa.dot_product_attention, implementation=implementation, **words)
-        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        leaves = [x.clone().requires_grad_() for x in (q, k, v, torch.asarray(draw(9, (4,))))]
+        call = partial(with_sinks, call) if implementation else (lambda *x, call=call: call(*x[:3]))
+        leaves = leaves if implementation else leaves[:3]
         compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
         output, right = compiled(*leaves), call(*leaves)
         torch.testing.assert_close(output, right, rtol=1e-5, atol=1e-6)
@@ -196,17 +217,17 @@ def test_second_derivatives():
 
 
 def test_mapped():
-    q, k, v = arrays()
-    call = partial(aa.dot_product_attention, implementation="tiled", **WORDS["both"])
-    right = aa.dot_product_attention(q, k, v, **WORDS["both"])
-    np.testing.assert_allclose(jax.vmap(call)(q, k, v), right, atol=1e-5)
-    np.testing.assert_allclose(torch.vmap(call)(*map(torch.asarray, (q, k, v))), right, atol=1e-5)
+    given, words = (*arrays(), draw(9, (2, 4))), WORDS["both"]
+    call = partial(with_sinks, partial(aa.dot_product_attention, implementation="tiled", **words))
+    right = aa.dot_product_attention(*given[:3], sinks=given[3][..., None], **words)
+    np.testing.assert_allclose(jax.vmap(call)(*given), right, atol=1e-5)
+    np.testing.assert_allclose(torch.vmap(call)(*map(torch.asarray, given)), right, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["alone", "causal", "bias", "window and lengths"])
 def test_sdpa_has_the_scale(name):
     put = torch.asarray
-    options = {**WORDS["scale"], **beside(name, put)}
+    options = {**WORDS["scale"], **made(BESIDE[name], put)}
     bias = options.pop("bias", None)
     if name == "window and lengths":  # of which SDPA has the lengths
         options["mask"] = LengthMask(torch.tensor([90, 0]))
@@ -223,8 +244,55 @@ def test_engines_without_a_soft_cap_refuse_it():
     plan = aa.explain(q, k, v, logits_soft_cap=2.0)
     assert plan.implementation in ("tiled", "exact")
     assert "sdpa: it has no soft cap" in str(plan)
+    assert "sdpa: it has no sinks" in str(aa.explain(q, k, v, sinks=torch.zeros(4)))
     with pytest.raises(NotImplementedError, match="it has no soft cap"):
         aa.dot_product_attention(q, k, v, logits_soft_cap=2.0, implementation="fused")
+
+
+def test_fully_masked_rows_get_zero_beside_sinks():
+    """In place of the mean of all values; hidden NaN does not show."""
+    q, k, v = arrays()
+    k = np.where(np.arange(150)[:, None, None] < 90, k, np.nan).astype(np.float32)
+    for put in LIBRARIES.values():
+        mask = LengthMask(put(np.array([90, 0])))
+        output = aa.dot_product_attention(
+            *map(put, (q, k, v)), mask=mask, sinks=put(draw(9, (4,))), implementation="tiled"
+        )
+        assert np.isfinite(np.asarray(output)).all()
+        assert (np.asarray(output)[1] == 0).all()
+
+
+def test_sinks_that_are_none_or_nothing():
+    """A sink of minus infinity has no part; one of zero is a softmax whose sum has one more."""
+    q, k, v = arrays()
+    for implementation in ("exact", "tiled"):
+        call = partial(aa.dot_product_attention, q, k, v, implementation=implementation)
+        np.testing.assert_allclose(call(sinks=np.full(4, -np.inf, np.float32)), call(), atol=1e-6)
+        logits = np.einsum("bqhd,bkhd->bhqk", q, k).astype("float64") / 4
+        weights = np.exp(logits) / (1 + np.exp(logits).sum(-1, keepdims=True))
+        right = np.einsum("bhqk,bkhd->bqhd", weights, v)
+        np.testing.assert_allclose(call(sinks=np.zeros(4, np.float32)), right, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("sinks", "kind", "message"),
+    [
+        (np.zeros(3, np.float32), aa.ShapeError, r"sinks have shape \(3,\), but need \[num_heads\], \(4,\)"),
+        (np.zeros((3, 1), np.float32), aa.ShapeError, r"sinks have shape \(3, 1\)"),
+        (np.zeros((4, 129), np.float32), aa.ShapeError, r"sinks have shape \(4, 129\)"),
+        (np.zeros((1, 2, 4, 1), np.float32), aa.ShapeError, r"sinks have shape \(1, 2, 4, 1\)"),
+        (np.float32(0.0), aa.ShapeError, r"sinks have shape \(\)"),
+        (np.zeros(4, np.complex64), TypeError, "sinks must be real numbers, got complex64"),
+        (np.zeros(4, bool), TypeError, "sinks must be real numbers, got bool"),
+        (0.0, TypeError, "sinks must be an array, one logit for each head, got a float"),
+        ([0.0] * 4, TypeError, "sinks must be an array, one logit for each head, got a list"),
+        (torch.zeros(4), TypeError, "arrays of different libraries in one call"),
+    ],
+)
+def test_what_are_no_sinks(sinks, kind, message):
+    q, k, v = arrays()
+    with pytest.raises(kind, match=message):
+        aa.dot_product_attention(q, k, v, sinks=sinks)
 
 
 def test_weights_and_grouped_heads():

@@ -134,7 +134,7 @@ def _compiled(function: Function, tiling: Any, block: Block, *results: Array) ->
         return function(tiling, gathered(block, by_column=len(tiling.groups) > 1), *results)
 
     (query, *_), columns, *_ = block
-    places = (query, *columns, None) if results else (query,) * 3
+    places = (query, *columns, None, None) if results else (query,) * 3
     return tuple(map(placed_as, opaque(local, block, *results), places))
 
 

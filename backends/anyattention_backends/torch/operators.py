@@ -81,9 +81,9 @@ def leading(arrays: Sequence[Tensor], dims: Sequence[int | None]) -> list[Tensor
 def tiled(how: Tiling, block: Block) -> Tensor:
     numbers: list[float] = []
     options = tuple([(name, getattr(how.options, name)) for name in _OPTIONS])
-    bias, mask, counts = block.pairs[:3]
+    bias, sinks, mask, counts = block.pairs[:4]
     has_counts = None if counts is None else tuple(x is not None for x in counts)
-    present = bias is not None, len(mask), has_counts, block.shown is not None
+    present = bias is not None, sinks is not None, len(mask), has_counts, block.shown is not None
     text = _write((options, how.dtype, how.expression, present), numbers)
     return _tiled(leaves(block), numbers, text)[0]
 
@@ -106,16 +106,16 @@ def _read(arrays: Many, numbers: Numbers, text: str) -> tuple[Tiling, Block]:
             return x
         return numbers[x[1]] if x[:1] == (_NUMBER,) else tuple(map(number, x))
 
-    named, dtype, expression, (has_bias, masks, has_counts, has_shown) = ast.literal_eval(text)
+    named, dtype, expression, (has_bias, has_sinks, masks, has_counts, has_shown) = ast.literal_eval(text)
     options = {name: number(value) for name, value in named}
     if options["dropout"] is not None:
         options["dropout"] = Dropout(*options["dropout"])
     query, key, value, *rest = arrays
     each = iter(rest)
-    bias = next(each) if has_bias else None
+    bias, sinks = next(each) if has_bias else None, next(each) if has_sinks else None
     mask = tuple(next(each) for _ in range(masks))
     counts = None if has_counts is None else tuple(next(each) if here else None for here in has_counts)
-    block = Block((query,), (key, value), Pairs(bias, mask, counts), shown=next(each) if has_shown else None)
+    block = Block((query,), (key, value), Pairs(bias, sinks, mask, counts), shown=next(each) if has_shown else None)
     return tiling(backend, Options(**options), dtype, expression, block), block
 
 
@@ -130,8 +130,8 @@ def _tiled(arrays: Many, numbers: Numbers, text: str) -> list[Tensor]:
 def _tiled_backward(arrays: Many, results: Many, doutput: Tensor, numbers: Numbers, text: str) -> list[Tensor]:
     output, base, total = results
     how, block = _read(arrays, numbers, text)
-    *gradients, dbias = without_autocast(doutput, backward, how, block, output, base, total, doutput)
-    return [x.clone() for x in (*gradients, *([] if dbias is None else [dbias]))]
+    gradients = without_autocast(doutput, backward, how, block, output, base, total, doutput)
+    return [x.clone() for x in gradients if x is not None]
 
 
 @_tiled.register_fake  # type: ignore[untyped-decorator]
@@ -143,7 +143,7 @@ def _(arrays: Many, numbers: Numbers, text: str) -> list[Tensor]:
 
 @_tiled_backward.register_fake  # type: ignore[untyped-decorator]
 def _(arrays: Many, results: Many, doutput: Tensor, numbers: Numbers, text: str) -> list[Tensor]:
-    differentiated = 3 + ast.literal_eval(text)[-1][0]  # query, key, value, and a bias
+    differentiated = 3 + sum(ast.literal_eval(text)[-1][:2])  # query, key, value, and a bias and sinks
     return [x.new_empty(x.shape, dtype=doutput.dtype) for x in arrays[:differentiated]]
 
 

@@ -66,7 +66,7 @@ class SDPA(TorchKernel):
         return [-(-max(x.shape[-1] for x in call.operands[:3]) // multiple) * multiple] * 3
 
     def attend(self, call: Call) -> Array:
-        query, key, value, bias, mask, _, _ = call.operands
+        query, key, value, bias, mask, *_ = call.operands
         if call.options.precision is not None:
             call.backend.steps.check_precision(call.options.precision, None, query)
         if bias is not None and self.is_low(call):

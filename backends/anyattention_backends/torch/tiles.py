@@ -155,18 +155,15 @@ class How(NamedTuple):
         return tree_map(lambda index: arrays[index], self.structure)
 
     def differentiated(self) -> list[int]:
-        """The numbers of query, key, value and, if there is one, the bias."""
-        wanted = (self.structure.rows[0], *self.structure.columns, self.structure.pairs.bias)
+        """The numbers of query, key, value and, if there are any, of the bias and the sinks."""
+        wanted = (self.structure.rows[0], *self.structure.columns, *self.structure.pairs[:2])
         return [index for index in wanted if index is not None]
 
     def gradients(self, results: Sequence[Array], doutput: Array, arrays: Sequence[Array]) -> list[Array]:
         """Of those; within autocast as outside it."""
         block = self.block(arrays)
-        dquery, dkey, dvalue, dbias = operators.without_autocast(
-            doutput, self.backward, self.tiling, block, *results, doutput
-        )
-        found = [operators.as_returned(x, block) for x in (dquery, dkey, dvalue)]
-        return found if dbias is None else [*found, dbias]
+        found = operators.without_autocast(doutput, self.backward, self.tiling, block, *results, doutput)
+        return [*(operators.as_returned(x, block) for x in found[:3]), *(x for x in found[3:] if x is not None)]
 
 
 class _Tiled(torch.autograd.Function):  # type: ignore[misc]

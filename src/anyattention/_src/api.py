@@ -43,6 +43,7 @@ def dot_product_attention(
     is_causal: bool = False,
     scale: float | None = None,
     logits_soft_cap: float | None = None,
+    sinks: Array | None = None,
     implementation: Name | None = None,
 ) -> Array:
     """Attention of queries over keys and values, with the numbers of ``flax.linen.dot_product_attention``.
@@ -73,6 +74,9 @@ def dot_product_attention(
         is_causal: a query sees the keys at its own position and before (top-left aligned), and-ed with `mask`.
         scale: what the query is multiplied by in place of ``1 / sqrt(depth)``, rounded to the compute dtype.
         logits_soft_cap: caps the logits: ``cap * tanh(logits / cap)``, before bias and mask, as in Gemma 2.
+        sinks: a logit more in the sum of each softmax, of a key without a value, as in gpt-oss: ``[num_heads]``, or
+            two axes or more, broadcastable to ``[batch..., num_heads, q_length]``. A query that may see no key then
+            gets zero.
         implementation: ``"exact"``, ``"tiled"``, ``"fused"``, or None to choose; see `explain`.
 
     Returns:
@@ -108,6 +112,7 @@ def dot_product_attention(
         force_fp32_for_softmax=force_fp32_for_softmax,
         scale=scale,
         logits_soft_cap=logits_soft_cap,
+        sinks=sinks,
         einsum_dot_general=einsum_dot_general,
         qk_attn_weights_einsum=qk_attn_weights_einsum,
         attn_weights_value_einsum=attn_weights_value_einsum,
@@ -134,6 +139,7 @@ def dot_product_attention_weights(
     is_causal: bool = False,
     scale: float | None = None,
     logits_soft_cap: float | None = None,
+    sinks: Array | None = None,
     implementation: Name | None = None,
 ) -> Array:
     """The attention weights: arguments as `dot_product_attention`, without the value.
@@ -167,6 +173,7 @@ def dot_product_attention_weights(
         force_fp32_for_softmax=force_fp32_for_softmax,
         scale=scale,
         logits_soft_cap=logits_soft_cap,
+        sinks=sinks,
         einsum_dot_general=einsum_dot_general,
         qk_attn_weights_einsum=einsum,
         weights_only=True,
@@ -191,7 +198,8 @@ def dot_product_attention_vjp(
     is_causal: bool = False,
     scale: float | None = None,
     logits_soft_cap: float | None = None,
-) -> tuple[Array, Callable[[Array], tuple[Array, Array, Array, Any]]]:
+    sinks: Array | None = None,
+) -> tuple[Array, Callable[[Array], tuple[Any, ...]]]:
     """The output and its pullback: gradients for any library, NumPy included, in memory that grows with the lengths.
 
     Computed by the tiled implementation, whatever `config` says; arguments as `dot_product_attention`. The pullback
@@ -199,8 +207,8 @@ def dot_product_attention_vjp(
 
     Returns:
         The output, and the pullback: a function from the gradient of a loss by the output to its gradients by query,
-        key, value and bias. Each has the shape and dtype of what it belongs to, those of integers the compute dtype.
-        That of the bias is None where the bias is None or a Python scalar.
+        key, value and bias, and with sinks by these. Each has the shape and dtype of what it belongs to, those of
+        integers the compute dtype. That of the bias is None where the bias is None or a Python scalar.
 
     Raises:
         NotImplementedError: a call that tiled cannot serve, such as one of a complex dtype.
@@ -228,6 +236,7 @@ def dot_product_attention_vjp(
         force_fp32_for_softmax=force_fp32_for_softmax,
         scale=scale,
         logits_soft_cap=logits_soft_cap,
+        sinks=sinks,
     )
     plan.choose(call, TILED.name)  # which raises where tiled cannot serve the call
     arrays = call.backend.arrays
@@ -265,6 +274,7 @@ def explain(
     is_causal: bool = False,
     scale: float | None = None,
     logits_soft_cap: float | None = None,
+    sinks: Array | None = None,
     implementation: Name | None = None,
 ) -> Plan:
     """The plan that `dot_product_attention` follows for these very arguments; prints as a table.
@@ -299,6 +309,7 @@ def explain(
         force_fp32_for_softmax=force_fp32_for_softmax,
         scale=scale,
         logits_soft_cap=logits_soft_cap,
+        sinks=sinks,
         einsum_dot_general=einsum_dot_general,
         qk_attn_weights_einsum=qk_attn_weights_einsum,
         attn_weights_value_einsum=attn_weights_value_einsum,
@@ -307,16 +318,16 @@ def explain(
 
 def _outlined(implementation: str | None, **arguments: Any) -> Plan:
     """The plan for arguments of which some may be shapes that stand for arrays."""
-    backend = _backend(*(arguments[name] for name in ("query", "key", "value", "bias", "mask")))
+    backend = _backend(*(arguments[name] for name in ("query", "key", "value", "bias", "mask", "sinks")))
     found = backend.arrays.outline(lambda **given: plan.explain(_call(**given), implementation), arguments)
     odd = ((registry.additive(arguments["mask"]), _ADDITIVE), (registry.boolean(arguments["bias"]), _BOOLEAN))
     return found._replace(reasons=(*found.reasons, *(reason for is_odd, reason in odd if is_odd)))
 
 
-def _backend(query: Any, key: Any, value: Any, bias: Any, mask: Any) -> Backend:
+def _backend(query: Any, key: Any, value: Any, bias: Any, mask: Any, sinks: Any) -> Backend:
     """The backend of the one library that serves these arguments."""
     masks = {f"mask[{i}]": x for i, x in enumerate(mask.arrays())} if isinstance(mask, Mask) else {"mask": mask}
-    return registry.backend_for(query=query, key=key, value=value, bias=bias, **masks)
+    return registry.backend_for(query=query, key=key, value=value, bias=bias, **masks, sinks=sinks)
 
 
 def _call(
@@ -333,6 +344,7 @@ def _call(
     dtype: Any,
     scale: Any,
     logits_soft_cap: Any,
+    sinks: Any,
     **options: Any,
 ) -> Call:
     """The call, with all arrays in the one library that serves them."""
@@ -341,11 +353,11 @@ def _call(
         asked["scale"] = number("scale", scale)
     if logits_soft_cap is not None:
         asked["logits_soft_cap"] = number("logits_soft_cap", logits_soft_cap, positive=True)
-    kind = type(query)
-    if bias is mask is None and kind is type(key) and (kind is type(value) or value is None) and query is not None:
+    kind, lone = type(query), bias is mask is sinks is None
+    if lone and kind is type(key) and (kind is type(value) or value is None) and query is not None:
         backend = registry.backend_of(query, "query") or registry.backend_for(query=query)
     else:
-        backend = _backend(query, key, value, bias, mask)
+        backend = _backend(query, key, value, bias, mask, sinks)
     query, key = registry.array_of(backend, "query", query), registry.array_of(backend, "key", key)
     if "weights_only" not in asked:
         value = registry.array_of(backend, "value", value)
@@ -353,9 +365,13 @@ def _call(
         bias = registry.guest_of(backend, "bias", bias, query)
     if mask is not None:
         mask = registry.mask_of(backend, mask, query, key)
+    if sinks is not None:
+        if not hasattr(sinks, "shape"):
+            raise TypeError(f"sinks must be an array, one logit for each head, got a {type(sinks).__name__}")
+        sinks = registry.guest_of(backend, "sinks", sinks, query)
     if deterministic or dropout_rate == 0.0:
         dropout_rng = None
     else:
         asked["dropout"] = dropout_of(registry.rate_of(dropout_rate), broadcast_dropout, dropout_rng)
         dropout_rng = registry.key_of(backend, dropout_rng)
-    return make_call(backend, Operands(query, key, value, bias, mask, dropout_rng, None), dtype, asked)
+    return make_call(backend, Operands(query, key, value, bias, mask, dropout_rng, None, sinks), dtype, asked)

@@ -29,6 +29,7 @@ class Pairs(NamedTuple):
     """What belongs to a query and a key at once: arrays ``[lead..., rows or 1, columns or 1]``, or None."""
 
     bias: Array | None = None
+    sinks: Array | None = None  # a logit more in the sum of each row, of no value; of one column
     mask: Any = None  # see `lowering.visible`
     counts: Any = None  # of the dropout bits, see `threefry.counts`
     statistics: Any = None  # backward only: base, total; then base, delta

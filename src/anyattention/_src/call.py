@@ -25,6 +25,7 @@ class Operands(NamedTuple):
     mask: Any = None  # an array, broadcastable likewise, or a mask by rule; with causality
     dropout_key: Any = None
     origin: Any = None  # position of the first query and key in the whole of which they are a shard; None for the whole
+    sinks: Any = None  # [num_heads], or of more axes broadcastable to [batch..., num_heads, q_length]
 
 
 class Dropout(NamedTuple):
@@ -81,9 +82,9 @@ class Call:
     @property
     def needs(self) -> frozenset[str]:
         """What the call asks for beyond query, key and value: names of operands and options, and "grouped heads"."""
-        query, key, _, bias, mask, dropout_key, origin = self.operands
+        query, key, _, bias, mask, dropout_key, origin, sinks = self.operands
         words = _NOTHING if _PLAIN.get(self.options.dtype) is self.options else self.options.needs
-        if not (bias is mask is dropout_key is origin is None):
+        if not (bias is mask is dropout_key is origin is sinks is None):
             words = words.union([name for name, x in self.operands._asdict().items() if x is not None]) - _ALWAYS
         return words if query.shape[-2] == key.shape[-2] else words | {"grouped heads"}
 
@@ -91,6 +92,12 @@ class Call:
     def scale(self) -> float:
         """What logits are multiplied by."""
         return self.operands.query.shape[-1] ** -0.5 if self.options.scale is None else self.options.scale
+
+    @property
+    def sinks(self) -> Array | None:
+        """The sinks as a column of the logits, ``[..., num_heads or 1, q_length or 1, 1]``."""
+        sinks = self.operands.sinks
+        return None if sinks is None else sinks[:, None, None] if sinks.ndim == 1 else sinks[..., None]
 
     @property
     def lengths(self) -> tuple[int, int]:
@@ -135,7 +142,8 @@ class Call:
             query, key, value = own(query), own(key), own(value)
         bias = own(bias) if hasattr(bias, "shape") else bias
         mask = mask.with_arrays(own) if isinstance(mask, Mask) else own(mask) if hasattr(mask, "shape") else mask
-        operands = self.operands._replace(query=query, key=key, value=value, bias=bias, mask=mask)
+        sinks = None if self.operands.sinks is None else own(self.operands.sinks)
+        operands = self.operands._replace(query=query, key=key, value=value, bias=bias, mask=mask, sinks=sinks)
         return replace(self, operands=operands, _structure=None)
 
     def operands_fit(self) -> bool:
@@ -157,7 +165,7 @@ def make_call(backend: Backend, operands: Operands, dtype: Any, asked: dict[str,
     Raises:
         ShapeError, TypeError, ValueError: as `dot_product_attention` says.
     """
-    query, key, value, bias, mask, dropout_key, origin = operands
+    query, key, value, bias, mask, dropout_key, origin, sinks = operands
     whole_products = _check_einsums(asked) if asked else False
     try:
         if value is None:
@@ -175,7 +183,9 @@ def make_call(backend: Backend, operands: Operands, dtype: Any, asked: dict[str,
             bias = _in_32_bits(backend, bias)
     if asked.pop("is_causal", False):
         mask = _with_causality(backend, query, key, mask)
-    operands = Operands(query, key, value, bias, mask, dropout_key, origin)
+    if sinks is not None:
+        _check_sinks(backend, sinks, query)
+    operands = Operands(query, key, value, bias, mask, dropout_key, origin, sinks)
     if asked:
         return Call(backend=backend, operands=operands, options=Options(dtype=name, **asked))
     return Call(backend=backend, operands=operands, options=_PLAIN.get(name) or Options(dtype=name))
@@ -195,6 +205,19 @@ def dropout_of(rate: Any, broadcast: Any, key: Any) -> Dropout:
     if key is None:
         raise ValueError("dropout needs a key: pass dropout_rng=anyattention.random.key(seed), or deterministic=True")
     return Dropout(type(rate)(1.0 - rate), bool(broadcast))  # bfloat16 alone would become float64
+
+
+def _check_sinks(backend: Backend, sinks: Array, query: Array) -> None:
+    if (name := backend.arrays.dtype_name(sinks)) == "bool" or name.startswith("complex"):
+        raise TypeError(f"sinks must be real numbers, got {name}")
+    *batch, q_length, heads, _ = query.shape
+    whole, shape = (*batch, heads, q_length), (*sinks.shape, 1) if sinks.ndim == 1 else tuple(sinks.shape)
+    pairs = zip(reversed(shape), reversed(whole), strict=False)
+    if not 2 <= len(shape) <= len(whole) or any(size not in (1, to) and not unknown(to) for size, to in pairs):
+        raise ShapeError(
+            f"sinks have shape {tuple(sinks.shape)}, but need [num_heads], ({heads},), or two axes or more that can be "
+            f"broadcast to [batch..., num_heads, q_length], {whole}"
+        )
 
 
 def number(name: str, x: Any, positive: bool = False) -> float | None:
@@ -263,11 +286,11 @@ def _check_shapes(query: Array, key: Array, value: Array | None, grouped: bool) 
 
 def _check_devices(operands: Operands) -> None:
     """Raise ValueError where tensors are on several devices, of which PyTorch names no argument, or says nothing."""
-    query, key, value, bias, mask, *_ = operands
-    if query.device == key.device and bias is mask is None and (value is None or query.device == value.device):
+    query, key, value, bias, mask, *_, sinks = operands
+    if query.device == key.device and bias is mask is sinks is None and (value is None or query.device == value.device):
         return
     masks = mask.arrays() if isinstance(mask, Mask) else [mask]
-    for name, x in (("key", key), ("value", value), ("bias", bias), *(("mask", x) for x in masks)):
+    for name, x in (("key", key), ("value", value), ("bias", bias), ("sinks", sinks), *(("mask", x) for x in masks)):
         if hasattr(x, "device") and x.device != query.device:
             raise ValueError(f"query is on {query.device}, {name} on {x.device}: move them to one device first")
 

@@ -10,7 +10,7 @@ EINSUMS = ("einsum_dot_general", "qk_attn_weights_einsum", "attn_weights_value_e
 # What both of the project's own implementations honour.
 OWN = frozenset(
     {"bias", "mask", "dropout_key", "dropout", "precision", "force_fp32_for_softmax", "grouped heads"}
-    | {"scale", "logits_soft_cap"}
+    | {"scale", "logits_soft_cap", "sinks"}
 )
 # Why a word is not served, where there is more to say than that.
 _WHY = {
@@ -21,6 +21,7 @@ _WHY = {
     "precision": "its precision is its own",
     "origin": "it takes no shard of a whole",
     "logits_soft_cap": "it has no soft cap",
+    "sinks": "it has no sinks",
     **dict.fromkeys(EINSUMS, "einsum overrides take whole products"),
 }
 _SILENT = {"dropout_key": "dropout", "whole": "origin"}  # words that come with another, which is told instead

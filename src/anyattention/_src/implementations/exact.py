@@ -7,7 +7,8 @@ The order of these steps, and the dtype of each, is the whole of what makes the 
     logits <- cap * tanh(logits / cap)                where there is a soft cap, which Flax lacks
     logits <- logits + bias                           in the wider of the two dtypes
     logits <- logits where mask, else finfo.min       the finite minimum of the *compute* dtype: a replacement
-    weights <- softmax(logits)                        in the logits' dtype, then back to the compute dtype
+    weights <- softmax(logits)                        in the logits' dtype, then back to the compute dtype;
+                                                      over the sink too, where there is one, which Flax lacks
     weights <- weights * keep / keep_prob             dropout, not renormalised
     output <- weights . value
 
@@ -59,7 +60,7 @@ def attention_weights(call: Call) -> Array:
     """The weight of each key for each query, ``[batch..., num_heads, q_length, kv_length]``."""
     backend, options = call.backend, call.options
     arrays, steps, dtype = backend.arrays, backend.steps, options.dtype
-    query, key, _, bias, mask, _, _ = call.operands
+    (query, key, _, bias, mask, *_), sinks = call.operands, call.sinks
     if options.scale is None:
         query = steps.scale(query, query.shape[-1], dtype)
     else:
@@ -77,11 +78,17 @@ def attention_weights(call: Call) -> Array:
             mask = call.visible(mask)
         logits = steps.where(mask, logits, steps.lowest(dtype))
 
+    if sinks is not None:
+        logits, sinks = arrays.join(logits, sinks)
+        sinks = backend.xp.broadcast_to(sinks, (*logits.shape[:-1], 1))
+        logits = backend.xp.concat((logits, sinks), axis=-1)
+
     if options.force_fp32_for_softmax and dtype != "float32":
         weights = steps.softmax(arrays.cast(logits, "float32"))
     else:
         weights = arrays.cast(steps.softmax(logits), dtype)
 
+    weights = weights if sinks is None else weights[..., :-1]
     if options.module:  # a Flax module that collects the weights, before dropout
         options.module.sow("intermediates", "attention_weights", weights)
     return weights if options.dropout is None else weights_after_dropout(call, options.dropout, weights)

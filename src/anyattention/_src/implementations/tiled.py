@@ -54,18 +54,17 @@ class Tiled(Implementation):
         """
         call = call.of_copies()
         how, block = prepare(call)
-        arrays, tiles, bias, group = call.backend.arrays, call.backend.tiles, call.operands.bias, _group(call)
+        arrays, tiles, bias, sinks = call.backend.arrays, call.backend.tiles, call.operands.bias, call.operands.sinks
+        group = _group(call)
         results = tiles.compiled(forward, how, block)
 
         def pullback(doutput: Array) -> Gradients:
             doutput = _heads_first(arrays, arrays.cast(doutput, how.dtype), results[0].ndim, group)
-            *gradients, dbias = tiles.compiled(backward, how, block, *results, doutput)
+            *gradients, dbias, dsinks = tiles.compiled(backward, how, block, *results, doutput)
             parts = zip(gradients, call.operands[:3], given, strict=True)
             dquery, dkey, dvalue = (_like(arrays, gradient, x, group, name) for gradient, x, name in parts)
-            if not hasattr(bias, "shape"):  # None or a scalar
-                return dquery, dkey, dvalue, None
-            dbias = arrays.cast(arrays.xp.reshape(dbias, tuple(bias.shape)), arrays.dtype_name(bias))
-            return dquery, dkey, dvalue, dbias
+            dbias = _shaped(arrays, dbias, bias) if hasattr(bias, "shape") else None  # of None or a scalar
+            return dquery, dkey, dvalue, dbias, *([] if sinks is None else [_shaped(arrays, dsinks, sinks)])
 
         return arrays.own(_restored(call, results[0])), pullback
 
@@ -75,19 +74,22 @@ TILED = Tiled()
 
 def prepare(call: Call) -> tuple[Tiling, Block]:
     """The call as a block: heads first, all arrays of one rank, in the accumulators' dtype."""
-    query, key, value, bias, mask, dropout_key, origin = call.operands
+    (query, key, value, bias, mask, dropout_key, origin, _), sinks = call.operands, call.sinks
     options, arrays, xp, group = call.options, call.backend.arrays, call.backend.xp, _group(call)
     wide = dtypes.promote(options.dtype, "float32")
     if bias is not None:
         bias = bias if hasattr(bias, "shape") else arrays.adopt(bias, query)
         wide = dtypes.promote(wide, arrays.dtype_name(bias))
+    if sinks is not None:
+        wide = dtypes.promote(wide, arrays.dtype_name(sinks))
+        sinks = arrays.cast(sinks, wide)
     lengths, to, mask = call.lengths, call.lowering(), as_mask(mask)
     expression = None if mask is None else mask.lower(to)
-    rank = max(x.ndim for x in (query, bias, *to.operands) if x is not None) + (group is not None)
+    rank = max(x.ndim for x in (query, bias, sinks, *to.operands) if x is not None) + (group is not None)
 
     q, k, v = (_heads_first(arrays, arrays.cast(x, wide), rank, group) for x in (query, key, value))
     shown = _shown(call, k, v, group)
-    pairs = tree_map(lambda x: _pair(xp, x, rank, group), Pairs(bias, tuple(to.operands)))
+    pairs = tree_map(lambda x: _pair(xp, x, rank, group), Pairs(bias, sinks, tuple(to.operands)))
     block = Block((q,), (k, v), pairs)
     lead, (rows, columns) = block.lead, block.grown_lengths
     if rows != lengths[0] or lead != tuple(q.shape[:-2]):  # grown by a bias or mask
@@ -148,6 +150,11 @@ def _pair(xp: Any, x: Array, rank: int, group: int | None) -> Array:
         heads = (1, 1) if shape[-3] == 1 else (group, shape[-3] // group)
         shape = (*shape[:-3], *heads, *shape[-2:])
     return xp.reshape(x, shape)
+
+
+def _shaped(arrays: Arrays, gradient: Array, x: Array) -> Array:
+    """The gradient of a bias or of sinks, in their shape and dtype."""
+    return arrays.cast(arrays.xp.reshape(gradient, tuple(x.shape)), arrays.dtype_name(x))
 
 
 def _like(arrays: Arrays, gradient: Array, x: Array, group: int | None, given: str) -> Array:

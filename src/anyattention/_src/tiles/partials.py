@@ -36,6 +36,12 @@ def of_hidden(tiles: Tiles, rows: Array, fill: float, values: tuple[Array, ...])
     return Partial(ones * fill, ones * sum(x.shape[-2] for x in values), ones * sum(sums[1:], sums[0]))
 
 
+def of_sinks(xp: Any, sinks: Array, rows: Partial, small: bool) -> Partial:
+    """The partial of a key without a value, whose logit is the sink of each row; `small` ones are their own base."""
+    ones, nothing = xp.ones_like(rows.total), xp.zeros_like(rows.output)
+    return Partial(None, ones * xp.exp(sinks), nothing) if small else Partial(ones * sinks, ones, nothing)
+
+
 def merge(tiles: Tiles, a: Partial, b: Partial) -> Partial:
     """The partial of the union of two disjoint sets of keys, whose bases it may overwrite."""
     if a.base is None and b.base is None:

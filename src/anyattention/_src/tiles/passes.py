@@ -23,10 +23,10 @@ from anyattention._src.call import Options
 from anyattention._src.hidden import unspoiled
 from anyattention._src.interfaces import Backend
 from anyattention._src.rules import Mask
-from anyattention._src.tiles.partials import Partial, finish, finite, merge, of_hidden
+from anyattention._src.tiles.partials import Partial, finish, finite, merge, of_hidden, of_sinks
 
 Array = Any
-Gradients = tuple[Array, Array, Array, Array | None]
+Gradients = tuple[Array, Array, Array, Array | None, Array | None]
 Expression = lowering.Expression | None
 BOUND = 20.0  # exp(20) is 5e8: sums over any length, times values, stay in the range of float32
 
@@ -109,6 +109,9 @@ def attend(tiling: Tiling, parts: tuple[Block, ...]) -> tuple[tuple[Array, ...],
     state = absorbed(tiling, parts)
     if (tiling.skip or tiling.bounded) and (state is None or not _sound(tiling, state)):
         state = absorbed(tiling._replace(skip=False, bounded=False), parts)
+    if (sinks := parts[0].pairs.sinks) is not None:
+        small = state.base is None and tiling.backend.arrays.surely(xp.abs(sinks) <= BOUND, True)
+        state = merge(tiling.backend.tiles, state, of_sinks(xp, sinks, state, small))
     base = xp.zeros_like(state.total) if state.base is None else state.base
     output = finish(state, tiling.keep_prob)
     if spoiled is not None:
@@ -246,20 +249,20 @@ def _inspected(tiling: Tiling, block: Block) -> Tiling:
 
 
 def backward(tiling: Tiling, block: Block, output: Array, base: Array, total: Array, doutput: Array) -> Gradients:
-    """The gradients of query, key, value and bias, each in its own shape, from that of the output."""
-    backend, bias = tiling.backend, block.pairs.bias
-    wanted = (block.rows[0], *block.columns, bias)
+    """The gradients of query, key, value, bias and sinks, each in its own shape, from that of the output."""
+    backend, bias, sinks = tiling.backend, block.pairs.bias, block.pairs.sinks
+    wanted = (block.rows[0], *block.columns, bias, sinks)
     if block.empty:
         return tree_map(backend.xp.zeros_like, wanted)
     block = with_bounds(tiling, unspoiled(backend.xp, block))
     pairs = block.pairs._replace(statistics=(base, total))
     whole = Block((block.rows[0], doutput, output), block.columns, pairs)
     by_row = tiling.bias_axes[0]
-    like = (block.rows[0], bias if by_row else None), (*block.columns, None if by_row else bias)
+    like = (block.rows[0], bias if by_row else None, sinks), (*block.columns, None if by_row else bias)
     draw = partial(threefry.keep_at, backend.xp, tiling.keep_prob)
     results = backend.tiles.map_rows(partial(pull_back, tiling), whole, (everything(block),), tiling.sizes, like, draw)
-    (dquery, dbias_rows), (dkey, dvalue, dbias) = results
-    gradients = (dquery, dkey, dvalue, dbias_rows if by_row else dbias)
+    (dquery, dbias_rows, dsinks), (dkey, dvalue, dbias) = results
+    gradients = (dquery, dkey, dvalue, dbias_rows if by_row else dbias, dsinks)
     return tree_map(lambda x, gradient: sum_to(backend.xp, gradient, x.shape), wanted, gradients)
 
 
@@ -284,13 +287,17 @@ def pull_back(tiling: Tiling, parts: tuple[Block, ...]) -> tuple[tuple[Array, ..
     dquery, (dkey, dvalue, dbias) = tiles.scan_columns(step, None, block, tiling.sizes)
     unit = tiles.power_unit if tiling.bounded else 1.0
     dquery, dkey = dquery / tiling.root, dkey if unit == 1.0 else dkey / unit
+    if (dsinks := block.pairs.sinks) is not None:
+        (base, delta), sinks = block.pairs.statistics, dsinks
+        dsinks = -tiling.backend.xp.exp(sinks if base is None else sinks - base) * delta
+        dsinks = sum_to(tiling.backend.xp, dsinks, (*sinks.shape[:-2], *dsinks.shape[-2:]))
     if dbias is None:
-        return (dquery, None), (dkey, dvalue, None)
+        return (dquery, None, dsinks), (dkey, dvalue, None)
     dbias = tiles.transpose(dbias)
     by_row, by_column = tiling.bias_axes
     if not by_column:
         dbias = tiles.row_sum(dbias)
-    return (dquery, dbias if by_row else None), (dkey, dvalue, None if by_row else dbias)
+    return (dquery, dbias if by_row else None, dsinks), (dkey, dvalue, None if by_row else dbias)
 
 
 def pull_tile(tiling: Tiling, dquery: Array | None, tile: Block) -> tuple[Array, tuple[Array, Array, Array | None]]:
