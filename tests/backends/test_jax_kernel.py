@@ -240,6 +240,15 @@ def test_grouped_heads_and_other_batches(kernel):
     same_as_flax(arrays(batch=(2, 3), q_length=7), SegmentMask(*ids) & LengthMask(LENGTHS[:, None, None][0]))
 
 
+def test_scale(kernel):
+    """In the kernel, and where low biases send the call to tiled."""
+    exact, low = partial(aa.dot_product_attention, implementation="exact"), jnp.full((9, 1), -1e4)
+    for options in ({"mask": MASKS["both lengths"]}, {"bias": low}):
+        pairs = (value_and_gradients(function, *arrays(), scale=0.7, **options) for function in (fused, exact))
+        for actual, right in zip(*pairs, strict=True):
+            np.testing.assert_allclose(actual, right, rtol=2e-5, atol=2e-5)
+
+
 def test_bias(kernel):
     """Also minus infinity, for a whole row or where everything else is hidden."""
     args = arrays()
