@@ -320,3 +320,19 @@ def test_lengths_as_kernels_take_them(library):
         found = short(backend_of(library.put(HEADS)).arrays, library.put(np.array([0, 5, largest], dtype)))
         assert library.get(found).tolist() == [0, 5, min(largest, 2**31 - 1)]
         assert library.get(found).dtype == np.int32
+
+
+@pytest.mark.parametrize("put", [np.asarray, jnp.asarray, torch.asarray])
+def test_lengths_and_ids_that_are_no_integers(put):
+    """A boolean mask of padding is no length, nor is a number with a fraction."""
+    x, padding, halves = (put(y) for y in (np.ones((2, 3, 1, 4), np.float32), TOKENS > 0, np.full((2, 3), 0.5)))
+    for mask, message in (
+        (LengthMask(padding[:, 0]), "kv_lengths of .* must be integers, got bool"),
+        (LengthMask(put(np.array([2, 1])), halves[:, 0]), "query_lengths of .* must be integers, got float"),
+        (SegmentMask(halves, halves), "query_ids of .* must be integers, got float"),
+    ):
+        for implementation in (None, "tiled"):
+            with pytest.raises(TypeError, match=message):
+                aa.dot_product_attention(x, x, x, mask=mask, implementation=implementation)
+        with pytest.raises(TypeError, match=message):
+            mask.to_array(3, 3)

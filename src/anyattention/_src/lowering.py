@@ -82,6 +82,8 @@ class Lowering:
         """Numbers that a mask has, ``[batch...]``, or ids ``[batch..., length]`` of queries (axis -2) or keys (-1)."""
         x = getattr(mask, name)
         x = x if hasattr(x, "shape") else self.arrays.adopt(x, self.like)  # an integer is one for all batch entries
+        if not (kind := self.arrays.dtype_name(x)).startswith(("int", "uint")):
+            raise TypeError(f"{name} of {mask} must be integers, got {kind}")
         batch, sizes = tuple(x.shape), (1, 1)
         if axis is not None:
             length = self.lengths[axis]
