@@ -63,11 +63,10 @@ def test_broadcast_arrays(arguments):
     ],
 )
 def test_masked_arrays(arguments, put, name):
-    """Their mask would be lost without a word."""
+    """Their mask would be lost without a word, as in Flax once JAX has compiled a program for such shapes."""
     given = {n: np.ma.array(x) if n == name else put(x) for n, x in arguments.items()}
-    for function in (aa.dot_product_attention, *[linen.dot_product_attention] * (put is not torch.tensor)):
-        with pytest.raises(ValueError, match="numpy masked arrays are not supported"):
-            function(**given)
+    with pytest.raises(ValueError, match="numpy masked arrays are not supported"):
+        aa.dot_product_attention(**given)
 
 
 @pytest.mark.parametrize("dtype", ["object", "U1", "S1", "M8[s]", ">f4", ">i2"])

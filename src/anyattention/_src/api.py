@@ -199,7 +199,7 @@ def dot_product_attention_vjp(
     scale: float | None = None,
     logits_soft_cap: float | None = None,
     sinks: Array | None = None,
-) -> tuple[Array, Callable[[Array], tuple[Any, ...]]]:
+) -> tuple[Array, Callable[[Array], tuple[Array, Array, Array, *tuple[Any, ...]]]]:
     """The output and its pullback: gradients for any library, NumPy included, in memory that grows with the lengths.
 
     Computed by the tiled implementation, whatever `config` says; arguments as `dot_product_attention`. The pullback
