@@ -4,6 +4,7 @@ import ast
 import pickle
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,7 @@ def test_other_inputs_than_those_recorded_are_refused(monkeypatch):
 def test_the_recording_is_small():
     from anyattention_conformance.oracles import GOLDEN as PATH
 
-    assert PATH.stat().st_size < 4 * 2**20
+    assert len(zlib.compress(PATH.read_bytes())) < 3e6  # as a wheel has it
 
 
 def test_without_asserts_the_live_flax_answers_as_with_them():
