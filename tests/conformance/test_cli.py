@@ -268,6 +268,7 @@ def test_an_exception_for_another_reason_is_no_refusal(name, message):
     assert conform("conform", f"{SAMPLES}:right", *arguments[:4]).returncode == 0
 
 
+@pytest.mark.needs("torch")
 @pytest.mark.parametrize("name", ["torch", "numpy"])
 def test_a_file_named_like_a_library_does_not_take_its_place(name, tmp_path):
     code = "import numpy, torch\ndef attention(query, key, value):\n    return torch.softmax(query, -1)\n"

@@ -97,6 +97,7 @@ def both(query: "torch.Tensor", key: "jax.Array", value):
     return torch.exp(query) + jnp.exp(key)
 
 
+@pytest.mark.needs("jax", "torch")  # both of which this file imports
 @pytest.mark.parametrize("function", [nothing, both, anyattention.dot_product_attention])
 def test_what_is_unclear_has_to_be_named(function):
     with pytest.raises(UnclearError):

@@ -305,6 +305,7 @@ def test_ours_is_not(framework):
     assert names(anyattention.dot_product_attention, framework) == []
 
 
+@pytest.mark.needs("torch", "mlx", "transformers")
 @pytest.mark.parametrize("name", ["torch-sdpa", "huggingface-sdpa", "huggingface-eager", "mlx-fast"])
 def test_attentions_of_other_libraries_are_not(name):
     target = targets.load(name)
