@@ -173,6 +173,7 @@ def tile_logits(tiling: Tiling, tile: Block, visible: Array | None) -> tuple[Arr
     backend, bias, capped = tiling.backend, tile.pairs.bias, None
     logits = backend.tiles.logits(tile.rows[0], tile.columns[0], tiling.options.precision, tiling.precise)
     if (cap := tiling.options.logits_soft_cap) is not None:
+        cap = cap * (backend.tiles.power_unit if tiling.bounded else 1.0)
         capped = backend.xp.tanh(logits / cap)
         logits = capped * cap
     if bias is not None:
@@ -242,7 +243,7 @@ def _inspected(tiling: Tiling, block: Block) -> Tiling:
     largest = xp.max(rows) * xp.max(columns) / abs(tiling.root)
     small = arrays.surely(largest <= BOUND, True)
     finite = values is None or arrays.surely(xp.isfinite(values), True)
-    bounded = small and finite and tiling.options.logits_soft_cap is None
+    bounded = small and finite
     if bounded and pairs.bias is not None:
         bounded = size is not None and arrays.surely(largest + xp.max(size) <= BOUND, True)
     return tiling._replace(bounded=bounded, precise=tiling.precise and not small, skip=tiling.skip and finite)
