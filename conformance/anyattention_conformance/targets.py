@@ -72,7 +72,7 @@ class Target:
             with quiet():
                 arrays = {name: self.framework.put(x) for name, x in CASES[0].inputs().items()}
                 signature.call(self.function, arrays)
-        except Exception:
+        except Exception:  # the target's own, of any class; if it fails by place too, that call reports it
             return False
         return True
 

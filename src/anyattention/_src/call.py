@@ -220,14 +220,12 @@ def _check_sinks(backend: Backend, sinks: Array, query: Array) -> None:
         )
 
 
-def number(name: str, x: Any, positive: bool = False) -> float | None:
-    """A number that is an option of a call, as a Python float; None stays.
+def number(name: str, x: Any, positive: bool = False) -> float:
+    """A number that is an option of a call, as a Python float.
 
     Raises:
         TypeError, ValueError: what is no number known here, or no finite one, or not positive where it has to be.
     """
-    if x is None:
-        return None
     try:
         if isinstance(x, bool | str | bytes):
             raise TypeError
