@@ -101,6 +101,18 @@ def _on_four_devices(script: str) -> Any:
 
 
 @pytest.fixture
+def gpu_with_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pretended GPU with cuDNN and without tokamax, for choosing alone."""
+    from anyattention_backends.jax import backend
+
+    cudnn, tokamax, _ = backend.engines
+    monkeypatch.setattr(backend.arrays, "platform", lambda x: "gpu")
+    monkeypatch.setitem(vars(cudnn), "absent", "")
+    monkeypatch.setitem(vars(cudnn), "most_depth", 256)
+    monkeypatch.setitem(vars(tokamax), "absent", "tokamax is not installed: pip install 'anyattention[tokamax]'")
+
+
+@pytest.fixture
 def run_examples(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
     """Runs the Python examples of a Markdown file in order, all in one namespace.
 

@@ -17,13 +17,8 @@ LENGTHS = np.array([0, 100])
 
 
 @pytest.fixture
-def gpu(monkeypatch):
-    """A pretended GPU with cuDNN, for choosing and for lowering, not for running."""
-    cudnn, tokamax, _ = backend.engines
-    monkeypatch.setattr(backend.arrays, "platform", lambda x: "gpu")
-    monkeypatch.setitem(vars(cudnn), "absent", "")
-    monkeypatch.setitem(vars(cudnn), "most_depth", 256)
-    monkeypatch.setitem(vars(tokamax), "absent", "tokamax is not installed")
+def gpu(gpu_with_cudnn, monkeypatch):
+    """For lowering too, not for running."""
     for name, answer in (
         ("check_cudnn_version", lambda: 91000),
         ("check_compute_capability", lambda capability: True),

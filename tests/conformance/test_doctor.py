@@ -129,19 +129,7 @@ def test_what_is_wrong_is_below_the_table():
 
 
 @pytest.fixture
-def gpu(monkeypatch):
-    """A pretended GPU with cuDNN, for choosing alone."""
-    from anyattention_backends.jax import backend
-
-    cudnn, tokamax, _ = backend.engines
-    monkeypatch.setattr(backend.arrays, "platform", lambda x: "gpu")
-    monkeypatch.setitem(vars(cudnn), "absent", "")
-    monkeypatch.setitem(vars(cudnn), "most_depth", 256)
-    monkeypatch.setitem(vars(tokamax), "absent", "tokamax is not installed: pip install 'anyattention[tokamax]'")
-
-
-@pytest.fixture
-def on_gpu(gpu):
+def on_gpu(gpu_with_cudnn):
     """JAX on it, as far as choosing goes."""
     machine, found = Machine("jax"), Library("jax", jax.__version__, "NVIDIA H100")
     for call in USUAL:
