@@ -12,8 +12,8 @@ import torch
 from flax import linen
 
 import anyattention as aa
-from anyattention._src.lowering import short
 from anyattention._src.registry import backend_of
+from anyattention._src.rules import short
 from anyattention.masks import CausalMask, LengthMask, LocalMask, SegmentMask
 
 TOKENS = np.asarray([[2.0, 3.0, 0.0], [1.0, 0.0, 0.5]], dtype=np.float32)
@@ -148,7 +148,7 @@ def test_no_accidents(arrays):
     for use in (np.asarray, bool, len, lambda mask: linen.combine_masks(mask, mask), lambda mask: mask.ndim):
         with pytest.raises(TypeError, match="to_array"):
             use(mask)
-    with pytest.raises(TypeError, match="offset must be a Python integer"):
+    with pytest.raises(TypeError, match="offset of CausalMask must be an integer or an array"):
         CausalMask(1.0)
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import anyattention as aa
-from anyattention._src import plan, registry, threefry
+from anyattention._src import arguments, plan, registry, threefry
 from anyattention._src.blocks import cut_columns
 from anyattention._src.call import Dropout, Operands, Options
 from anyattention._src.implementations.tiled import TILED, prepare
@@ -32,7 +32,7 @@ def call_of(library, rows, columns, mask, dropout, whole=True):
         mask = aa.masks.SegmentMask(put(IDS[:, slice(*rows)]), put(IDS[:, slice(*columns)]))
     mask = None if mask is None else mask.with_arrays(lambda x: put(x) if isinstance(x, np.ndarray) else x)
     backend = registry.backend_of(operands[0])
-    key = registry.key_of(backend, aa.random.key(3)) if dropout else None
+    key = arguments.key_of(backend, aa.random.key(3)) if dropout else None
     bias = put(BIAS[:, slice(*rows), slice(*columns)])
     origin = (rows[0], columns[0])
     options = Options(dtype="float32", dropout=dropout, whole=(33, 47))

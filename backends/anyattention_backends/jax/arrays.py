@@ -120,19 +120,20 @@ class JAXArrays(Arrays):
 
 @cache
 def register(kind: Any) -> None:
-    """Let masks of a class, which are dataclasses, pass through jit, vmap and grad; integers are static."""
+    """Let rules of a class, which are dataclasses, through jit, vmap and grad; numbers and functions are static."""
     names = [field.name for field in fields(kind)]
 
-    def flatten(mask: Any) -> tuple[list[Any], tuple[Any, ...]]:
-        values = [getattr(mask, name) for name in names]
-        static = tuple(x if isinstance(x, int | str) else None for x in values)
+    def flatten(rule: Any) -> tuple[list[Any], tuple[Any, ...]]:
+        values = [getattr(rule, name) for name in names]
+        given = zip(names, values, strict=True)
+        static = tuple(x if name == "function" or isinstance(x, int | float | str) else None for name, x in given)
         return [x if fixed is None else None for x, fixed in zip(values, static, strict=True)], static
 
     def unflatten(static: tuple[Any, ...], leaves: list[Any]) -> Any:
-        mask: Any = object.__new__(kind)
+        rule: Any = object.__new__(kind)
         values = (leaf if fixed is None else fixed for leaf, fixed in zip(leaves, static, strict=True))
-        vars(mask).update(zip(names, values, strict=True))
-        return mask
+        vars(rule).update(zip(names, values, strict=True))
+        return rule
 
     jax.tree_util.register_pytree_node(kind, flatten, unflatten)
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
-from anyattention._src import plan, registry
+from anyattention._src import arguments, plan, registry
 from anyattention._src.call import Call, Operands, dropout_of, make_call, number
 from anyattention._src.errors import ShapeError
 from anyattention._src.implementations.tiled import TILED
@@ -240,14 +240,14 @@ def dot_product_attention_vjp(
     )
     plan.choose(call, TILED.name)  # which raises where tiled cannot serve the call
     arrays = call.backend.arrays
-    given = [arrays.dtype_name(registry.array_of(call.backend, "", x)) for x in (query, key, value)]
+    given = [arrays.dtype_name(arguments.array_of(call.backend, "", x)) for x in (query, key, value)]
     output, pullback = arrays.run(call.operands.query, TILED.vjp, call, given)
     return output, partial(_pulled_back, call.backend, pullback, tuple(output.shape))
 
 
 def _pulled_back(backend: Backend, pullback: Callable[[Array], Any], shape: tuple[Any, ...], doutput: Array) -> Any:
     """The gradients, from that of the output."""
-    doutput = registry.array_of(backend, "doutput", doutput)
+    doutput = arguments.array_of(backend, "doutput", doutput)
     if tuple(doutput.shape) != shape:
         raise ShapeError(f"doutput must have the shape of the output, {shape}, got {tuple(doutput.shape)}")
     return backend.arrays.run(doutput, pullback, doutput)
@@ -316,11 +316,11 @@ def explain(
     )
 
 
-def _outlined(implementation: str | None, **arguments: Any) -> Plan:
+def _outlined(implementation: str | None, **given: Any) -> Plan:
     """The plan for arguments of which some may be shapes that stand for arrays."""
-    backend = _backend(*(arguments[name] for name in ("query", "key", "value", "bias", "mask", "sinks")))
-    found = backend.arrays.outline(lambda **given: plan.explain(_call(**given), implementation), arguments)
-    odd = ((registry.additive(arguments["mask"]), _ADDITIVE), (registry.boolean(arguments["bias"]), _BOOLEAN))
+    backend = _backend(*(given[name] for name in ("query", "key", "value", "bias", "mask", "sinks")))
+    found = backend.arrays.outline(lambda **shapes: plan.explain(_call(**shapes), implementation), given)
+    odd = ((arguments.additive(given["mask"]), _ADDITIVE), (arguments.boolean(given["bias"]), _BOOLEAN))
     return found._replace(reasons=(*found.reasons, *(reason for is_odd, reason in odd if is_odd)))
 
 
@@ -358,20 +358,20 @@ def _call(
         backend = registry.backend_of(query, "query") or registry.backend_for(query=query)
     else:
         backend = _backend(query, key, value, bias, mask, sinks)
-    query, key = registry.array_of(backend, "query", query), registry.array_of(backend, "key", key)
+    query, key = arguments.array_of(backend, "query", query), arguments.array_of(backend, "key", key)
     if "weights_only" not in asked:
-        value = registry.array_of(backend, "value", value)
+        value = arguments.array_of(backend, "value", value)
     if bias is not None and type(bias) not in (bool, int, float, complex):
-        bias = registry.guest_of(backend, "bias", bias, query)
+        bias = arguments.guest_of(backend, "bias", bias, query)
     if mask is not None:
-        mask = registry.mask_of(backend, mask, query, key)
+        mask = arguments.mask_of(backend, mask, query, key)
     if sinks is not None:
         if not hasattr(sinks, "shape"):
             raise TypeError(f"sinks must be an array, one logit for each head, got a {type(sinks).__name__}")
-        sinks = registry.guest_of(backend, "sinks", sinks, query)
+        sinks = arguments.guest_of(backend, "sinks", sinks, query)
     if deterministic or dropout_rate == 0.0:
         dropout_rng = None
     else:
-        asked["dropout"] = dropout_of(registry.rate_of(dropout_rate), broadcast_dropout, dropout_rng)
-        dropout_rng = registry.key_of(backend, dropout_rng)
+        asked["dropout"] = dropout_of(arguments.rate_of(dropout_rate), broadcast_dropout, dropout_rng)
+        dropout_rng = arguments.key_of(backend, dropout_rng)
     return make_call(backend, Operands(query, key, value, bias, mask, dropout_rng, None, sinks), dtype, asked)

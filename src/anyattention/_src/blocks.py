@@ -30,7 +30,7 @@ class Pairs(NamedTuple):
 
     bias: Array | None = None
     sinks: Array | None = None  # a logit more in the sum of each row, of no value; of one column
-    mask: Any = None  # see `lowering.visible`
+    mask: Any = None  # see `rules.visible`
     counts: Any = None  # of the dropout bits, see `threefry.counts`
     statistics: Any = None  # backward only: base, total; then base, delta
     bounds: Any = None  # of the logits, see `passes.with_bounds`; None where values cannot be looked at

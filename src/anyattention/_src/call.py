@@ -7,9 +7,8 @@ from typing import Any, NamedTuple
 from anyattention._src import dtypes
 from anyattention._src.errors import ShapeError
 from anyattention._src.interfaces import Backend, unknown
-from anyattention._src.lowering import Lowering, visible
 from anyattention._src.positions import causal
-from anyattention._src.rules import CausalMask, Mask, as_mask
+from anyattention._src.rules import CausalMask, Lowering, Mask, as_mask, visible
 from anyattention._src.structure import Structure, structure
 
 Array = Any

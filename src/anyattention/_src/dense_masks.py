@@ -4,7 +4,7 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
-from anyattention._src import dtypes, registry
+from anyattention._src import arguments, dtypes, registry
 from anyattention._src.errors import ShapeError
 from anyattention._src.interfaces import Backend
 from anyattention._src.positions import positions
@@ -51,7 +51,7 @@ def make_attention_mask(
 
 
 def _with_length(backend: Backend, name: str, x: Any) -> Array:
-    x = registry.array_of(backend, name, x)
+    x = arguments.array_of(backend, name, x)
     if x.ndim == 0:
         raise ShapeError(f"{name} needs a length axis, got shape ()")
     return x
@@ -98,7 +98,7 @@ def combine_masks(*masks: Array | None, dtype: Any = "float32") -> Array | None:
         if isinstance(mask, Mask):
             raise TypeError(f"{name} is {mask}, a mask by rule: join such masks and arrays by &, as in {mask} & other")
     backend = registry.backend_for(**given)
-    present = [registry.dense_of(backend, name, mask, None) for name, mask in given.items()]
+    present = [arguments.dense_of(backend, name, mask, None) for name, mask in given.items()]
     ranks = tuple(mask.ndim for mask in present)
     if len(set(ranks)) > 1:
         raise ShapeError(f"masks must have same rank: {ranks}")

@@ -10,12 +10,10 @@ from typing import Any
 from anyattention._src.blocks import Block
 from anyattention._src.call import Call
 from anyattention._src.interfaces import Tiles
-from anyattention._src.lowering import Lowering, visible
-from anyattention._src.rules import CausalMask, LocalMask, as_mask, conjunction
+from anyattention._src.rules import LocalMask, Lowering, as_mask, conjunction, is_band, visible
 
 Array = Any
 HUGE = 1e30  # so many values of such a size have a sum that float32 holds
-_BANDS = (CausalMask, LocalMask)
 
 
 def shown_keys(call: Call) -> Array | None:
@@ -30,7 +28,7 @@ def shown_keys(call: Call) -> Array | None:
     if sum(_rows(to) > 1 for _, _, to in lowered) + len(parts) - len(lowered) > 1:
         lowered = [(None, *_lowered(call, call.operands.mask))]  # together they may hide what each shows to some query
     found = [
-        _of_band(part, to) if isinstance(part, _BANDS) else _of_rows(expression, to, call.backend.tiles)
+        _of_band(part, to) if is_band(part) else _of_rows(expression, to, call.backend.tiles)
         for part, expression, to in lowered
     ]
     if not found:
@@ -70,7 +68,7 @@ def _ends(band: Any, lengths: tuple[int, int]) -> tuple[int, int]:
 
 def _is_whole(part: Any, call: Call) -> bool:
     """Whether it is a band that shows every key to some query; of symbols that is not asked."""
-    known = isinstance(part, _BANDS) and not any(map(call.backend.symbolic, call.lengths))
+    known = is_band(part) and not any(map(call.backend.symbolic, call.lengths))
     return known and _ends(part, call.lengths) == (0, call.lengths[1])
 
 

@@ -4,7 +4,7 @@ from functools import reduce
 from operator import and_
 from typing import Any, NamedTuple
 
-from anyattention._src.rules import CausalMask, LengthMask, LocalMask, SegmentMask, as_mask, conjunction
+from anyattention._src.rules import CausalMask, LengthMask, LocalMask, SegmentMask, as_mask, conjunction, is_band
 
 Array = Any
 
@@ -64,11 +64,12 @@ def structure(mask: Any) -> Structure:
     found: dict[str, Any] = {}
     rest = []
     for part in conjunction(mask):
-        if isinstance(part, CausalMask):
-            found["right"] = min(found.get("right", part.offset), part.offset)
-        elif isinstance(part, LocalMask):
-            found["left"] = min(found.get("left", part.left), part.left)
-            found["right"] = min(found.get("right", part.right), part.right)
+        if is_band(part):
+            right = part.offset
+            if isinstance(part, LocalMask):
+                left, right = part.left - part.offset, part.right + part.offset
+                found["left"] = min(found.get("left", left), left)
+            found["right"] = min(found.get("right", right), right)
         elif isinstance(part, LengthMask) and "kv_lengths" not in found:
             found |= {"kv_lengths": part.kv_lengths, "query_lengths": part.query_lengths}
         elif isinstance(part, SegmentMask) and "kv_ids" not in found:

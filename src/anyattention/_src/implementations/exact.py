@@ -23,9 +23,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from anyattention._src import interfaces
 from anyattention._src.call import Call, Dropout
 from anyattention._src.implementations.base import EINSUMS, OWN, Implementation
+from anyattention._src.interfaces import products
 from anyattention._src.rules import Mask
 
 Array = Any
@@ -46,13 +46,13 @@ class Exact(Implementation):
         query, key, value = call.operands[:3]
         weights_value = _product(call, call.options.attn_weights_value_einsum)
         if query.shape[-2] == key.shape[-2]:
-            return weights_value(interfaces.WEIGHTS_VALUE, weights, value)
+            return weights_value(products.WEIGHTS_VALUE, weights, value)
 
         # Grouped heads: num_heads is a multiple of the key heads, each of which serves `group` query heads in a row.
         xp, kv_heads = call.backend.xp, value.shape[-2]
         *batch, heads, q_length, kv_length = weights.shape
         weights = xp.reshape(weights, (*batch, kv_heads, heads // kv_heads, q_length, kv_length))
-        output = weights_value(interfaces.GROUPED_WEIGHTS_VALUE, weights, xp.expand_dims(value, axis=-2))
+        output = weights_value(products.GROUPED_WEIGHTS_VALUE, weights, xp.expand_dims(value, axis=-2))
         return xp.reshape(output, (*output.shape[:-3], heads, output.shape[-1]))
 
 
@@ -99,11 +99,11 @@ def attention_logits(call: Call, query: Array, key: Array) -> Array:
     query_key = _product(call, call.options.qk_attn_weights_einsum)
     heads, kv_heads = query.shape[-2], key.shape[-2]
     if heads == kv_heads:
-        return query_key(interfaces.QUERY_KEY, query, key)
+        return query_key(products.QUERY_KEY, query, key)
     xp = call.backend.xp
     *lead, _, depth = query.shape
     query = xp.reshape(query, (*lead, kv_heads, heads // kv_heads, depth))
-    logits = query_key(interfaces.GROUPED_QUERY_KEY, query, xp.expand_dims(key, axis=-2))
+    logits = query_key(products.GROUPED_QUERY_KEY, query, xp.expand_dims(key, axis=-2))
     return xp.reshape(logits, (*logits.shape[:-4], heads, *logits.shape[-2:]))
 
 

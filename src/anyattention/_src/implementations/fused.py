@@ -17,8 +17,7 @@ from anyattention._src.hidden import shown_keys
 from anyattention._src.implementations.base import Implementation
 from anyattention._src.implementations.tiled import TILED
 from anyattention._src.interfaces import permute
-from anyattention._src.lowering import short
-from anyattention._src.rules import LengthMask, Mask
+from anyattention._src.rules import LengthMask, Mask, short
 from anyattention._src.structure import Structure
 
 Array = Any

@@ -17,17 +17,16 @@ import math
 from functools import partial
 from typing import Any, NamedTuple
 
-from anyattention._src import lowering, threefry
+from anyattention._src import threefry
 from anyattention._src.blocks import Block, Group, Sizes, cut_columns, everything, tree_map
 from anyattention._src.call import Options
 from anyattention._src.hidden import unspoiled
 from anyattention._src.interfaces import Backend
-from anyattention._src.rules import Mask
+from anyattention._src.rules import Expression, Mask, visible
 from anyattention._src.tiles.partials import Partial, finish, finite, merge, of_hidden, of_sinks
 
 Array = Any
 Gradients = tuple[Array, Array, Array, Array | None, Array | None]
-Expression = lowering.Expression | None
 BOUND = 20.0  # exp(20) is 5e8: sums over any length, times values, stay in the range of float32
 
 
@@ -37,7 +36,7 @@ class Tiling(NamedTuple):
     backend: Backend
     options: Options  # of the call
     dtype: str  # of logits and accumulators: at least float32
-    expression: Expression  # the mask, over the arrays in `Pairs.mask`
+    expression: Expression | None  # the mask, over the arrays in `Pairs.mask`
     root: float  # of the depth, or one over the scale: divides queries
     fill: float  # the logit of a masked key: finfo.min of the compute dtype
     sizes: Sizes  # rows and columns of a tile
@@ -55,7 +54,7 @@ class Tiling(NamedTuple):
 
 
 def tiling(
-    backend: Backend, options: Options, dtype: str, expression: Expression, block: Block, mask: Any = None
+    backend: Backend, options: Options, dtype: str, expression: Expression | None, block: Block, mask: Any = None
 ) -> Tiling:
     """How a block is cut; `mask` is by rule, and tells which rows see which columns where its positions are these."""
     rows, columns = block.lengths
@@ -161,8 +160,8 @@ def tile_visible(tiling: Tiling, tile: Block) -> Array | None:
     if tiling.expression is None or tile.pairs.mask is None:
         return None
     arrays = tiling.backend.arrays
-    visible = lowering.visible(arrays, tiling.expression, tile.pairs.mask)
-    return None if arrays.surely(visible, True) else visible
+    shown = visible(arrays, tiling.expression, tile.pairs.mask)
+    return None if arrays.surely(shown, True) else shown
 
 
 def tile_logits(tiling: Tiling, tile: Block, visible: Array | None) -> tuple[Array, Array | None]:

@@ -13,6 +13,7 @@ Array = Any
 Expression = tuple[Any, ...]
 Batch = tuple[Any, ...] | None  # axes; None where there is no query to have any
 _COMPARE = {"<=": operator.le, "<": operator.lt, "==": operator.eq}
+_SHORT = ("int8", "int16", "uint8", "uint16")
 _JOIN = {"&": operator.and_, "|": operator.or_}
 
 
@@ -66,20 +67,28 @@ class Lowering:
         self.operands.append(x)
         return len(self.operands) - 1
 
-    def position(self, axis: int, offset: int = 0) -> int:
-        """Positions in the whole of queries (axis -2) or keys (-1), int32, plus an offset."""
+    def position(self, axis: int, offset: int = 0, band: Any = None) -> int:
+        """Positions in the whole of queries (axis -2) or keys (-1), int32, plus an offset, and that of a `band`."""
         length, first, xp = self.lengths[axis], self.origin[axis], self.arrays.xp
-        if isinstance(first, int):
+        more = None if band is None or isinstance(band.offset, int) else self._numbers(band, "offset", offset=True)
+        offset += band.offset if band is not None and more is None else 0
+        if isinstance(first, int) and more is None:
             start = offset + first
             start = start if abs(start) < 2**30 else min(max(start, -(2**31)), 2**31 - length)  # sees all or nothing
         else:  # known at run time only, and added to the rest in int32
             start = min(max(offset, -(2**30)), 2**30 - length)
         x = xp.arange(start, start + length, dtype=xp.int32, **self.arrays.beside(self.like))
-        x = x if isinstance(first, int) else x + first
-        return self.add(xp.reshape(x, (length, 1) if axis == -2 else (1, length)))
+        x = x if isinstance(first, int) and more is None else x + first
+        x = xp.reshape(x, (length, 1) if axis == -2 else (1, length))
+        return self.add(x if more is None else x + more)
 
     def given(self, mask: Any, name: str, axis: int | None = None, unlike: bool = False) -> int:
         """Numbers that a mask has, ``[batch...]``, or ids ``[batch..., length]`` of queries (axis -2) or keys (-1)."""
+        return self.add(self._numbers(mask, name, axis, unlike))
+
+    def _numbers(
+        self, mask: Any, name: str, axis: int | None = None, unlike: bool = False, offset: bool = False
+    ) -> Array:
         x = getattr(mask, name)
         x = x if hasattr(x, "shape") else self.arrays.adopt(x, self.like)  # an integer is one for all batch entries
         if not (kind := self.arrays.dtype_name(x)).startswith(("int", "uint")):
@@ -96,4 +105,7 @@ class Lowering:
             if len(batch) > len(self.batch) or not all(a == b or a == 1 for a, b in pairs):
                 where = f"the batch axes {self.batch} of query"
                 raise ShapeError(f"{name} of {mask} has shape {tuple(x.shape)}, which does not fit {where}")
-        return self.add(self.arrays.xp.reshape(signed(self.arrays, x, axis is None, unlike), (*batch, 1, *sizes)))
+        x = signed(self.arrays, x, axis is None, unlike)
+        if offset:  # to be added to positions; beyond 2^30 a query sees all or nothing
+            x = self.arrays.cast(x if kind in _SHORT else self.arrays.xp.clip(x, -(2**30), 2**30), "int32")
+        return self.arrays.xp.reshape(x, (*batch, 1, *sizes))

@@ -1,52 +1,41 @@
 """Masks by rule: what they are made of, how they are joined, and which expressions they become."""
 
+import operator
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 from anyattention._src.blocks import Sizes
-from anyattention._src.lowering import Expression, Lowering, visible
+from anyattention._src.rules.lowering import Expression, Lowering, visible
+from anyattention._src.rules.rule import AnyArray, Rule, shown
 
 Array = Any
 
 
-class AnyArray(Protocol):
-    """An array of any library, as type checkers see it."""
-
-    @property
-    def shape(self) -> Any: ...
-    @property
-    def dtype(self) -> Any: ...
-
-
-class Convertible(Protocol):  # what JAX takes for an array, such as a parameter of Flax
-    def __jax_array__(self) -> Any: ...
-
-
 @dataclass(frozen=True, eq=False, repr=False)
-class Mask:
+class Mask(Rule):
     """A mask by rule, which is passed as ``mask=`` and joined by ``&``, ``|`` and ``~`` with others and with arrays.
 
     Subclasses say what queries know, what keys know, and what is compared.
     """
 
-    #: Set by the registry, which stands above: what finds the library of arrays, what makes them this library's, and
-    #: what hears of each class of masks when one is made.
-    _home: ClassVar[Callable[..., Any]]
-    _made: ClassVar[Callable[[type], None]]
-    #: The fields that are integers, and those that are arrays of integers.
+    kind, _of = "mask", "integers"
+    #: The fields that are integers, and those that may be arrays of integers too.
     _integers: ClassVar[tuple[str, ...]] = ()
-    _arrays: ClassVar[tuple[str, ...]] = ()
+    _offsets: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
-        Mask._made(type(self))
-        for name in self._integers:
-            if not isinstance(x := getattr(self, name), int):
-                kind = type(x).__name__
-                raise TypeError(f"{name} must be a Python integer, known when the mask is made, got {kind}")
-        for name in self._arrays:
-            if (x := getattr(self, name)) is None or isinstance(x, str | type | Mask):
-                raise TypeError(f"{name} of {type(self).__name__} must be an array of integers, got {x!r}")
+        super().__post_init__()
+        for name in (*self._integers, *self._offsets):
+            if type(x := getattr(self, name)) is int or (name in self._offsets and _is_array(x)):
+                continue
+            try:
+                if isinstance(x, bool):
+                    raise TypeError
+                object.__setattr__(self, name, operator.index(x))
+            except TypeError:
+                kind, also = type(x).__name__, " or an array of integers, [batch...]" if name in self._offsets else ""
+                raise TypeError(f"{name} of {type(self).__name__} must be an integer{also}, got {kind}") from None
 
     def lower(self, to: Lowering) -> Expression:
         """The mask as an expression over operands, which are added to `to`."""
@@ -69,27 +58,9 @@ class Mask:
         return _Join("|", self, as_mask(other))
 
     __rand__, __ror__ = __and__, __or__
-    __array_ufunc__ = None  # so that NumPy leaves `array & mask` to us
 
     def __invert__(self) -> "Mask":
         return _Not(self)
-
-    def __repr__(self) -> str:
-        values = [getattr(self, field.name) for field in fields(self)]
-        while len(values) > 1 and values[-1] is None:
-            values.pop()
-        return f"{type(self).__name__}({', '.join(map(_shown, values))})"
-
-    def _identity(self) -> tuple[Any, ...]:
-        """What is equal in equal masks: numbers by value, arrays by identity."""
-        values = (getattr(self, field.name) for field in fields(self))
-        return type(self), *(x if x is None or isinstance(x, int | float | str | Mask) else id(x) for x in values)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Mask) and self._identity() == other._identity()
-
-    def __hash__(self) -> int:
-        return hash(self._identity())
 
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError(
@@ -99,37 +70,6 @@ class Mask:
 
     __array__ = __bool__ = __len__ = __iter__ = _refuse
     ndim = property(_refuse)  # asked for by Flax's combine_masks, as in its decode path
-
-    def arrays(self) -> list[Array]:
-        """The arrays that the mask was made from."""
-        found: list[Array] = []
-
-        def take(x: Array) -> Array:
-            found.append(x)
-            return x
-
-        self.with_arrays(take)
-        return found
-
-    def with_arrays(self, function: Callable[[Array], Array], dense: Callable[[Array], Array] | None = None) -> "Mask":
-        """The mask with the function applied to each of its arrays; to lengths and ids given as lists too.
-
-        `dense`, where given, is for dense masks instead.
-        """
-        if self._integers:  # and nothing else: all that is below takes 5 us
-            return self
-        changed = {}
-        for name in [field.name for field in fields(self)]:  # not `vars`, which PyTorch 2.11 cannot compile
-            x = getattr(self, name)
-            if isinstance(x, Mask):
-                y: Any = x.with_arrays(function, dense)
-            elif isinstance(self, _Array):
-                y = (dense or function)(x)
-            else:
-                y = x if x is None or isinstance(x, int | str) else function(x)
-            if y is not x:
-                changed[name] = y
-        return replace(self, **changed) if changed else self
 
     def within_32_bits(self, is_wide: Callable[[Any], bool]) -> "Mask":
         """The same without integers beyond 32 bits, of which `is_wide` tells the arrays that have some."""
@@ -145,7 +85,7 @@ class Mask:
             >>> CausalMask().to_array(2, 3).tolist()
             [[True, False, False], [True, True, False]]
         """
-        backend, mask, like = Mask._home(self)
+        backend, mask, like = self._home(self)
         lengths = q_length, kv_length
         to = Lowering(backend.arrays, None, lengths, like)
         full = backend.arrays.run(like, visible, backend.arrays, mask.lower(to), to.operands)
@@ -158,37 +98,46 @@ class CausalMask(Mask):
     """Key j is visible to query i where ``j <= i + offset``.
 
     Args:
-        offset: a Python integer; for a query that follows a cache, the number of keys before it.
+        offset: for queries that follow a cache, the number of keys before the first of them: an integer, or an array
+            of integers, ``[batch...]``, which JAX may trace.
 
     Raises:
-        TypeError: an offset that is no Python integer.
+        TypeError: an offset that is no integer and no array of integers.
+        ShapeError: in a call, an offset that does not fit the batch axes of the query.
 
     Examples:
         >>> CausalMask(1).to_array(2, 4).tolist()
         [[True, True, False, False], [True, True, True, False]]
     """
 
-    offset: int = 0
-    _integers = ("offset",)
+    offset: int | Array = 0
+    _offsets = ("offset",)
 
     def lower(self, to: Lowering) -> Expression:
-        return "<=", to.position(-1), to.position(-2, self.offset)
+        return "<=", to.position(-1), to.position(-2, 0, self)
 
     def ranges(self, start: int, stop: int, kv_length: int) -> tuple[Sizes, Sizes]:
+        if not isinstance(self.offset, int):
+            return super().ranges(start, stop, kv_length)
         seen, sure = (min(max(row + self.offset, 0), kv_length) for row in (stop, start + 1))
         return (0, seen), (0, sure)
+
+    def within_32_bits(self, is_wide: Callable[[Any], bool]) -> Mask:
+        return replace(self, offset=_nearest(self.offset)) if is_wide(self.offset) else self
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LocalMask(Mask):
-    """Key j is visible to query i where ``i - left <= j <= i + right``.
+    """Key j is visible to query i where ``i + offset - left <= j <= i + offset + right``.
 
     Args:
-        left: a Python integer: how many keys before its own position a query sees.
-        right: a Python integer: how many keys behind it.
+        left: an integer: how many keys before its own position a query sees.
+        right: an integer: how many keys behind it.
+        offset: the position of the first query among the keys, as `CausalMask` takes it.
 
     Raises:
-        TypeError: bounds that are no Python integers.
+        TypeError: bounds that are no integers, or an offset that is no integer and no array of integers.
+        ShapeError: in a call, an offset that does not fit the batch axes of the query.
 
     Examples:
         >>> LocalMask(1, 0).to_array(3, 3).tolist()
@@ -197,15 +146,34 @@ class LocalMask(Mask):
 
     left: int
     right: int
+    offset: int | Array = 0
     _integers = ("left", "right")
+    _offsets = ("offset",)
 
     def lower(self, to: Lowering) -> Expression:
         column = to.position(-1)
-        return "&", ("<=", to.position(-2, -self.left), column), ("<=", column, to.position(-2, self.right))
+        first, last = to.position(-2, -self.left, self), to.position(-2, self.right, self)
+        return "&", ("<=", first, column), ("<=", column, last)
 
     def ranges(self, start: int, stop: int, kv_length: int) -> tuple[Sizes, Sizes]:
-        seen, sure = (min(max(row + self.right, 0), kv_length) for row in (stop, start + 1))
-        return (min(max(start - self.left, 0), seen), seen), (max(stop - 1 - self.left, 0), sure)
+        if not isinstance(self.offset, int):
+            return super().ranges(start, stop, kv_length)
+        left, right = self.left - self.offset, self.right + self.offset
+        seen, sure = (min(max(row + right, 0), kv_length) for row in (stop, start + 1))
+        return (min(max(start - left, 0), seen), seen), (max(stop - 1 - left, 0), sure)
+
+    def within_32_bits(self, is_wide: Callable[[Any], bool]) -> Mask:
+        return replace(self, offset=_nearest(self.offset)) if is_wide(self.offset) else self
+
+
+def is_band(mask: Any) -> bool:
+    """Whether a mask shows each query the keys of a window, whose ends are known when the mask is made."""
+    return isinstance(mask, CausalMask | LocalMask) and isinstance(mask.offset, int)
+
+
+def _nearest(x: Any) -> Any:
+    """Integers of NumPy's in 32 bits, those beyond as far as these reach."""
+    return x.clip(-(2**31), 2**31 - 1).astype("int32")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -285,7 +253,7 @@ class _Array(Mask):
     array: Array
 
     def __repr__(self) -> str:
-        return _shown(self.array)
+        return shown(self.array)
 
     def lower(self, to: Lowering) -> Expression:
         return "array", to.add(self.array)
@@ -325,8 +293,10 @@ class _Join(Mask):
         return (min(max(one[0], two[0]), last), last), (max(sure[0], surely[0]), min(sure[1], surely[1]))
 
 
-def _shown(x: Any) -> str:
-    return f"array{tuple(x.shape)}" if hasattr(x, "shape") else repr(x)
+def _is_array(x: Any) -> bool:
+    """Whether it is an array, but for a scalar of NumPy's, which is known when a mask is made."""
+    has_axes = isinstance(x, list) or hasattr(x, "__jax_array__") or hasattr(x, "shape")
+    return has_axes and not (type(x).__module__ == "numpy" and x.shape == ())
 
 
 def as_mask(x: Any) -> Any:

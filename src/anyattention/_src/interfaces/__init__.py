@@ -1,0 +1,44 @@
+"""What attention needs of an array library: three small interfaces, in terms of the array API standard alone.
+
+`Arrays` makes, casts and places arrays, `Steps` are those of the exact implementation, and `Tiles` are the products,
+row statistics and loops of the tiled one. Their defaults serve every conforming library. A library that needs something
+else has a folder in ``anyattention_backends``, with a file for each interface that it changes.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from anyattention._src.interfaces.arrays import Arrays, Function, permute, place, unknown
+from anyattention._src.interfaces.steps import Steps
+from anyattention._src.interfaces.tiles import OfTiles, Pair, Step, Tiles, join_rows
+
+__all__ = [
+    "Arrays",
+    "Backend",
+    "Function",
+    "OfTiles",
+    "Pair",
+    "Step",
+    "Steps",
+    "Tiles",
+    "join_rows",
+    "permute",
+    "place",
+    "unknown",
+]
+
+
+class Backend:
+    """One array library, as attention sees it."""
+
+    def __init__(
+        self, xp: Any, arrays: type[Arrays] = Arrays, steps: type[Steps] = Steps, tiles: type[Tiles] = Tiles
+    ) -> None:
+        self.xp = xp
+        self.arrays = arrays(xp)
+        self.steps, self.tiles = steps(self.arrays), tiles(self.arrays)
+        self.name = self.arrays.name
+        self.engines: tuple[Any, ...] = ()
+        """Kernels of vendors, the best first: see `anyattention.extend.Fused`."""
+        self.symbolic: Callable[[Any], bool] = lambda size: not isinstance(size, int)
+        """Whether a size is a symbol, on which no choice may depend."""

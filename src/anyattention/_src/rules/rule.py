@@ -1,0 +1,112 @@
+"""What masks and biases by rule have in common: they are made of numbers and arrays, and find the arrays' library."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Protocol, TypeVar
+
+Array = Any
+Self = TypeVar("Self", bound="Rule")
+
+
+class AnyArray(Protocol):
+    """An array of any library, as type checkers see it."""
+
+    @property
+    def shape(self) -> Any: ...
+    @property
+    def dtype(self) -> Any: ...
+
+
+class Convertible(Protocol):  # what JAX takes for an array, such as a parameter of Flax
+    def __jax_array__(self) -> Any: ...
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Rule:
+    """Something that is computed a tile at a time from numbers, arrays, functions and other rules: its fields."""
+
+    #: Set by the registry, which stands above: what finds the library of arrays, what makes them this library's, and
+    #: what hears of each class of rules when one is made.
+    _home: ClassVar[Callable[..., Any]]
+    _made: ClassVar[Callable[[type], None]]
+    #: The fields that are arrays, which may not be missing.
+    _arrays: ClassVar[tuple[str, ...]] = ()
+    _of: ClassVar[str] = "numbers"  # that are in arrays
+
+    def __post_init__(self) -> None:
+        Rule._made(type(self))
+        for name in self._arrays:
+            if (x := getattr(self, name)) is None or isinstance(x, str | type | Rule):
+                raise TypeError(f"{name} of {type(self).__name__} must be an array of {self._of}, got {x!r}")
+
+    kind: ClassVar[str] = ""  # of argument of a call
+    __array_ufunc__ = None  # so that NumPy leaves `array & mask` to us
+
+    def __repr__(self) -> str:
+        values = [getattr(self, field.name) for field in fields(self)]
+        defaults = [field.default for field in fields(self)]
+        while len(values) > 1 and values[-1] is defaults[-1]:
+            values.pop()
+            defaults.pop()
+        return f"{type(self).__name__}({', '.join(map(shown, values))})"
+
+    def _identity(self) -> tuple[Any, ...]:
+        """What is equal in equal rules: numbers by value, arrays and functions by identity."""
+        return type(self), *(_identity(getattr(self, field.name)) for field in fields(self))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Rule) and self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        return hash(self._identity())
+
+    def arrays(self) -> list[Array]:
+        """The arrays that the rule was made from."""
+        found: list[Array] = []
+
+        def take(x: Array) -> Array:
+            found.append(x)
+            return x
+
+        self.with_arrays(take)
+        return found
+
+    def with_arrays(
+        self: Self, function: Callable[[Array], Array], dense: Callable[[Array], Array] | None = None
+    ) -> Self:
+        """The rule with the function applied to each of its arrays; to those given as lists too.
+
+        `dense`, where given, is for dense masks and biases instead.
+        """
+        changed = {}
+        for name in [field.name for field in fields(self)]:  # not `vars`, which PyTorch 2.11 cannot compile
+            x = getattr(self, name)
+            if name == "array":  # which may be a scalar
+                y: Any = (dense or function)(x)
+            elif x is None or isinstance(x, int | float | str) or name == "function":
+                continue
+            elif isinstance(x, Rule):
+                y = x.with_arrays(function, dense)
+            elif isinstance(x, tuple):
+                parts = [p.with_arrays(function, dense) if isinstance(p, Rule) else function(p) for p in x]
+                y = x if list(map(id, x)) == list(map(id, parts)) else tuple(parts)
+            else:
+                y = function(x)
+            if y is not x:
+                changed[name] = y
+        return replace(self, **changed) if changed else self
+
+
+def _identity(x: Any) -> Any:
+    if isinstance(x, tuple):
+        return tuple(map(_identity, x))
+    return x if x is None or isinstance(x, int | float | str | Rule) else id(x)
+
+
+def shown(x: Any) -> str:
+    """A field as it stands in the text of a rule."""
+    if isinstance(x, tuple):
+        return f"({', '.join(map(shown, x))}{',' * (len(x) == 1)})"
+    if callable(x) and hasattr(x, "__name__"):
+        return str(x.__name__)
+    return f"array{tuple(x.shape)}" if hasattr(x, "shape") else repr(x)
