@@ -296,7 +296,7 @@ def test_none_among_masks(arrays):
         (lambda: "causal" | CausalMask(), "a str: pass an array"),
         (lambda: LengthMask(None), "kv_lengths of LengthMask must be an array of integers, got None"),
         (lambda: SegmentMask("ids", [1]), "query_ids of SegmentMask must be an array of integers, got 'ids'"),
-        (lambda: LocalMask(None, 1), "left must be a Python integer"),
+        (lambda: LocalMask(None, 1), "left of LocalMask must be an integer"),
         (lambda: aa.combine_masks(np.eye(2), CausalMask()), r"masks\[1\] is CausalMask\(0\).* CausalMask\(0\) & other"),
         (lambda: aa.combine_masks([1]), r"masks\[0\] must be an array"),
         (lambda: aa.make_causal_mask(CausalMask()), "x must be an array, got the mask by rule"),
