@@ -6,7 +6,7 @@ from anyattention._src import dtypes
 from anyattention._src.errors import ShapeError
 from anyattention._src.interfaces import Backend
 from anyattention._src.registry import backend_for, backend_of, compiling, load
-from anyattention._src.rules import Mask, Rule, conjunction
+from anyattention._src.rules import ByRule, Mask, conjunction
 
 Array = Any
 
@@ -162,4 +162,4 @@ def _home(mask: Mask) -> tuple[Backend, Mask, Any]:
     return backend, mask_of(backend, mask, like), like
 
 
-Rule._home = staticmethod(_home)
+ByRule._home = staticmethod(_home)

@@ -20,7 +20,7 @@ from anyattention._src.implementations.exact import Exact
 from anyattention._src.implementations.tiled import TILED
 from anyattention._src.interfaces import Backend
 from anyattention._src.later import when_imported
-from anyattention._src.rules import Rule
+from anyattention._src.rules import ByRule
 
 Array = Any
 #: The project's own engines, each a vendor's kernel for "fused".
@@ -69,7 +69,7 @@ def load(library: str) -> Backend:
 def _find(x: Any, name: str) -> Backend:
     if isinstance(x, type):
         raise TypeError(f"{name} is the class {x.__name__} itself: pass an instance, as {x.__name__}(...) makes it")
-    if isinstance(x, Rule):
+    if isinstance(x, ByRule):
         raise TypeError(f"{name} must be an array, got the {x.kind} by rule {x}: pass it as {x.kind}")
     roots = _roots(type(x))
     for root in roots:
@@ -241,4 +241,4 @@ def trace_under(settings: Any) -> None:
         trace_under(settings)
 
 
-Rule._made = staticmethod(_made)
+ByRule._made = staticmethod(_made)

@@ -1,5 +1,6 @@
 """Masks and biases by rule: what they are made of, how they are joined, and which expressions they become."""
 
+from anyattention._src.rules.by_rule import AnyArray, ByRule, Convertible
 from anyattention._src.rules.lowering import Expression, Lowering, short, visible
 from anyattention._src.rules.masks import (
     CausalMask,
@@ -11,10 +12,10 @@ from anyattention._src.rules.masks import (
     conjunction,
     is_band,
 )
-from anyattention._src.rules.rule import AnyArray, Convertible, Rule
 
 __all__ = [
     "AnyArray",
+    "ByRule",
     "CausalMask",
     "Convertible",
     "Expression",
@@ -22,7 +23,6 @@ __all__ = [
     "LocalMask",
     "Lowering",
     "Mask",
-    "Rule",
     "SegmentMask",
     "as_mask",
     "conjunction",

@@ -6,14 +6,14 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from anyattention._src.blocks import Sizes
+from anyattention._src.rules.by_rule import AnyArray, ByRule, shown
 from anyattention._src.rules.lowering import Expression, Lowering, visible
-from anyattention._src.rules.rule import AnyArray, Rule, shown
 
 Array = Any
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Mask(Rule):
+class Mask(ByRule):
     """A mask by rule, which is passed as ``mask=`` and joined by ``&``, ``|`` and ``~`` with others and with arrays.
 
     Subclasses say what queries know, what keys know, and what is compared.

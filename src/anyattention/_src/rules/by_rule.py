@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Protocol, TypeVar
 
 Array = Any
-Self = TypeVar("Self", bound="Rule")
+Self = TypeVar("Self", bound="ByRule")
 
 
 class AnyArray(Protocol):
@@ -22,7 +22,7 @@ class Convertible(Protocol):  # what JAX takes for an array, such as a parameter
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Rule:
+class ByRule:
     """Something that is computed a tile at a time from numbers, arrays, functions and other rules: its fields."""
 
     #: Set by the registry, which stands above: what finds the library of arrays, what makes them this library's, and
@@ -34,9 +34,9 @@ class Rule:
     _of: ClassVar[str] = "numbers"  # that are in arrays
 
     def __post_init__(self) -> None:
-        Rule._made(type(self))
+        ByRule._made(type(self))
         for name in self._arrays:
-            if (x := getattr(self, name)) is None or isinstance(x, str | type | Rule):
+            if (x := getattr(self, name)) is None or isinstance(x, str | type | ByRule):
                 raise TypeError(f"{name} of {type(self).__name__} must be an array of {self._of}, got {x!r}")
 
     kind: ClassVar[str] = ""  # of argument of a call
@@ -55,7 +55,7 @@ class Rule:
         return type(self), *(_identity(getattr(self, field.name)) for field in fields(self))
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Rule) and self._identity() == other._identity()
+        return isinstance(other, ByRule) and self._identity() == other._identity()
 
     def __hash__(self) -> int:
         return hash(self._identity())
@@ -85,10 +85,10 @@ class Rule:
                 y: Any = (dense or function)(x)
             elif x is None or isinstance(x, int | float | str) or name == "function":
                 continue
-            elif isinstance(x, Rule):
+            elif isinstance(x, ByRule):
                 y = x.with_arrays(function, dense)
             elif isinstance(x, tuple):
-                parts = [p.with_arrays(function, dense) if isinstance(p, Rule) else function(p) for p in x]
+                parts = [p.with_arrays(function, dense) if isinstance(p, ByRule) else function(p) for p in x]
                 y = x if list(map(id, x)) == list(map(id, parts)) else tuple(parts)
             else:
                 y = function(x)
@@ -100,7 +100,7 @@ class Rule:
 def _identity(x: Any) -> Any:
     if isinstance(x, tuple):
         return tuple(map(_identity, x))
-    return x if x is None or isinstance(x, int | float | str | Rule) else id(x)
+    return x if x is None or isinstance(x, int | float | str | ByRule) else id(x)
 
 
 def shown(x: Any) -> str:
