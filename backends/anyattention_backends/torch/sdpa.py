@@ -96,6 +96,7 @@ class SDPA(TorchKernel):
 
 def _is_plain(call: Call) -> bool:
     """Whether the kernel has all that the call asks for: causality, or nothing."""
-    mask = call.operands.mask
-    causal = type(mask) is CausalMask and isinstance(mask.offset, int) and mask.offset == 0
-    return call.operands.bias is None and (mask is None or causal)
+    bias, mask = call.operands[3:5]
+    return bias is None and (
+        mask is None or (type(mask) is CausalMask and type(mask.offset) is int and not mask.offset)
+    )
