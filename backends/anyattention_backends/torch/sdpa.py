@@ -71,11 +71,10 @@ class SDPA(TorchKernel):
             call.backend.steps.check_precision(call.options.precision, None, query)
         if bias is not None and self.is_low(call):
             return tiled.compute(call)
-        depth = query.shape[-1]
-        fits = depth % 8 == 0 or call.backend.arrays.platform(query) == "cpu"
+        fits = query.shape[-1] % 8 == 0 or call.backend.arrays.platform(query) == "cpu"
         if mask is not None and key.shape[-3] > query.shape[-3]:  # which hides keys from all queries
             return self.mended(call)
-        if fits and depth == value.shape[-1] and query.ndim == 4 and _is_plain(call):
+        if fits and query.shape[-1] == value.shape[-1] and query.ndim == 4 and _is_plain(call):
             return self.kernel(query, key, value, None, _FULL if mask is None else _CAUSAL, call.scale)
         return self.mended(call)
 
@@ -97,6 +96,5 @@ class SDPA(TorchKernel):
 def _is_plain(call: Call) -> bool:
     """Whether the kernel has all that the call asks for: causality, or nothing."""
     bias, mask = call.operands[3:5]
-    return bias is None and (
-        mask is None or (type(mask) is CausalMask and type(mask.offset) is int and not mask.offset)
-    )
+    causal = type(mask) is CausalMask and type(mask.offset) is int and mask.offset == 0
+    return bias is None and (mask is None or causal)
