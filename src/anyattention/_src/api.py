@@ -10,7 +10,7 @@ from anyattention._src.errors import ShapeError
 from anyattention._src.implementations.tiled import TILED
 from anyattention._src.interfaces import Backend
 from anyattention._src.plan import Plan
-from anyattention._src.rules import AnyArray, Convertible, Mask
+from anyattention._src.rules import AnyArray, Bias, ByRule, Convertible, Mask
 from anyattention._src.settings import Name
 
 Array = TypeVar("Array", bound=AnyArray)  # what comes in comes out
@@ -26,7 +26,7 @@ def dot_product_attention(
     query: Array,
     key: Array,
     value: Array,
-    bias: Guest = None,
+    bias: Guest | Bias = None,
     mask: Guest | Mask = None,
     broadcast_dropout: bool = True,
     dropout_rng: AnyArray | None = None,
@@ -123,7 +123,7 @@ def dot_product_attention(
 def dot_product_attention_weights(
     query: Array,
     key: Array,
-    bias: Guest = None,
+    bias: Guest | Bias = None,
     mask: Guest | Mask = None,
     broadcast_dropout: bool = True,
     dropout_rng: AnyArray | None = None,
@@ -185,7 +185,7 @@ def dot_product_attention_vjp(
     query: Array,
     key: Array,
     value: Array,
-    bias: Guest = None,
+    bias: Guest | Bias = None,
     mask: Guest | Mask = None,
     broadcast_dropout: bool = True,
     dropout_rng: AnyArray | None = None,
@@ -257,7 +257,7 @@ def explain(
     query: Array,
     key: Array,
     value: Array,
-    bias: Guest = None,
+    bias: Guest | Bias = None,
     mask: Guest | Mask = None,
     broadcast_dropout: bool = True,
     dropout_rng: AnyArray | None = None,
@@ -326,8 +326,10 @@ def _outlined(implementation: str | None, **given: Any) -> Plan:
 
 def _backend(query: Any, key: Any, value: Any, bias: Any, mask: Any, sinks: Any) -> Backend:
     """The backend of the one library that serves these arguments."""
-    masks = {f"mask[{i}]": x for i, x in enumerate(mask.arrays())} if isinstance(mask, Mask) else {"mask": mask}
-    return registry.backend_for(query=query, key=key, value=value, bias=bias, **masks, sinks=sinks)
+    guests = {}
+    for name, x in (("bias", bias), ("mask", mask)):
+        guests |= {f"{name}[{i}]": part for i, part in enumerate(x.arrays())} if isinstance(x, ByRule) else {name: x}
+    return registry.backend_for(query=query, key=key, value=value, **guests, sinks=sinks)
 
 
 def _call(
@@ -362,7 +364,7 @@ def _call(
     if "weights_only" not in asked:
         value = arguments.array_of(backend, "value", value)
     if bias is not None and type(bias) not in (bool, int, float, complex):
-        bias = arguments.guest_of(backend, "bias", bias, query)
+        bias = arguments.bias_of(backend, bias, query)
     if mask is not None:
         mask = arguments.mask_of(backend, mask, query, key)
     if sinks is not None:

@@ -6,7 +6,7 @@ from anyattention._src import dtypes
 from anyattention._src.errors import ShapeError
 from anyattention._src.interfaces import Backend
 from anyattention._src.registry import backend_for, backend_of, compiling, load
-from anyattention._src.rules import ByRule, Mask, conjunction
+from anyattention._src.rules import Bias, ByRule, Mask, conjunction
 
 Array = Any
 
@@ -77,6 +77,15 @@ def _is_wide(x: Any) -> bool:
     return int(x.max()) >= 2**31 or int(x.min()) < -(2**31)
 
 
+def bias_of(backend: Backend, bias: Any, like: Array | None) -> Any:
+    """A bias, by rule or dense, with its arrays in the backend's library, beside `like`."""
+    if not isinstance(bias, Bias):
+        return guest_of(backend, "bias", bias, like)
+    return bias.with_arrays(
+        lambda x: guest_of(backend, "bias", backend.arrays.adopt(x, like) if isinstance(x, list) else x, like)
+    )
+
+
 def mask_of(backend: Backend, mask: Any, like: Array | None, key: Array | None = None) -> Any:
     """A mask, by rule or dense, with its arrays in the backend's library, beside `like`."""
     if not isinstance(mask, Mask):
@@ -115,7 +124,7 @@ def additive(mask: Any) -> bool:
 
 def boolean(bias: Any) -> bool:
     """Whether a bias has the dtype of a mask."""
-    home = backend_of(bias, "bias")
+    home = None if isinstance(bias, Bias) else backend_of(bias, "bias")
     return home is not None and home.arrays.dtype_name(bias) == "bool"
 
 
@@ -154,12 +163,12 @@ def key_of(backend: Backend, key: Any) -> Any:
     return key if home is backend else backend.arrays.adopt_key(home.arrays.key_data(key))
 
 
-def _home(mask: Mask) -> tuple[Backend, Mask, Any]:
-    """The backend of a mask's arrays, the mask in its library, and an array of it, if any."""
-    arrays = mask.arrays()
-    backend = backend_for(**{f"mask[{i}]": x for i, x in enumerate(arrays)})
+def _home(rule: ByRule) -> tuple[Backend, Any, Any]:
+    """The backend of a rule's arrays, the rule in its library, and an array of it, if any."""
+    arrays, of_kind = rule.arrays(), mask_of if isinstance(rule, Mask) else bias_of
+    backend = backend_for(**{f"{rule.kind}[{i}]": x for i, x in enumerate(arrays)})
     like = next((x for x in arrays if backend_of(x) is backend), None)
-    return backend, mask_of(backend, mask, like), like
+    return backend, of_kind(backend, rule, like), like
 
 
 ByRule._home = staticmethod(_home)

@@ -28,7 +28,7 @@ class Group(NamedTuple):
 class Pairs(NamedTuple):
     """What belongs to a query and a key at once: arrays ``[lead..., rows or 1, columns or 1]``, or None."""
 
-    bias: Array | None = None
+    bias: tuple[Array, ...] = ()  # operands of its terms, see `rules.terms`
     sinks: Array | None = None  # a logit more in the sum of each row, of no value; of one column
     mask: Any = None  # see `rules.visible`
     counts: Any = None  # of the dropout bits, see `threefry.counts`
@@ -42,6 +42,7 @@ class Block(NamedTuple):
     rows: tuple[Array, ...]  # [lead..., rows, *]: query; backward also doutput and output
     columns: tuple[Array, Array]  # [lead..., columns, *]: key, value
     pairs: Pairs
+    parameters: tuple[Array, ...] = ()  # [lead..., *, 1]: what biases by rule have for each head
     hidden: tuple[Array, ...] = ()  # [lead..., *, v_depth]: values of keys that are left out, hidden from all rows
     shown: Array | None = None  # [lead..., columns or 1, 1]: keys that some query sees, see `hidden.unspoiled`
     spoiled: Array | None = None  # [lead..., 1, v_depth]: what the others add to the mean of all values
@@ -150,3 +151,12 @@ def lead_parts(lead: tuple[int, ...], most: int) -> list[tuple[slice, ...]]:
         most = most // size if most >= size > 0 else 1
     each = zip(lead, reversed(steps), strict=True)
     return [*itertools.product(*([slice(i, i + step) for i in range(0, size, step)] for size, step in each))]
+
+
+def sum_to(xp: Any, x: Array, shape: tuple[int, ...]) -> Array:
+    """`x` summed over the axes along which an array of `shape` was broadcast to it."""
+    extra = x.ndim - len(shape)
+    if extra:
+        x = xp.sum(x, axis=tuple(range(extra)))
+    axes = tuple(axis for axis, size in enumerate(shape) if size == 1 != x.shape[axis])
+    return xp.sum(x, axis=axes, keepdims=True) if axes else x

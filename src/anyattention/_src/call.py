@@ -8,7 +8,7 @@ from anyattention._src import dtypes
 from anyattention._src.errors import ShapeError
 from anyattention._src.interfaces import Backend, unknown
 from anyattention._src.positions import causal
-from anyattention._src.rules import CausalMask, Lowering, Mask, as_mask, visible
+from anyattention._src.rules import Bias, ByRule, CausalMask, Lowering, Mask, added, as_mask, visible
 from anyattention._src.structure import Structure, structure
 
 Array = Any
@@ -20,8 +20,8 @@ class Operands(NamedTuple):
     query: Array  # [batch..., q_length, num_heads, depth]
     key: Array  # [batch..., kv_length, kv_heads, depth]
     value: Array  # [batch..., kv_length, kv_heads, v_depth]; None where only the weights are wanted
-    bias: Any = None  # an array or a scalar, broadcastable to [batch..., num_heads, q_length, kv_length]
-    mask: Any = None  # an array, broadcastable likewise, or a mask by rule; with causality
+    bias: Any = None  # by rule, an array or a scalar, broadcastable to [batch..., num_heads, q_length, kv_length]
+    mask: Any = None  # by rule or an array, broadcastable likewise; with causality
     dropout_key: Any = None
     origin: Any = None  # position of the first query and key in the whole of which they are a shard; None for the whole
     sinks: Any = None  # [num_heads], or of more axes broadcastable to [batch..., num_heads, q_length]
@@ -85,6 +85,8 @@ class Call:
         words = _NOTHING if _PLAIN.get(self.options.dtype) is self.options else self.options.needs
         if not (bias is mask is dropout_key is origin is sinks is None):
             words = words.union([name for name, x in self.operands._asdict().items() if x is not None]) - _ALWAYS
+        if isinstance(bias, Bias):
+            words = (words - {"bias"}) | {"bias by rule"}
         return words if query.shape[-2] == key.shape[-2] else words | {"grouped heads"}
 
     @property
@@ -122,10 +124,22 @@ class Call:
             self._structure = structure(self.operands.mask)
         return self._structure
 
-    def lowering(self) -> Lowering:
-        """What a mask by rule is lowered to for this call."""
-        operands = self.operands
-        return Lowering(self.backend.arrays, self.batch, self.lengths, operands.query, operands.origin)
+    def lowering(self, head_axes: int = 1) -> Lowering:
+        """What a mask or bias by rule is lowered to for this call."""
+        query, origin = self.operands.query, self.operands.origin
+        return Lowering(
+            self.backend.arrays, self.batch, self.lengths, query, origin, heads=query.shape[-2], head_axes=head_axes
+        )
+
+    def added(self) -> Array:
+        """The bias as an array or a scalar, broadcastable to ``[batch..., heads, q_length, kv_length]``."""
+        bias, arrays = self.operands.bias, self.backend.arrays
+        if not isinstance(bias, Bias):
+            return bias
+        to = self.lowering()
+        terms, dtype = bias.terms(to), bias.dtype(arrays, self.options.dtype)
+        wide = dtypes.promote(dtype, "float32")
+        return arrays.cast(added(self.backend, terms, to.operands, to.parameters, wide), dtype)
 
     def visible(self, mask: Any) -> Array:
         """Where a mask lets a query see a key, bool, broadcastable to ``[batch..., heads, q_length, kv_length]``."""
@@ -139,8 +153,9 @@ class Call:
         own, (query, key, value, bias, mask, *_) = self.backend.arrays.own, self.operands
         if "16" not in self.options.dtype:
             query, key, value = own(query), own(key), own(value)
-        bias = own(bias) if hasattr(bias, "shape") else bias
-        mask = mask.with_arrays(own) if isinstance(mask, Mask) else own(mask) if hasattr(mask, "shape") else mask
+        bias, mask = (
+            x.with_arrays(own) if isinstance(x, ByRule) else own(x) if hasattr(x, "shape") else x for x in (bias, mask)
+        )
         sinks = None if self.operands.sinks is None else own(self.operands.sinks)
         operands = self.operands._replace(query=query, key=key, value=value, bias=bias, mask=mask, sinks=sinks)
         return replace(self, operands=operands, _structure=None)
@@ -286,8 +301,9 @@ def _check_devices(operands: Operands) -> None:
     query, key, value, bias, mask, *_, sinks = operands
     if query.device == key.device and bias is mask is sinks is None and (value is None or query.device == value.device):
         return
-    masks = mask.arrays() if isinstance(mask, Mask) else [mask]
-    for name, x in (("key", key), ("value", value), ("bias", bias), ("sinks", sinks), *(("mask", x) for x in masks)):
+    guests = [(name, x.arrays() if isinstance(x, ByRule) else [x]) for name, x in (("bias", bias), ("mask", mask))]
+    guests = [(name, x) for name, arrays in guests for x in arrays]
+    for name, x in (("key", key), ("value", value), ("sinks", sinks), *guests):
         if hasattr(x, "device") and x.device != query.device:
             raise ValueError(f"query is on {query.device}, {name} on {x.device}: move them to one device first")
 
@@ -312,7 +328,8 @@ def _meant(query: Array, key: Array, name: str, shape: tuple[Any, ...]) -> str:
 def _check_broadcast(query: Array, key: Array, bias: Any, mask: Any) -> None:
     """Raise ShapeError unless bias and mask broadcast; each may have more axes, or grow a single one, as in Flax."""
     shape = (*query.shape[:-3], query.shape[-2], query.shape[-3], key.shape[-3])
-    for name, x in (("bias", bias), ("mask", mask)):
+    parts = [("bias", x) for x in (bias.dense() if isinstance(bias, Bias) else [bias])]
+    for name, x in (*parts, ("mask", mask)):
         if isinstance(x, Mask) or not hasattr(x, "shape"):
             continue
         rank = max(len(shape), x.ndim)

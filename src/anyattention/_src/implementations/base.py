@@ -9,7 +9,7 @@ Array = Any
 EINSUMS = ("einsum_dot_general", "qk_attn_weights_einsum", "attn_weights_value_einsum")
 # What both of the project's own implementations honour.
 OWN = frozenset(
-    {"bias", "mask", "dropout_key", "dropout", "precision", "force_fp32_for_softmax", "grouped heads"}
+    {"bias", "bias by rule", "mask", "dropout_key", "dropout", "precision", "force_fp32_for_softmax", "grouped heads"}
     | {"scale", "logits_soft_cap", "sinks"}
 )
 # Why a word is not served, where there is more to say than that.
@@ -17,6 +17,7 @@ _WHY = {
     "module": "module is given the weights, which {name} never has all at once",
     "weights_only": "{name} never has all the weights",
     "bias": "it has no bias",
+    "bias by rule": "it has no bias by rule",
     "dropout": "it has no dropout of Flax's bits",
     "precision": "its precision is its own",
     "origin": "it takes no shard of a whole",

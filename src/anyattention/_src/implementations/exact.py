@@ -71,7 +71,7 @@ def attention_weights(call: Call) -> Array:
         logits = backend.xp.tanh(steps.divide(logits, cap)) * cap
 
     if bias is not None:
-        logits, bias = arrays.join(logits, bias)
+        logits, bias = arrays.join(logits, call.added())
         logits = logits + bias
     if mask is not None:
         if isinstance(mask, Mask):  # by rule no longer, since all the logits are here anyway

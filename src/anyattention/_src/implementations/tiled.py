@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from anyattention._src import dtypes, threefry
-from anyattention._src.blocks import Block, Pairs, tree_map
+from anyattention._src.blocks import Block, Pairs, sum_to, tree_map
 from anyattention._src.call import Call
 from anyattention._src.hidden import shown_keys
 from anyattention._src.implementations.base import OWN, Implementation
 from anyattention._src.interfaces import Arrays, permute
-from anyattention._src.rules import as_mask
+from anyattention._src.rules import Bias, as_bias, as_mask
 from anyattention._src.tiles.partials import Partial
-from anyattention._src.tiles.passes import Gradients, Tiling, backward, forward, partial_of, sum_to, tiling
+from anyattention._src.tiles.passes import Gradients, Tiling, backward, forward, partial_of, tiling
 
 Array = Any
 
@@ -32,7 +32,11 @@ class Tiled(Implementation):
         if reason := call.backend.tiles.no_tiles(call):
             yield reason
         arrays, bias = call.backend.arrays, call.operands.bias
-        if isinstance(bias, complex) or (hasattr(bias, "shape") and arrays.dtype_name(bias).startswith("complex")):
+        parts = bias.arrays() if isinstance(bias, Bias) else [bias]
+        if any(
+            isinstance(x, complex) or (hasattr(x, "shape") and arrays.dtype_name(x).startswith("complex"))
+            for x in parts
+        ):
             yield "the bias is complex"
         if call.options.dtype not in ("bfloat16", "float16", "float32", "float64"):
             yield f"tiles of {call.options.dtype} are not supported"
@@ -47,24 +51,24 @@ class Tiled(Implementation):
         return partial_of(*prepare(call))
 
     def vjp(self, call: Call, given: Sequence[str]) -> tuple[Array, Callable[[Array], Gradients]]:
-        """The output, and a function from its gradient to those of query, key, value and bias.
+        """The output, and a function from its gradient to those of query, key, value, bias and sinks.
 
         `given` are the dtypes that query, key and value had before promotion, which their gradients get back. The
         function keeps copies: whoever calls it may have changed the arguments and the output in place.
         """
         call = call.of_copies()
         how, block = prepare(call)
-        arrays, tiles, bias, sinks = call.backend.arrays, call.backend.tiles, call.operands.bias, call.operands.sinks
+        arrays, tiles, sinks = call.backend.arrays, call.backend.tiles, call.operands.sinks
         group = _group(call)
         results = tiles.compiled(forward, how, block)
 
         def pullback(doutput: Array) -> Gradients:
             doutput = _heads_first(arrays, arrays.cast(doutput, how.dtype), results[0].ndim, group)
-            *gradients, dbias, dsinks = tiles.compiled(backward, how, block, *results, doutput)
+            *gradients, dbias, dparameters, dsinks = tiles.compiled(backward, how, block, *results, doutput)
             parts = zip(gradients, call.operands[:3], given, strict=True)
             dquery, dkey, dvalue = (_like(arrays, gradient, x, group, name) for gradient, x, name in parts)
-            dbias = _shaped(arrays, dbias, bias) if hasattr(bias, "shape") else None  # of None or a scalar
-            return dquery, dkey, dvalue, dbias, *([] if sinks is None else [_shaped(arrays, dsinks, sinks)])
+            found = _of_bias(call, {"operands": dbias, "parameters": dparameters})
+            return dquery, dkey, dvalue, found, *([] if sinks is None else [_shaped(arrays, dsinks, sinks)])
 
         return arrays.own(_restored(call, results[0])), pullback
 
@@ -78,19 +82,22 @@ def prepare(call: Call) -> tuple[Tiling, Block]:
     options, arrays, xp, group = call.options, call.backend.arrays, call.backend.xp, _group(call)
     wide = dtypes.promote(options.dtype, "float32")
     if bias is not None:
-        bias = bias if hasattr(bias, "shape") else arrays.adopt(bias, query)
-        wide = dtypes.promote(wide, arrays.dtype_name(bias))
+        bias = as_bias(bias if isinstance(bias, Bias) or hasattr(bias, "shape") else arrays.adopt(bias, query))
+        wide = bias.dtype(arrays, wide)
     if sinks is not None:
         wide = dtypes.promote(wide, arrays.dtype_name(sinks))
         sinks = arrays.cast(sinks, wide)
-    lengths, to, mask = call.lengths, call.lowering(), as_mask(mask)
+    lengths, to, by, mask = call.lengths, call.lowering(), call.lowering(1 if group is None else 2), as_mask(mask)
     expression = None if mask is None else mask.lower(to)
-    rank = max(x.ndim for x in (query, bias, sinks, *to.operands) if x is not None) + (group is not None)
+    terms = () if bias is None else bias.terms(by)
+    guests = (*to.operands, *by.operands, *by.parameters, *([] if sinks is None else [sinks]))
+    rank = max(x.ndim for x in (query, *guests)) + (group is not None)
 
     q, k, v = (_heads_first(arrays, arrays.cast(x, wide), rank, group) for x in (query, key, value))
     shown = _shown(call, k, v, group)
-    pairs = tree_map(lambda x: _pair(xp, x, rank, group), Pairs(bias, sinks, tuple(to.operands)))
-    block = Block((q,), (k, v), pairs)
+    of_pairs = Pairs(tuple(by.operands), sinks, tuple(to.operands))
+    pairs, parameters = tree_map(lambda x: _pair(xp, x, rank, group), (of_pairs, tuple(by.parameters)))
+    block = Block((q,), (k, v), pairs, parameters)
     lead, (rows, columns) = block.lead, block.grown_lengths
     if rows != lengths[0] or lead != tuple(q.shape[:-2]):  # grown by a bias or mask
         q = xp.broadcast_to(q, (*lead, rows, q.shape[-1]))
@@ -100,9 +107,9 @@ def prepare(call: Call) -> tuple[Tiling, Block]:
         shape = (*((1,) * len(lead) if options.dropout.broadcast else lead), rows, columns)
         words = call.backend.tiles.key_words(dropout_key, query)
         pairs = pairs._replace(counts=threefry.counts(xp, words, shape, origin, options.whole, arrays.beside(query)))
-    block = Block((q,), (k, v), pairs, shown=shown)
+    block = Block((q,), (k, v), pairs, parameters, shown=shown)
     ruled = mask if origin is None and options.dropout is None and call.backend.tiles.most_groups else None
-    return tiling(call.backend, options, wide, expression, block, ruled), block
+    return tiling(call.backend, options, wide, expression, terms, block, ruled), block
 
 
 def _shown(call: Call, key: Array, value: Array, group: int | None) -> Array | None:
@@ -150,6 +157,22 @@ def _pair(xp: Any, x: Array, rank: int, group: int | None) -> Array:
         heads = (1, 1) if shape[-3] == 1 else (group, shape[-3] // group)
         shape = (*shape[:-3], *heads, *shape[-2:])
     return xp.reshape(x, shape)
+
+
+def _of_bias(call: Call, gradients: dict[str, tuple[Array | None, ...]]) -> Any:
+    """The gradient of an array; of a bias by rule a tuple of those of its arrays; None of no bias or a scalar."""
+    bias, arrays = call.operands.bias, call.backend.arrays
+    if not isinstance(bias, Bias):
+        return _shaped(arrays, gradients["operands"][0], bias) if hasattr(bias, "shape") else None
+    to = call.lowering()
+    bias.terms(to)
+    found: list[Array | None] = []
+    for x, source in zip(bias.arrays(), to.sources, strict=True):
+        gradient = None if source is None else gradients[source[0]][source[1]]
+        if gradient is not None and source is not None and source[0] == "parameters" and x.ndim == 2:
+            gradient = arrays.permute_dims(arrays.xp.reshape(gradient, (x.shape[1], x.shape[0])), (1, 0))  # a table
+        found.append(None if gradient is None else _shaped(arrays, gradient, x))
+    return tuple(found)
 
 
 def _shaped(arrays: Arrays, gradient: Array, x: Array) -> Array:

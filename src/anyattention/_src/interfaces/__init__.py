@@ -8,6 +8,8 @@ else has a folder in ``anyattention_backends``, with a file for each interface t
 from collections.abc import Callable
 from typing import Any
 
+Array = Any
+
 from anyattention._src.interfaces.arrays import Arrays, Function, permute, place, unknown
 from anyattention._src.interfaces.steps import Steps
 from anyattention._src.interfaces.tiles import OfTiles, Pair, Step, Tiles, join_rows
@@ -42,3 +44,5 @@ class Backend:
         """Kernels of vendors, the best first: see `anyattention.extend.Fused`."""
         self.symbolic: Callable[[Any], bool] = lambda size: not isinstance(size, int)
         """Whether a size is a symbol, on which no choice may depend."""
+        self.vjp: Callable[..., tuple[Array, Callable[[Array], tuple[Array, ...]]]] | None = None
+        """From a function and arrays its output and pullback, where the library differentiates functions."""

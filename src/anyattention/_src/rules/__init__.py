@@ -1,5 +1,6 @@
 """Masks and biases by rule: what they are made of, how they are joined, and which expressions they become."""
 
+from anyattention._src.rules.biases import Alibi, Bias, Relative, as_bias
 from anyattention._src.rules.by_rule import AnyArray, ByRule, Convertible
 from anyattention._src.rules.lowering import Expression, Lowering, short, visible
 from anyattention._src.rules.masks import (
@@ -12,9 +13,12 @@ from anyattention._src.rules.masks import (
     conjunction,
     is_band,
 )
+from anyattention._src.rules.terms import Term, added, differentiable, gradients
 
 __all__ = [
+    "Alibi",
     "AnyArray",
+    "Bias",
     "ByRule",
     "CausalMask",
     "Convertible",
@@ -23,9 +27,15 @@ __all__ = [
     "LocalMask",
     "Lowering",
     "Mask",
+    "Relative",
     "SegmentMask",
+    "Term",
+    "added",
+    "as_bias",
     "as_mask",
     "conjunction",
+    "differentiable",
+    "gradients",
     "is_band",
     "short",
     "visible",

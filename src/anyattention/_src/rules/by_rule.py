@@ -1,5 +1,6 @@
 """What masks and biases by rule have in common: they are made of numbers and arrays, and find the arrays' library."""
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -32,12 +33,25 @@ class ByRule:
     #: The fields that are arrays, which may not be missing.
     _arrays: ClassVar[tuple[str, ...]] = ()
     _of: ClassVar[str] = "numbers"  # that are in arrays
+    #: Those that are integers, and those that may be arrays of integers too.
+    _integers: ClassVar[tuple[str, ...]] = ()
+    _offsets: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         ByRule._made(type(self))
         for name in self._arrays:
             if (x := getattr(self, name)) is None or isinstance(x, str | type | ByRule):
                 raise TypeError(f"{name} of {type(self).__name__} must be an array of {self._of}, got {x!r}")
+        for name in (*self._integers, *self._offsets):
+            if type(x := getattr(self, name)) is int or (name in self._offsets and _is_array(x)):
+                continue
+            try:
+                if isinstance(x, bool):
+                    raise TypeError
+                object.__setattr__(self, name, operator.index(x))
+            except TypeError:
+                kind, also = type(x).__name__, " or an array of integers, [batch...]" if name in self._offsets else ""
+                raise TypeError(f"{name} of {type(self).__name__} must be an integer{also}, got {kind}") from None
 
     kind: ClassVar[str] = ""  # of argument of a call
     __array_ufunc__ = None  # so that NumPy leaves `array & mask` to us
@@ -101,6 +115,12 @@ def _identity(x: Any) -> Any:
     if isinstance(x, tuple):
         return tuple(map(_identity, x))
     return x if x is None or isinstance(x, int | float | str | ByRule) else id(x)
+
+
+def _is_array(x: Any) -> bool:
+    """Whether it is an array, but for a scalar of NumPy's, which is known when a rule is made."""
+    has_axes = isinstance(x, list) or hasattr(x, "__jax_array__") or hasattr(x, "shape")
+    return has_axes and not (type(x).__module__ == "numpy" and x.shape == ())
 
 
 def shown(x: Any) -> str:

@@ -53,25 +53,63 @@ def short(arrays: Arrays, lengths: Array) -> Array:
 
 
 class Lowering:
-    """The call that a mask is lowered for, and its operands, ``[batch..., 1, q_length or 1, kv_length or 1]``.
+    """The call that a rule is lowered for, and its operands, ``[batch..., 1, q_length or 1, kv_length or 1]``.
 
-    `origin` is the position of the call's first query and key in the whole, of which the call may be a shard.
+    Of biases also the parameters, which are numbers of heads, ``[num_heads, *, 1]``.
+
+    `origin` is the position of the call's first query and key in the whole, of which the call may be a shard. `heads`
+    is their number, None where that is not known; `head_axes` are two in a block of grouped heads.
     """
 
-    def __init__(self, arrays: Arrays, batch: Batch, lengths: Sizes, like: Any, origin: Any = None) -> None:
+    def __init__(
+        self,
+        arrays: Arrays,
+        batch: Batch,
+        lengths: Sizes,
+        like: Any,
+        origin: Any = None,
+        heads: int | None = None,
+        head_axes: int = 1,
+    ) -> None:
         self.arrays, self.batch, self.lengths, self.like, self.origin = arrays, batch, lengths, like, origin or (0, 0)
+        self.heads, self.head_axes = heads, head_axes
         self.operands: list[Array] = []
+        self.parameters: list[Array] = []
+        #: Of each array of the rule, in order, what it has become, ("operands" or "parameters", number); None of
+        #: integers, which have no gradient.
+        self.sources: list[tuple[str, int] | None] = []
 
     def add(self, x: Array) -> int:
         """The number of an operand in expressions."""
         self.operands.append(x)
         return len(self.operands) - 1
 
+    def differentiated(self, x: Array) -> int:
+        """The same of one of the rule's arrays."""
+        self.sources.append(("operands", len(self.operands)) if _is_real(self.arrays, x) else None)
+        return self.add(x)
+
+    def parameter(self, rule: Any, name: str, axes: str) -> int:
+        """The number of a parameter, from an array ``[num_heads]`` or ``[*, num_heads]``."""
+        x, xp = getattr(rule, name), self.arrays.xp
+        shape = tuple(x.shape)
+        if not _is_real(self.arrays, x) and not self.arrays.dtype_name(x).startswith(("int", "uint")):
+            raise TypeError(f"{name} of {rule} must be real numbers, got {self.arrays.dtype_name(x)}")
+        if len(shape) != axes.count(",") + 1 or shape[-1] != (shape[-1] if self.heads is None else self.heads):
+            need = f"{axes}, with num_heads {self.heads}" if self.heads is not None else axes
+            raise ShapeError(f"{name} of {rule} has shape {shape}, but needs {need}")
+        self.sources.append(("parameters", len(self.parameters)) if _is_real(self.arrays, x) else None)
+        self.parameters.append(x[:, None, None] if len(shape) == 1 else xp.permute_dims(x, (1, 0))[..., None])
+        return len(self.parameters) - 1
+
     def position(self, axis: int, offset: int = 0, band: Any = None) -> int:
         """Positions in the whole of queries (axis -2) or keys (-1), int32, plus an offset, and that of a `band`."""
         length, first, xp = self.lengths[axis], self.origin[axis], self.arrays.xp
         more = None if band is None or isinstance(band.offset, int) else self._numbers(band, "offset", offset=True)
-        offset += band.offset if band is not None and more is None else 0
+        if more is not None:
+            self.sources.append(None)
+        elif band is not None:
+            offset += band.offset
         if isinstance(first, int) and more is None:
             start = offset + first
             start = start if abs(start) < 2**30 else min(max(start, -(2**31)), 2**31 - length)  # sees all or nothing
@@ -109,3 +147,7 @@ class Lowering:
         if offset:  # to be added to positions; beyond 2^30 a query sees all or nothing
             x = self.arrays.cast(x if kind in _SHORT else self.arrays.xp.clip(x, -(2**30), 2**30), "int32")
         return self.arrays.xp.reshape(x, (*batch, 1, *sizes))
+
+
+def _is_real(arrays: Arrays, x: Array) -> bool:
+    return "float" in arrays.dtype_name(x)

@@ -1,9 +1,8 @@
 """Masks by rule: what they are made of, how they are joined, and which expressions they become."""
 
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 from anyattention._src.blocks import Sizes
 from anyattention._src.rules.by_rule import AnyArray, ByRule, shown
@@ -20,22 +19,6 @@ class Mask(ByRule):
     """
 
     kind, _of = "mask", "integers"
-    #: The fields that are integers, and those that may be arrays of integers too.
-    _integers: ClassVar[tuple[str, ...]] = ()
-    _offsets: ClassVar[tuple[str, ...]] = ()
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in (*self._integers, *self._offsets):
-            if type(x := getattr(self, name)) is int or (name in self._offsets and _is_array(x)):
-                continue
-            try:
-                if isinstance(x, bool):
-                    raise TypeError
-                object.__setattr__(self, name, operator.index(x))
-            except TypeError:
-                kind, also = type(x).__name__, " or an array of integers, [batch...]" if name in self._offsets else ""
-                raise TypeError(f"{name} of {type(self).__name__} must be an integer{also}, got {kind}") from None
 
     def lower(self, to: Lowering) -> Expression:
         """The mask as an expression over operands, which are added to `to`."""
@@ -291,12 +274,6 @@ class _Join(Mask):
             return (min(one[0], two[0]), max(one[1], two[1])), max(sure, surely, key=lambda ends: ends[1] - ends[0])
         last = min(one[1], two[1])
         return (min(max(one[0], two[0]), last), last), (max(sure[0], surely[0]), min(sure[1], surely[1]))
-
-
-def _is_array(x: Any) -> bool:
-    """Whether it is an array, but for a scalar of NumPy's, which is known when a mask is made."""
-    has_axes = isinstance(x, list) or hasattr(x, "__jax_array__") or hasattr(x, "shape")
-    return has_axes and not (type(x).__module__ == "numpy" and x.shape == ())
 
 
 def as_mask(x: Any) -> Any:

@@ -14,19 +14,21 @@ because the base of a row that sees nothing is finfo.min, which would absorb the
 """
 
 import math
+import operator
 from functools import partial
 from typing import Any, NamedTuple
 
 from anyattention._src import threefry
-from anyattention._src.blocks import Block, Group, Sizes, cut_columns, everything, tree_map
+from anyattention._src.blocks import Block, Group, Sizes, cut_columns, everything, sum_to, tree_map
 from anyattention._src.call import Options
 from anyattention._src.hidden import unspoiled
 from anyattention._src.interfaces import Backend
-from anyattention._src.rules import Expression, Mask, visible
+from anyattention._src.rules import Expression, Mask, Term, added, differentiable, gradients, visible
 from anyattention._src.tiles.partials import Partial, finish, finite, merge, of_hidden, of_sinks
 
 Array = Any
-Gradients = tuple[Array, Array, Array, Array | None, Array | None]
+# Of query, key, value, the operands and the parameters of the bias, and sinks.
+Gradients = tuple[Array, Array, Array, tuple[Array | None, ...], tuple[Array | None, ...], Array | None]
 BOUND = 20.0  # exp(20) is 5e8: sums over any length, times values, stay in the range of float32
 
 
@@ -40,7 +42,8 @@ class Tiling(NamedTuple):
     root: float  # of the depth, or one over the scale: divides queries
     fill: float  # the logit of a masked key: finfo.min of the compute dtype
     sizes: Sizes  # rows and columns of a tile
-    bias_axes: tuple[bool, bool]  # whether the bias has rows, and columns, of its own
+    terms: tuple[Term, ...]  # the bias, over `Pairs.bias` and `Block.parameters`
+    bias_axes: tuple[tuple[bool, bool] | None, ...]  # whether each of these has rows, and columns; None of integers
     groups: tuple[Group, ...]
     precise: bool  # sum logits in float64, which float32 needs where they are large
     # Shortcuts, which are right where every row sees a key: see `_sound`.
@@ -54,19 +57,26 @@ class Tiling(NamedTuple):
 
 
 def tiling(
-    backend: Backend, options: Options, dtype: str, expression: Expression | None, block: Block, mask: Any = None
+    backend: Backend,
+    options: Options,
+    dtype: str,
+    expression: Expression | None,
+    terms: tuple[Term, ...],
+    block: Block,
+    mask: Any = None,
 ) -> Tiling:
     """How a block is cut; `mask` is by rule, and tells which rows see which columns where its positions are these."""
     rows, columns = block.lengths
     ruled = mask is not None and mask.ranges(0, 1, columns)[0] != mask.ranges(rows - 1, rows, columns)[0]
-    sizes, bias = backend.tiles.sizes(block, ruled), block.pairs.bias
+    sizes = backend.tiles.sizes(block, ruled)
     root, fill = max(block.rows[0].shape[-1], 1) ** 0.5, float(backend.steps.lowest(options.dtype))
     if options.scale is not None:
         root = 1.0 / options.scale if options.scale else math.inf
-    bias_axes = (False, False) if bias is None else tuple(size != 1 for size in bias.shape[-2:])
+    found = differentiable(backend, terms, block.pairs.bias)
+    axes = [(x.shape[-2] != 1, x.shape[-1] != 1) if n in found else None for n, x in enumerate(block.pairs.bias)]
     groups = _groups(mask, block, sizes[0], backend.tiles.most_groups) if ruled else (everything(block),)
     skip, precise = expression is not None and backend.arrays.inspects(block.rows[0]), options.dtype == "float32"
-    return Tiling(backend, options, dtype, expression, root, fill, sizes, bias_axes, groups, precise, skip)
+    return Tiling(backend, options, dtype, expression, root, fill, sizes, terms, tuple(axes), groups, precise, skip)
 
 
 def _groups(mask: Mask, block: Block, size: int, most: int) -> tuple[Group, ...]:
@@ -169,14 +179,14 @@ def tile_logits(tiling: Tiling, tile: Block, visible: Array | None) -> tuple[Arr
 
     And their tanh, where they are capped.
     """
-    backend, bias, capped = tiling.backend, tile.pairs.bias, None
+    backend, capped = tiling.backend, None
     logits = backend.tiles.logits(tile.rows[0], tile.columns[0], tiling.options.precision, tiling.precise)
     if (cap := tiling.options.logits_soft_cap) is not None:
         cap = cap * (backend.tiles.power_unit if tiling.bounded else 1.0)
         capped = backend.xp.tanh(logits / cap)
         logits = capped * cap
-    if bias is not None:
-        bias = backend.arrays.cast(bias, tiling.dtype)
+    if tiling.terms:
+        bias = added(backend, tiling.terms, tile.pairs.bias, tile.parameters, tiling.dtype)
         logits = logits + (bias * backend.tiles.power_unit if tiling.bounded else bias)
     masked = visible is not None and not tiling.bounded
     return backend.tiles.fill(logits, visible, tiling.fill) if masked else logits, capped
@@ -216,15 +226,19 @@ def with_bounds(tiling: Tiling, block: Block) -> Block:
     """The block with what bounds its logits by Cauchy and Schwarz, if values can be looked at.
 
     Norms of queries, ``[lead..., rows, 1]``; of keys the largest, of a bias the largest size, and of values beside a
-    mask the sum of squares, which says whether all are finite: ``[lead..., 1, 1]``. A bias with rows and columns is not
-    looked at.
+    mask the sum of squares, which says whether all are finite: ``[lead..., 1, 1]``. A bias by rule, or with rows and
+    columns, is not looked at.
     """
-    (query, *_), (key, value), bias, xp = *block[:2], block.pairs.bias, tiling.backend.xp
+    (query, *_), (key, value), xp = *block[:2], tiling.backend.xp
     if not tiling.backend.arrays.inspects(query):
         return block
     rows, columns = (xp.sqrt(xp.expand_dims(xp.vecdot(x, x), axis=-1)) for x in (query, key))
     columns = xp.max(columns, axis=-2, keepdims=True)
-    size = None if bias is None or all(tiling.bias_axes) else xp.max(xp.abs(bias), axis=(-2, -1), keepdims=True)
+    size = None
+    if all(term[0] == "array" for term in tiling.terms) and (True, True) not in tiling.bias_axes:
+        for x in block.pairs.bias:
+            largest = xp.max(xp.abs(x), axis=(-2, -1), keepdims=True)
+            size = largest if size is None else size + largest
     values = None if tiling.expression is None else xp.sum(xp.vecdot(value, value), axis=-1)[..., None, None]
     return block._replace(pairs=block.pairs._replace(bounds=(rows, columns, size, values)))
 
@@ -243,27 +257,36 @@ def _inspected(tiling: Tiling, block: Block) -> Tiling:
     small = arrays.surely(largest <= BOUND, True)
     finite = values is None or arrays.surely(xp.isfinite(values), True)
     bounded = small and finite
-    if bounded and pairs.bias is not None:
+    if bounded and tiling.terms:
         bounded = size is not None and arrays.surely(largest + xp.max(size) <= BOUND, True)
     return tiling._replace(bounded=bounded, precise=tiling.precise and not small, skip=tiling.skip and finite)
 
 
 def backward(tiling: Tiling, block: Block, output: Array, base: Array, total: Array, doutput: Array) -> Gradients:
-    """The gradients of query, key, value, bias and sinks, each in its own shape, from that of the output."""
-    backend, bias, sinks = tiling.backend, block.pairs.bias, block.pairs.sinks
-    wanted = (block.rows[0], *block.columns, bias, sinks)
+    """The gradients, each in the shape of what it belongs to, from that of the output."""
+    backend, sinks = tiling.backend, block.pairs.sinks
+    bias = _those(tiling, block.pairs.bias, lambda axes: True)
+    parameters = tuple([x if "float" in backend.arrays.dtype_name(x) else None for x in block.parameters])
+    wanted = (block.rows[0], *block.columns, bias, parameters, sinks)
     if block.empty:
         return tree_map(backend.xp.zeros_like, wanted)
     block = with_bounds(tiling, unspoiled(backend.xp, block))
     pairs = block.pairs._replace(statistics=(base, total))
-    whole = Block((block.rows[0], doutput, output), block.columns, pairs)
-    by_row = tiling.bias_axes[0]
-    like = (block.rows[0], bias if by_row else None, sinks), (*block.columns, None if by_row else bias)
+    whole = block._replace(rows=(block.rows[0], doutput, output), pairs=pairs)
+    by_row, summed = (_those(tiling, bias, lambda axes, rows=rows: axes[0] is rows) for rows in (True, False))
+    like = (block.rows[0], by_row, sinks), (*block.columns, summed, block.parameters)
     draw = partial(threefry.keep_at, backend.xp, tiling.keep_prob)
     results = backend.tiles.map_rows(partial(pull_back, tiling), whole, (everything(block),), tiling.sizes, like, draw)
-    (dquery, dbias_rows, dsinks), (dkey, dvalue, dbias) = results
-    gradients = (dquery, dkey, dvalue, dbias_rows if by_row else dbias, dsinks)
+    (dquery, dbias_rows, dsinks), (dkey, dvalue, dbias, dparameters) = results
+    dbias = tuple([x if y is None else y for x, y in zip(dbias, dbias_rows, strict=True)])
+    gradients = (dquery, dkey, dvalue, dbias, dparameters, dsinks)
     return tree_map(lambda x, gradient: sum_to(backend.xp, gradient, x.shape), wanted, gradients)
+
+
+def _those(tiling: Tiling, bias: Any, are: Any) -> tuple[Any, ...]:
+    """What belongs to the operands of the bias, but for integers, of whose axes something holds; None for the others."""
+    pairs = zip(bias, tiling.bias_axes, strict=True)
+    return tuple([x if axes is not None and are(axes) else None for x, axes in pairs])
 
 
 def prologue(tiling: Tiling, block: Block) -> Block:
@@ -284,36 +307,34 @@ def pull_back(tiling: Tiling, parts: tuple[Block, ...]) -> tuple[tuple[Array, ..
     unbased = tiling.backend.arrays.surely(base == 0.0, True)
     tiling = tiling._replace(skip=tiling.skip and _sees(tiling, base), bounded=tiling.bounded and unbased)
     step, block = partial(pull_tile, tiling), prologue(tiling, parts[0])
-    dquery, (dkey, dvalue, dbias) = tiles.scan_columns(step, None, block, tiling.sizes)
+    (dquery, dbias, dparameters), (dkey, dvalue, by_column) = tiles.scan_columns(step, None, block, tiling.sizes)
     unit = tiles.power_unit if tiling.bounded else 1.0
     dquery, dkey = dquery / tiling.root, dkey if unit == 1.0 else dkey / unit
     if (dsinks := block.pairs.sinks) is not None:
         (base, delta), sinks = block.pairs.statistics, dsinks
         dsinks = -tiling.backend.xp.exp(sinks if base is None else sinks - base) * delta
         dsinks = sum_to(tiling.backend.xp, dsinks, (*sinks.shape[:-2], *dsinks.shape[-2:]))
-    if dbias is None:
-        return (dquery, None, dsinks), (dkey, dvalue, None)
-    dbias = tiles.transpose(dbias)
-    by_row, by_column = tiling.bias_axes
-    if not by_column:
-        dbias = tiles.row_sum(dbias)
-    return (dquery, dbias if by_row else None, dsinks), (dkey, dvalue, None if by_row else dbias)
+    dbias = tuple([x if y is None else tiles.transpose(y) for x, y in zip(dbias, by_column, strict=True)])
+    by_row, summed = (_those(tiling, dbias, lambda axes, rows=rows: axes[0] is rows) for rows in (True, False))
+    return (dquery, by_row, dsinks), (dkey, dvalue, summed, dparameters)
 
 
-def pull_tile(tiling: Tiling, dquery: Array | None, tile: Block) -> tuple[Array, tuple[Array, Array, Array | None]]:
-    """One tile of the formulas above: dquery so far; dkey, dvalue and dbias of the tile, columns first."""
-    (tiles, xp), bias = (tiling.backend.tiles, tiling.backend.xp), tile.pairs.bias
+def pull_tile(tiling: Tiling, state: Any, tile: Block) -> tuple[Any, tuple[Array, Array, tuple[Array | None, ...]]]:
+    """One tile of the formulas above: dquery, and what of the bias has no columns, so far; dkey, dvalue and what of the
+    bias has columns, of the tile, columns first.
+    """
+    backend, tiles, xp = tiling.backend, tiling.backend.tiles, tiling.backend.xp
     (query, doutput), (key, value) = tile.rows, tile.columns
     base, delta = tile.pairs.statistics
     visible, keep = tile_visible(tiling, tile), tile_keep(tiling, tile)
-    if tiling.skip and bias is None and tiling.backend.arrays.surely(visible, False):  # every weight is zero
+    if tiling.skip and not tiling.terms and backend.arrays.surely(visible, False):  # every weight is zero
         zeros = [xp.zeros_like(x) for x in (query, key, value)]
-        return zeros[0] if dquery is None else dquery, (zeros[1], zeros[2], None)
+        return (zeros[0], (), ()) if state is None else state, (zeros[1], zeros[2], ())
 
     product = partial(tiles.product, precision=tiling.options.precision)
     logits, capped = tile_logits(tiling, tile, visible)
     weights = tile_weights(tiling, logits, visible, base)
-    dweights = product(doutput, tiles.transpose(value), scratch="" if bias is not None else "dweights")
+    dweights = product(doutput, tiles.transpose(value), scratch="" if tiling.terms else "dweights")
     kept = weights
     if keep is not None:
         kept, dweights = xp.where(keep, weights, 0.0), tiles.fill(dweights, keep, 0.0)
@@ -321,21 +342,23 @@ def pull_tile(tiling: Tiling, dquery: Array | None, tile: Block) -> tuple[Array,
     dlogits = tiles.times_minus(weights, dweights, delta)
     if visible is not None:
         dlogits = tiles.fill(dlogits, visible, 0.0)
-    dbias = None
-    if bias is not None:
-        shape = (*bias.shape[:-2], dlogits.shape[-2] if tiling.bias_axes[0] else 1, dlogits.shape[-1])
-        dbias = tiles.transpose(sum_to(xp, dlogits, shape))
+    dbias, dparameters = _of_bias(tiling, tile, dlogits)
     if capped is not None:
         dlogits = dlogits * (1.0 - capped * capped)
-    more = sum_to(xp, product(dlogits, key), query.shape)
+    dquery = sum_to(xp, product(dlogits, key), query.shape)
     dkey = sum_to(xp, product(tiles.transpose(dlogits), query), key.shape)
-    return more if dquery is None else dquery + more, (dkey, dvalue, dbias)
+    more = dquery, _those(tiling, dbias, lambda axes: not axes[1]), dparameters
+    by_column = tree_map(tiles.transpose, _those(tiling, dbias, lambda axes: axes[1]))
+    return more if state is None else tree_map(operator.add, state, more), (dkey, dvalue, by_column)
 
 
-def sum_to(xp: Any, x: Array, shape: tuple[int, ...]) -> Array:
-    """`x` summed over the axes along which an array of `shape` was broadcast to it."""
-    extra = x.ndim - len(shape)
-    if extra:
-        x = xp.sum(x, axis=tuple(range(extra)))
-    axes = tuple(axis for axis, size in enumerate(shape) if size == 1 != x.shape[axis])
-    return xp.sum(x, axis=axes, keepdims=True) if axes else x
+def _of_bias(tiling: Tiling, tile: Block, dlogits: Array) -> tuple[tuple[Array | None, ...], tuple[Array | None, ...]]:
+    """The gradients of the operands and the parameters of the bias of a tile, in their shapes."""
+    if not tiling.terms:
+        return (), ()
+    xp, operands = tiling.backend.xp, tile.pairs.bias
+    of_operands, of_parameters = gradients(tiling.backend, tiling.terms, operands, dlogits, tiling.dtype)
+    return (
+        tuple([sum_to(xp, of_operands[n], x.shape) if n in of_operands else None for n, x in enumerate(operands)]),
+        tuple([sum_to(xp, of_parameters[n], x.shape) for n, x in enumerate(tile.parameters)]),
+    )

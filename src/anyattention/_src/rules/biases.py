@@ -1,0 +1,241 @@
+"""Biases by rule: what they are made of, how they are joined, and which terms they become."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any, ClassVar
+
+from anyattention._src import dtypes
+from anyattention._src.errors import ShapeError
+from anyattention._src.interfaces import Arrays
+from anyattention._src.rules.by_rule import AnyArray, ByRule, shown
+from anyattention._src.rules.lowering import Lowering
+from anyattention._src.rules.masks import Mask
+from anyattention._src.rules.terms import Term, added, thresholds
+
+Array = Any
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Bias(ByRule):
+    """A bias by rule, which is passed as ``bias=`` and joined by ``+`` with others and with arrays."""
+
+    kind: ClassVar[str] = "bias"
+
+    def terms(self, to: Lowering) -> tuple[Term, ...]:
+        """What is added to the logits, over operands and parameters that are added to `to`."""
+        raise NotImplementedError
+
+    def dense(self) -> list[Array]:
+        """The arrays among what is added."""
+        return []
+
+    def __add__(self, other: "Bias | AnyArray | None") -> "Bias":
+        """None, and the zero that `sum` starts with, are no bias."""
+        return self if other is None or (type(other) is int and other == 0) else Sum((*_parts(self), *_parts(other)))
+
+    __radd__ = __add__
+
+    def dtype(self, arrays: Arrays, dtype: str) -> str:
+        """The dtype of logits of this dtype with the bias: that of its numbers if they are wider."""
+        names = [arrays.dtype_name(x) for x in self.arrays()]
+        return reduce(dtypes.promote, [name for name in names if dtypes.is_inexact(name)], dtype)
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError(
+            f"{self} is no array: write `bias + other` to join it with another bias, or expand it with "
+            "to_array(q_length, kv_length)"
+        )
+
+    __array__ = __bool__ = __len__ = __iter__ = _refuse
+    ndim = property(_refuse)
+
+    def to_array(self, q_length: int, kv_length: int) -> Array:
+        """The bias expanded, ``[batch..., num_heads or 1, q_length, kv_length]``, float32 or wider.
+
+        Of the library of its arrays; NumPy's without any.
+
+        Examples:
+            >>> import numpy as np
+            >>> Alibi(np.array([0.5, 2.0])).to_array(2, 3).tolist()
+            [[[0.0, 0.5, 1.0], [-0.5, 0.0, 0.5]], [[0.0, 2.0, 4.0], [-2.0, 0.0, 2.0]]]
+        """
+        backend, bias, like = self._home(self)
+        arrays, lengths = backend.arrays, (q_length, kv_length)
+        to = Lowering(arrays, None, lengths, like)
+        terms = bias.terms(to)
+        dtype = bias.dtype(arrays, "float32")
+        full = arrays.run(like, added, backend, terms, to.operands, to.parameters, dtype)
+        return backend.xp.broadcast_to(full, (*full.shape[:-2], *lengths))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Alibi(Bias):
+    """Linear in the distance: ``slope * (j - i - offset)`` for key j and query i, with a slope for each head.
+
+    Source: Press et al., Train short, test long: attention with linear biases enables input length extrapolation
+    (2021), where keys are never ahead of their query.
+
+    Args:
+        slopes: numbers ``[num_heads]``.
+        symmetric: ``-slope * abs(j - i - offset)``, for queries that see keys ahead of them.
+        offset: the position of the first query among the keys, as `masks.CausalMask` takes it.
+
+    Raises:
+        TypeError: slopes that are no array of real numbers, or an offset that is no integer and no array of integers.
+        ShapeError: in a call, slopes that are not one for each head, or an offset that does not fit the batch.
+
+    Examples:
+        >>> import numpy as np
+        >>> Alibi(np.array([0.5]), symmetric=True).to_array(2, 3).tolist()
+        [[[-0.0, -0.5, -1.0], [-0.5, -0.0, -0.5]]]
+    """
+
+    slopes: Array
+    symmetric: bool = False
+    offset: int | Array = 0
+    _arrays, _offsets = ("slopes",), ("offset",)
+
+    def terms(self, to: Lowering) -> tuple[Term, ...]:
+        slopes = to.parameter(self, "slopes", "[num_heads]")
+        rows, columns = to.position(-2, 0, self), to.position(-1)
+        return (("alibi", rows, columns, slopes, self.symmetric),)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Relative(Bias):
+    """A number for each head and bucket of the distance ``j - i - offset`` of key j from query i, as in T5.
+
+    Half of the buckets, of each direction if `bidirectional`, hold one distance each; the others hold ranges that grow
+    in proportion to the distance, up to `max_distance`, and the last all beyond. If not `bidirectional`, keys ahead of
+    their query share the bucket of distance zero.
+
+    Source: Raffel et al., Exploring the limits of transfer learning with a unified text-to-text transformer (2020).
+
+    Args:
+        table: numbers ``[num_buckets, num_heads]``.
+        bidirectional: whether keys ahead have buckets of their own, the second half.
+        max_distance: the distance from which on all share the last bucket.
+        offset: the position of the first query among the keys, as `masks.CausalMask` takes it.
+
+    Raises:
+        TypeError: a table that is no array of real numbers, or an offset that is no integer and no array of integers.
+        ValueError: a `max_distance` within the distances that have buckets of their own.
+        ShapeError: in a call, a table without a column for each head or with too few rows, or an offset that does not
+            fit the batch.
+
+    Examples:
+        >>> import numpy as np
+        >>> Relative(np.arange(4.0)[:, None], bidirectional=False, max_distance=8).to_array(1, 3).tolist()
+        [[[0.0, 0.0, 0.0]]]
+        >>> Relative(np.arange(4.0)[:, None], bidirectional=False, max_distance=8, offset=9).to_array(1, 9).tolist()
+        [[[3.0, 3.0, 3.0, 3.0, 3.0, 3.0, 2.0, 2.0, 1.0]]]
+    """
+
+    table: Array
+    bidirectional: bool = True
+    max_distance: int = 128
+    offset: int | Array = 0
+    _arrays, _integers, _offsets = ("table",), ("max_distance",), ("offset",)
+
+    def terms(self, to: Lowering) -> tuple[Term, ...]:
+        table = to.parameter(self, "table", "[num_buckets, num_heads]")
+        count, rows, columns = self.table.shape[0], to.position(-2, 0, self), to.position(-1)
+        one_way = count // 2 if self.bidirectional else count
+        if one_way < 2 or one_way * (2 if self.bidirectional else 1) != count:
+            need = "an even number of at least 4" if self.bidirectional else "at least 2"
+            raise ShapeError(f"table of {self} has shape {tuple(self.table.shape)}, but needs {need} buckets")
+        if self.max_distance <= one_way // 2:
+            own = f"{one_way // 2}, the number of distances that have a bucket of their own"
+            raise ValueError(f"max_distance of {self} must be more than {own}")
+        return (("relative", rows, columns, table, self.bidirectional, thresholds(one_way, self.max_distance)),)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Rule(Bias):
+    """What a function makes of positions, and of arrays that queries and keys have.
+
+    The function is called with a tile at a time: ``function(i, j, *query_arrays, *key_arrays)``. It is static to JAX, so
+    that a new one compiles anew: what changes belongs into the arrays.
+
+    Args:
+        function: from positions ``i``, ``[..., rows, 1]``, and ``j``, ``[..., 1, columns]``, int32, and the arrays cut
+            to the tile and given those axes, to numbers that can be broadcast to
+            ``[batch..., num_heads, rows, columns]``.
+        query_arrays: arrays ``[batch..., q_length]``.
+        key_arrays: arrays ``[batch..., kv_length]``.
+
+    Raises:
+        TypeError: a function that cannot be called.
+        ShapeError: in a call, arrays of another length or batch, or a result of another shape.
+
+    Examples:
+        >>> Rule(lambda i, j: -0.5 * abs(i - j)).to_array(2, 3).tolist()
+        [[[0.0, -0.5, -1.0], [-0.5, 0.0, -0.5]]]
+    """
+
+    function: Callable[..., Array]
+    query_arrays: tuple[Array, ...] = ()
+    key_arrays: tuple[Array, ...] = ()
+
+    def terms(self, to: Lowering) -> tuple[Term, ...]:
+        rows, columns = to.position(-2), to.position(-1)
+        numbers = (*to.of_rows(self, "query_arrays"), *to.of_columns(self, "key_arrays"))
+        heads = self._heads(to, [to.operands[n] for n in (rows, columns, *numbers)])
+        return (("rule", self.function, rows, columns, numbers, heads, to.head_axes),)
+
+    def _heads(self, to: Lowering, operands: list[Array]) -> int | None:
+        """An operand that tells heads, if the function makes something else for each; its result is checked."""
+        if 0 in to.lengths:
+            return None
+        found = self.function(*(x[..., :1, :1] for x in operands))
+        lead = tuple(map(max, zip(*((1,) * 9 + x.shape[:-2] for x in operands))))
+        return None
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Dense(Bias):
+    """A dense bias beside others, broadcastable like `bias`."""
+
+    array: Array
+
+    def __repr__(self) -> str:
+        return shown(self.array)
+
+    def terms(self, to: Lowering) -> tuple[Term, ...]:
+        return (("array", to.differentiated(self.array)),)
+
+    def dense(self) -> list[Array]:
+        return [self.array]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Sum(Bias):
+    """Several biases."""
+
+    parts: tuple[Bias, ...]
+
+    def __repr__(self) -> str:
+        return " + ".join(map(repr, self.parts))
+
+    def terms(self, to: Lowering) -> tuple[Term, ...]:
+        return tuple([term for part in self.parts for term in part.terms(to)])
+
+    def dense(self) -> list[Array]:
+        return [x for part in self.parts for x in part.dense()]
+
+
+def _parts(x: Any) -> tuple[Bias, ...]:
+    if isinstance(x, Bias):
+        return x.parts if isinstance(x, Sum) else (x,)
+    if isinstance(x, Mask):
+        raise TypeError(f"a bias by rule joins other biases and arrays, got the mask by rule {x}: pass it as mask=")
+    if isinstance(x, type) or not (hasattr(x, "shape") or hasattr(x, "__jax_array__")):
+        got = f"the class {x.__name__}" if isinstance(x, type) else f"a {type(x).__name__}"
+        raise TypeError(f"a bias by rule joins other biases and arrays, got {got}: pass an array")
+    return (Dense(x),)
+
+
+def as_bias(x: Any) -> Any:
+    """A dense bias as one by rule; None stays."""
+    return x if x is None or isinstance(x, Bias) else Dense(x)

@@ -1,0 +1,175 @@
+"""What biases by rule are to a tile: terms that are added to its logits, and the gradients of what they are made of.
+
+A bias of distances has one value for each diagonal of a tile, so that a tile takes ``rows + columns - 1`` of them.
+"""
+
+from collections.abc import Sequence
+from functools import reduce
+from operator import add
+from typing import Any
+
+from anyattention._src.blocks import sum_to
+from anyattention._src.interfaces import Arrays, Backend
+
+Array = Any
+# A name, and numbers of operands and parameters, or what is static: ("array", operand),
+# ("alibi", rows, columns, slopes, symmetric), ("relative", rows, columns, table, bidirectional, thresholds),
+# ("rule", function, rows, columns, operands, heads, axes of heads).
+Term = tuple[Any, ...]
+Many = Sequence[Array]
+
+
+def added(backend: Backend, terms: Sequence[Term], operands: Many, parameters: Many, dtype: str) -> Array:
+    """What is added to the logits of a tile, in this dtype, broadcastable to them.
+
+    Operands are those of the tile, ``[lead..., rows or 1, columns or 1]``; parameters have the lead axes alone, slopes
+    as ``[lead..., 1, 1]``, and tables as ``[lead..., num_buckets, 1]``.
+    """
+    cast = backend.arrays.cast
+
+    def term_of(term: Term) -> Array:
+        name, *numbers = term
+        if name == "array":
+            return cast(operands[numbers[0]], dtype)
+        if name == "rule":
+            return _of_function(backend, term, operands, dtype)
+        rows, columns, parameter, *_ = numbers
+        basis = _basis(backend.arrays, term, operands, dtype)
+        values = _times(backend.xp, name, basis, cast(parameters[parameter], dtype))
+        return along_diagonals(backend.xp, values, operands[rows].shape[-2], operands[columns].shape[-1])
+
+    return reduce(add, map(term_of, terms))
+
+
+def gradients(
+    backend: Backend, terms: Sequence[Term], operands: Many, dlogits: Array, dtype: str
+) -> tuple[dict[int, Array], dict[int, Array]]:
+    """Those of operands, and of parameters, by their numbers, from that of the logits of a tile; not yet summed over
+    the axes along which these are broadcast. Of the arrays of functions there are none where the library has none.
+    """
+    xp, of_operands, of_parameters = backend.xp, {}, {}
+    for term in terms:
+        name, *numbers = term
+        if name == "array":
+            of_operands[numbers[0]] = dlogits
+        elif name == "rule":
+            of_operands |= _of_arrays(backend, term, operands, dlogits, dtype)
+        else:
+            basis, sums = _basis(backend.arrays, term, operands, dtype), sums_of_diagonals(xp, dlogits)
+            product = xp.where(basis, sums, 0.0) if name == "relative" else sums * basis
+            of_parameters[numbers[2]] = xp.sum(product, axis=-1, keepdims=True)
+    return of_operands, of_parameters
+
+
+def differentiable(backend: Backend, terms: Sequence[Term], operands: Many) -> set[int]:
+    """The numbers of the operands that `gradients` has gradients of."""
+    dense = [term[1] for term in terms if term[0] == "array"]
+    of_functions = [n for term in terms if term[0] == "rule" and backend.vjp is not None for n in term[4]]
+    return {n for n in (*dense, *of_functions) if _is_real(backend.arrays, operands[n])}
+
+
+def thresholds(buckets: int, max_distance: int) -> tuple[int, ...]:
+    """From which distance on each bucket but the first is taken, in one direction.
+
+    Half of them hold a distance each; the others end at ``half * (max_distance / half) ** (m / rest)``, as integers
+    tell without rounding.
+    """
+    half, rest = buckets // 2, buckets - buckets // 2
+    found, distance = list(range(1, half + 1)), half
+    for m in range(1, rest):
+        while distance**rest * half**m < max_distance**m * half**rest:
+            distance += 1
+        found.append(distance)
+    return tuple(found)
+
+
+vars(thresholds)["_dynamo_marked_constant"] = True  # numbers beyond 64 bits, which torch.compile does not take
+
+
+def along_diagonals(xp: Any, values: Array, rows: int, columns: int) -> Array:
+    """``[..., rows, columns]`` with ``values[..., 0, column - row + rows - 1]``, of ``rows + columns - 1`` values."""
+    if rows == 1:
+        return values
+    lead, size = values.shape[:-2], rows + columns - 1  # in rows of this size less one each row moves on by one
+    flat = xp.reshape(xp.broadcast_to(values, (*lead, rows, size)), (*lead, rows * size))
+    return xp.reshape(flat[..., rows - 1 : rows * size - 1], (*lead, rows, size - 1))[..., :columns]
+
+
+def sums_of_diagonals(xp: Any, x: Array) -> Array:
+    """``[..., 1, rows + columns - 1]``: what `along_diagonals` takes apart, summed."""
+    *lead, rows, columns = x.shape
+    if rows == 1:
+        return x
+    flat = xp.reshape(xp.concat((x, _zeros(xp, x, rows - 2)), axis=-1), (*lead, 1, rows * (rows + columns - 2)))
+    flat = xp.concat((_zeros(xp, flat, rows - 1), flat, _zeros(xp, flat, 1)), axis=-1)
+    return xp.sum(xp.reshape(flat, (*lead, rows, rows + columns - 1)), axis=-2, keepdims=True)
+
+
+def _zeros(xp: Any, x: Array, size: int) -> Array:
+    return xp.broadcast_to(xp.zeros_like(x[..., :1]), (*x.shape[:-1], size))
+
+
+def _basis(arrays: Arrays, term: Term, operands: Many, dtype: str) -> Array:
+    """What the parameters of a bias of distances are multiplied by, for each diagonal: numbers ``[..., 1, diagonals]``;
+    of a table which bucket it is, ``[..., num_buckets, diagonals]``.
+    """
+    xp, (name, rows, columns, _, *how) = arrays.xp, term
+    rows, columns = operands[rows], operands[columns]
+    count = xp.arange(rows.shape[-2] + columns.shape[-1] - 1, dtype=xp.int32, **arrays.beside(rows))
+    distances = columns[..., :1] - rows[..., -1:, :] + count
+    if name == "alibi":
+        (symmetric,) = how
+        return arrays.cast(-xp.abs(distances) if symmetric else distances, dtype)
+    bidirectional, thresholds = how
+    ends = xp.asarray(thresholds, dtype=xp.int32, **arrays.beside(rows))[:, None]
+    size = xp.abs(distances) if bidirectional else -distances
+    buckets = xp.sum(xp.astype(size >= ends, xp.int32), axis=-2, keepdims=True, dtype=xp.int32)
+    one_way = len(thresholds) + 1
+    if bidirectional:
+        buckets = buckets + xp.where(distances > 0, one_way, 0)
+    all_buckets = xp.arange(one_way * (2 if bidirectional else 1), dtype=xp.int32, **arrays.beside(rows))
+    return buckets == all_buckets[:, None]
+
+
+def _times(xp: Any, name: str, basis: Array, parameter: Array) -> Array:
+    """The value of each diagonal, ``[..., 1, diagonals]``."""
+    if name == "alibi":
+        return basis * parameter
+    return xp.sum(xp.where(basis, parameter, 0.0), axis=-2, keepdims=True)
+
+
+def _of_function(backend: Backend, term: Term, operands: Many, dtype: str) -> Array:
+    """What a function makes of a tile; of all heads, of which a tile may have some, and grouped ones as two axes."""
+    _, function, rows, columns, numbers, heads, head_axes = term
+    arrays, xp = backend.arrays, backend.xp
+    given = [operands[n] for n in (rows, columns, *numbers)]
+    given = [arrays.cast(x, dtype) if _is_real(arrays, x) else x for x in given]
+    if heads is None:
+        return arrays.cast(function(*given), dtype)
+    which = operands[heads]
+    axes = min(head_axes, which.ndim - 2)  # a loop over lead axes takes them away from the first
+    if axes == 2:
+        given = [x[..., 0, :, :] for x in given]
+    found = arrays.cast(function(*given), dtype)
+    others = which.ndim - 2 - axes
+    found = xp.reshape(found, ((1,) * (others + 3 - found.ndim) + tuple(found.shape)))
+    found = xp.take(found, xp.reshape(which, (-1,)), axis=-3)
+    return xp.reshape(found, (*found.shape[:-3], *which.shape[others:-2], *found.shape[-2:]))
+
+
+def _of_arrays(backend: Backend, term: Term, operands: Many, dlogits: Array, dtype: str) -> dict[int, Array]:
+    """The gradients of the arrays of a function."""
+    numbers = [n for n in term[4] if _is_real(backend.arrays, operands[n])]
+    if backend.vjp is None or not numbers:
+        return {}
+
+    def function(*arrays: Array) -> Array:
+        varying = dict(zip(numbers, arrays, strict=True))
+        return _of_function(backend, term, [varying.get(n, x) for n, x in enumerate(operands)], dtype)
+
+    output, pullback = backend.vjp(function, *(backend.arrays.cast(operands[n], dtype) for n in numbers))
+    return dict(zip(numbers, pullback(sum_to(backend.xp, dlogits, output.shape)), strict=True))
+
+
+def _is_real(arrays: Arrays, x: Array) -> bool:
+    return "float" in arrays.dtype_name(x)
