@@ -99,8 +99,14 @@ class TorchTiles(Tiles):
         return x.masked_fill_(~visible, value)
 
     def no_tiles(self, call: Call, by_rule: bool = False) -> str:
-        traced = torch.compiler.is_compiling() or compat.is_traced()
-        return "ONNX lacks the operator that it is in a trace" if traced and compat.exports_to_onnx() else ""
+        if not (torch.compiler.is_compiling() or compat.is_traced()):
+            return ""
+        if getattr(call.operands.mask, "calls", False):
+            return (
+                "in a trace it is one operator, which takes tensors but no function of masks.Rule: join other masks, "
+                "pass the array of to_array, or implementation='exact'"
+            )
+        return "ONNX lacks the operator that it is in a trace" if compat.exports_to_onnx() else ""
 
     def key_words(self, key: Any, like: Array) -> Array:
         return operators.beside(key.to(like.device), like)
