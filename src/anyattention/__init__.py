@@ -1,6 +1,6 @@
 """Flax's dot-product attention for every array library, with Flax's numbers."""
 
-from anyattention import extend, masks, random
+from anyattention import biases, extend, masks, random
 from anyattention._src.api import (
     dot_product_attention,
     dot_product_attention_vjp,
@@ -18,6 +18,7 @@ __all__ = [
     "RULES",
     "Plan",
     "ShapeError",
+    "biases",
     "combine_masks",
     "config",
     "dot_product_attention",

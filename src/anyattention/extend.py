@@ -11,12 +11,13 @@ from anyattention._src.implementations.base import Implementation
 from anyattention._src.implementations.fused import Fused, four_axes
 from anyattention._src.implementations.tiled import TILED as tiled
 from anyattention._src.interfaces import Arrays, Backend, Steps, Tiles, join_rows
-from anyattention._src.rules import CausalMask, Mask
+from anyattention._src.rules import Bias, CausalMask, Mask
 from anyattention._src.structure import Structure
 
 __all__ = [
     "Arrays",
     "Backend",
+    "Bias",
     "Block",
     "Call",
     "CausalMask",

@@ -1,8 +1,9 @@
 """JAX: the steps are Flax's own calls, so that the traced program, and with it every bit, is Flax's."""
 
+import jax
 import jax.numpy as jnp
 
-from anyattention.extend import Backend, Mask
+from anyattention.extend import Backend, Bias, Mask
 from anyattention_backends.jax.arrays import JAXArrays, register
 from anyattention_backends.jax.cudnn import CuDNN
 from anyattention_backends.jax.splash import Splash
@@ -11,6 +12,9 @@ from anyattention_backends.jax.tiles import JAXTiles
 from anyattention_backends.jax.tokamax import Tokamax
 
 backend = Backend(jnp, JAXArrays, JAXSteps, JAXTiles)
-backend.engines = (CuDNN(), Tokamax(), Splash())
-for kind in Mask.__subclasses__():  # those that were made before JAX was imported are pytrees from now on
+backend.engines, backend.vjp = (CuDNN(), Tokamax(), Splash()), jax.vjp
+for kind in (
+    *Mask.__subclasses__(),
+    *Bias.__subclasses__(),
+):  # those that were made before JAX was imported are pytrees from now on
     register(kind)  # type: ignore[arg-type]  # mypy asks the instances for a hash

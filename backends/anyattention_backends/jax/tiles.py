@@ -134,8 +134,8 @@ def _compiled(function: Function, tiling: Any, block: Block, *results: Array) ->
         return function(tiling, gathered(block, by_column=len(tiling.groups) > 1), *results)
 
     (query, *_), columns, *_ = block
-    places = (query, *columns, None, None) if results else (query,) * 3
-    return tuple(map(placed_as, opaque(local, block, *results), places))
+    places, found = (query, *columns) if results else (query,) * 3, opaque(local, block, *results)
+    return *map(placed_as, found, places), *found[len(places) :]
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))

@@ -1,6 +1,7 @@
 """PyTorch: autocast is kept out, float32 softmax is PyTorch's own, and guests in bfloat16 find a way in."""
 
 import array_api_compat.torch as xp
+import torch
 
 from anyattention.extend import Backend
 from anyattention_backends.torch import compat, operators
@@ -11,5 +12,5 @@ from anyattention_backends.torch.steps import TorchSteps
 from anyattention_backends.torch.tiles import TorchTiles
 
 backend = Backend(xp, TorchArrays, TorchSteps, TorchTiles)
-backend.engines, backend.symbolic = (SDPA(), Flex()), compat.is_symbol
+backend.engines, backend.symbolic, backend.vjp = (SDPA(), Flex()), compat.is_symbol, torch.func.vjp
 operators.backend = backend

@@ -83,8 +83,8 @@ def tiled(how: Tiling, block: Block) -> Tensor:
     options = tuple([(name, getattr(how.options, name)) for name in _OPTIONS])
     bias, sinks, mask, counts = block.pairs[:4]
     has_counts = None if counts is None else tuple(x is not None for x in counts)
-    present = bias is not None, sinks is not None, len(mask), has_counts, block.shown is not None
-    text = _write((options, how.dtype, how.expression, present), numbers)
+    present = len(bias), sinks is not None, len(mask), has_counts, len(block.parameters), block.shown is not None
+    text = _write((options, how.dtype, how.expression, how.terms, present), numbers)
     return _tiled(leaves(block), numbers, text)[0]
 
 
@@ -106,17 +106,29 @@ def _read(arrays: Many, numbers: Numbers, text: str) -> tuple[Tiling, Block]:
             return x
         return numbers[x[1]] if x[:1] == (_NUMBER,) else tuple(map(number, x))
 
-    named, dtype, expression, (has_bias, has_sinks, masks, has_counts, has_shown) = ast.literal_eval(text)
+    named, dtype, expression, terms, (biases, has_sinks, masks, has_counts, parameters, has_shown) = ast.literal_eval(
+        text
+    )
     options = {name: number(value) for name, value in named}
     if options["dropout"] is not None:
         options["dropout"] = Dropout(*options["dropout"])
     query, key, value, *rest = arrays
     each = iter(rest)
-    bias, sinks = next(each) if has_bias else None, next(each) if has_sinks else None
-    mask = tuple(next(each) for _ in range(masks))
-    counts = None if has_counts is None else tuple(next(each) if here else None for here in has_counts)
-    block = Block((query,), (key, value), Pairs(bias, sinks, mask, counts), shown=next(each) if has_shown else None)
-    return tiling(backend, Options(**options), dtype, expression, block), block
+    bias, sinks = tuple([next(each) for _ in range(biases)]), next(each) if has_sinks else None
+    mask = tuple([next(each) for _ in range(masks)])
+    counts = None if has_counts is None else tuple([next(each) if here else None for here in has_counts])
+    of_heads, shown = tuple([next(each) for _ in range(parameters)]), next(each) if has_shown else None
+    block = Block((query,), (key, value), Pairs(bias, sinks, mask, counts), of_heads, shown=shown)
+    return tiling(backend, Options(**options), dtype, expression, terms, block), block
+
+
+def _differentiated(arrays: Many, text: str) -> list[int]:
+    """The numbers of those that have a gradient, in its order."""
+    *_, terms, (biases, has_sinks, masks, has_counts, parameters, _) = ast.literal_eval(text)
+    dense = {3 + term[1] for term in terms if term[0] == "array"}
+    first = 3 + biases + has_sinks + masks + sum(has_counts or ())
+    numbers = [0, 1, 2, *sorted(dense), *range(first, first + parameters), *([3 + biases] if has_sinks else [])]
+    return [n for n in numbers if arrays[n].is_floating_point()]
 
 
 @torch.library.custom_op("anyattention::attend_by_tiles", mutates_args=())  # type: ignore[untyped-decorator]
@@ -131,7 +143,7 @@ def _tiled_backward(arrays: Many, results: Many, doutput: Tensor, numbers: Numbe
     output, base, total = results
     how, block = _read(arrays, numbers, text)
     gradients = without_autocast(doutput, backward, how, block, output, base, total, doutput)
-    return [x.clone() for x in gradients if x is not None]
+    return [x.clone() for x in leaves(gradients)]
 
 
 @_tiled.register_fake  # type: ignore[untyped-decorator]
@@ -143,8 +155,7 @@ def _(arrays: Many, numbers: Numbers, text: str) -> list[Tensor]:
 
 @_tiled_backward.register_fake  # type: ignore[untyped-decorator]
 def _(arrays: Many, results: Many, doutput: Tensor, numbers: Numbers, text: str) -> list[Tensor]:
-    differentiated = 3 + sum(ast.literal_eval(text)[-1][:2])  # query, key, value, and a bias and sinks
-    return [x.new_empty(x.shape, dtype=doutput.dtype) for x in arrays[:differentiated]]
+    return [arrays[n].new_empty(arrays[n].shape, dtype=doutput.dtype) for n in _differentiated(arrays, text)]
 
 
 @_tiled.register_vmap  # type: ignore[untyped-decorator]
@@ -160,9 +171,10 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
 def _backward(ctx: Any, gradients: list[Tensor]) -> tuple[list[Tensor | None], list[None] | None, None]:
     *arrays, output, base, total = ctx.saved_tensors
     found = _tiled_backward(arrays, [output, base, total], gradients[0], *ctx.rest)
-    answer = [gradient.to(x.dtype) for gradient, x in zip(found, arrays, strict=False)]
+    of = dict(zip(_differentiated(arrays, ctx.rest[1]), found, strict=True))
+    answer = [of[n].to(x.dtype) if n in of else None for n, x in enumerate(arrays)]
     of_numbers: Any = None if ctx.rest[0] else []  # to PyTorch a list of numbers is a leaf, but an empty one is a list
-    return [*answer, *(None for _ in arrays[len(answer) :])], of_numbers, None
+    return answer, of_numbers, None
 
 
 _tiled.register_autograd(_backward, setup_context=_setup)

@@ -99,8 +99,14 @@ class TorchTiles(Tiles):
         return x.masked_fill_(~visible, value)
 
     def no_tiles(self, call: Call, by_rule: bool = False) -> str:
-        traced = torch.compiler.is_compiling() or compat.is_traced()
-        return "ONNX lacks the operator that it is in a trace" if traced and compat.exports_to_onnx() else ""
+        if not (torch.compiler.is_compiling() or compat.is_traced()):
+            return ""
+        if getattr(call.operands.mask, "calls", False):
+            return (
+                "in a trace it is one operator, which takes tensors but no function of masks.Rule: join other masks, "
+                "pass the array of to_array, or implementation='exact'"
+            )
+        return "ONNX lacks the operator that it is in a trace" if compat.exports_to_onnx() else ""
 
     def key_words(self, key: Any, like: Array) -> Array:
         return operators.beside(key.to(like.device), like)
@@ -154,16 +160,19 @@ class How(NamedTuple):
     def block(self, arrays: Sequence[Array]) -> Block:
         return tree_map(lambda index: arrays[index], self.structure)
 
-    def differentiated(self) -> list[int]:
-        """The numbers of query, key, value and, if there are any, of the bias and the sinks."""
-        wanted = (self.structure.rows[0], *self.structure.columns, *self.structure.pairs[:2])
-        return [index for index in wanted if index is not None]
+    def differentiated(self, arrays: Sequence[Array]) -> list[int]:
+        """The numbers of query, key, value and, if there are any, of those of the bias and of the sinks."""
+        structure, axes = self.structure, self.tiling.bias_axes
+        bias = [index for index, has in zip(structure.pairs.bias, axes, strict=True) if has is not None]
+        parameters = [index for index in structure.parameters if arrays[index].is_floating_point()]
+        sinks = [] if structure.pairs.sinks is None else [structure.pairs.sinks]
+        return [structure.rows[0], *structure.columns, *bias, *parameters, *sinks]
 
     def gradients(self, results: Sequence[Array], doutput: Array, arrays: Sequence[Array]) -> list[Array]:
         """Of those; within autocast as outside it."""
         block = self.block(arrays)
         found = operators.without_autocast(doutput, self.backward, self.tiling, block, *results, doutput)
-        return [*(operators.as_returned(x, block) for x in found[:3]), *(x for x in found[3:] if x is not None)]
+        return [*(operators.as_returned(x, block) for x in found[:3]), *leaves(found[3:])]
 
 
 class _Tiled(torch.autograd.Function):  # type: ignore[misc]
@@ -190,7 +199,7 @@ class _Tiled(torch.autograd.Function):  # type: ignore[misc]
             found = how.gradients(how.forward(how.tiling, how.block(arrays)), doutput, arrays)
         else:
             found = compat.mapped(lambda *x: _Gradient.apply(how, *x), *results, doutput, *arrays)
-        by_index = dict(zip(how.differentiated(), found, strict=True))
+        by_index = dict(zip(how.differentiated(arrays), found, strict=True))
         return (None, *(by_index.get(index) for index in range(len(arrays))))
 
     @staticmethod
@@ -224,7 +233,7 @@ class _Gradient(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def backward(ctx: Any, *cotangents: Array) -> tuple[Any, ...]:
         how, saved = ctx.how, ctx.saved_tensors
-        wanted = [0, *(index + 1 for index in how.differentiated())]
+        wanted = [0, *(index + 1 for index in how.differentiated(saved[1:]))]
 
         def found(*given: Array) -> list[Array | None]:
             with torch.enable_grad():  # each a tensor of its own, of which none depends on another

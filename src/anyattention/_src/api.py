@@ -326,7 +326,7 @@ def _outlined(implementation: str | None, **given: Any) -> Plan:
 
 def _backend(query: Any, key: Any, value: Any, bias: Any, mask: Any, sinks: Any) -> Backend:
     """The backend of the one library that serves these arguments."""
-    guests = {}
+    guests: dict[str, Any] = {}
     for name, x in (("bias", bias), ("mask", mask)):
         guests |= {f"{name}[{i}]": part for i, part in enumerate(x.arrays())} if isinstance(x, ByRule) else {name: x}
     return registry.backend_for(query=query, key=key, value=value, **guests, sinks=sinks)

@@ -81,9 +81,11 @@ def bias_of(backend: Backend, bias: Any, like: Array | None) -> Any:
     """A bias, by rule or dense, with its arrays in the backend's library, beside `like`."""
     if not isinstance(bias, Bias):
         return guest_of(backend, "bias", bias, like)
-    return bias.with_arrays(
-        lambda x: guest_of(backend, "bias", backend.arrays.adopt(x, like) if isinstance(x, list) else x, like)
-    )
+
+    def number(x: Any) -> Array:
+        return backend.arrays.adopt(x, like) if isinstance(x, list) else guest_of(backend, "bias", x, like)
+
+    return bias.with_arrays(number)
 
 
 def mask_of(backend: Backend, mask: Any, like: Array | None, key: Array | None = None) -> Any:

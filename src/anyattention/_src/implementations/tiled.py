@@ -32,11 +32,8 @@ class Tiled(Implementation):
         if reason := call.backend.tiles.no_tiles(call):
             yield reason
         arrays, bias = call.backend.arrays, call.operands.bias
-        parts = bias.arrays() if isinstance(bias, Bias) else [bias]
-        if any(
-            isinstance(x, complex) or (hasattr(x, "shape") and arrays.dtype_name(x).startswith("complex"))
-            for x in parts
-        ):
+        dense = bias.dense() if isinstance(bias, Bias) else [bias]
+        if any(isinstance(x, complex) or (hasattr(x, "shape") and "complex" in arrays.dtype_name(x)) for x in dense):
             yield "the bias is complex"
         if call.options.dtype not in ("bfloat16", "float16", "float32", "float64"):
             yield f"tiles of {call.options.dtype} are not supported"

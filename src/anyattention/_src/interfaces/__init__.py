@@ -8,8 +8,6 @@ else has a folder in ``anyattention_backends``, with a file for each interface t
 from collections.abc import Callable
 from typing import Any
 
-Array = Any
-
 from anyattention._src.interfaces.arrays import Arrays, Function, permute, place, unknown
 from anyattention._src.interfaces.steps import Steps
 from anyattention._src.interfaces.tiles import OfTiles, Pair, Step, Tiles, join_rows
@@ -28,6 +26,8 @@ __all__ = [
     "place",
     "unknown",
 ]
+
+Array = Any
 
 
 class Backend:

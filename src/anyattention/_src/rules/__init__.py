@@ -1,7 +1,9 @@
 """Masks and biases by rule: what they are made of, how they are joined, and which expressions they become."""
 
 from anyattention._src.rules.biases import Alibi, Bias, Relative, as_bias
+from anyattention._src.rules.biases import Rule as BiasRule
 from anyattention._src.rules.by_rule import AnyArray, ByRule, Convertible
+from anyattention._src.rules.functions import Rule as MaskRule
 from anyattention._src.rules.lowering import Expression, Lowering, short, visible
 from anyattention._src.rules.masks import (
     CausalMask,
@@ -19,6 +21,7 @@ __all__ = [
     "Alibi",
     "AnyArray",
     "Bias",
+    "BiasRule",
     "ByRule",
     "CausalMask",
     "Convertible",
@@ -27,6 +30,7 @@ __all__ = [
     "LocalMask",
     "Lowering",
     "Mask",
+    "MaskRule",
     "Relative",
     "SegmentMask",
     "Term",

@@ -9,9 +9,10 @@ from anyattention._src import dtypes
 from anyattention._src.errors import ShapeError
 from anyattention._src.interfaces import Arrays
 from anyattention._src.rules.by_rule import AnyArray, ByRule, shown
+from anyattention._src.rules.functions import check_function
 from anyattention._src.rules.lowering import Lowering
 from anyattention._src.rules.masks import Mask
-from anyattention._src.rules.terms import Term, added, thresholds
+from anyattention._src.rules.terms import Term, added, of_function, thresholds
 
 Array = Any
 
@@ -32,7 +33,9 @@ class Bias(ByRule):
 
     def __add__(self, other: "Bias | AnyArray | None") -> "Bias":
         """None, and the zero that `sum` starts with, are no bias."""
-        return self if other is None or (type(other) is int and other == 0) else Sum((*_parts(self), *_parts(other)))
+        return (
+            self if other is None or (isinstance(other, int) and other == 0) else Sum((*_parts(self), *_parts(other)))
+        )
 
     __radd__ = __add__
 
@@ -155,18 +158,16 @@ class Relative(Bias):
 class Rule(Bias):
     """What a function makes of positions, and of arrays that queries and keys have.
 
-    The function is called with a tile at a time: ``function(i, j, *query_arrays, *key_arrays)``. It is static to JAX, so
-    that a new one compiles anew: what changes belongs into the arrays.
+    The function is called as that of `masks.Rule` is, with arrays in float32 or wider.
 
     Args:
-        function: from positions ``i``, ``[..., rows, 1]``, and ``j``, ``[..., 1, columns]``, int32, and the arrays cut
-            to the tile and given those axes, to numbers that can be broadcast to
+        function: ``function(i, j, *query_arrays, *key_arrays)``, which returns numbers that can be broadcast to
             ``[batch..., num_heads, rows, columns]``.
-        query_arrays: arrays ``[batch..., q_length]``.
-        key_arrays: arrays ``[batch..., kv_length]``.
+        query_arrays: a tuple of arrays ``[batch..., q_length]``.
+        key_arrays: a tuple of arrays ``[batch..., kv_length]``.
 
     Raises:
-        TypeError: a function that cannot be called.
+        TypeError: no function, or no tuples of arrays; in a call, a function that returns no array of real numbers.
         ShapeError: in a call, arrays of another length or batch, or a result of another shape.
 
     Examples:
@@ -178,19 +179,25 @@ class Rule(Bias):
     query_arrays: tuple[Array, ...] = ()
     key_arrays: tuple[Array, ...] = ()
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_function(self)
+
     def terms(self, to: Lowering) -> tuple[Term, ...]:
         rows, columns = to.position(-2), to.position(-1)
-        numbers = (*to.of_rows(self, "query_arrays"), *to.of_columns(self, "key_arrays"))
-        heads = self._heads(to, [to.operands[n] for n in (rows, columns, *numbers)])
+        numbers = *to.along(self, "query_arrays", -2), *to.along(self, "key_arrays", -1)
+        heads = self._heads(to, (rows, columns, *numbers))
         return (("rule", self.function, rows, columns, numbers, heads, to.head_axes),)
 
-    def _heads(self, to: Lowering, operands: list[Array]) -> int | None:
-        """An operand that tells heads, if the function makes something else for each; its result is checked."""
+    def _heads(self, to: Lowering, numbers: tuple[int, ...]) -> int | None:
+        """An operand that tells the heads of a tile, if the function makes something else for each."""
         if 0 in to.lengths:
             return None
-        found = self.function(*(x[..., :1, :1] for x in operands))
-        lead = tuple(map(max, zip(*((1,) * 9 + x.shape[:-2] for x in operands))))
-        return None
+        found = of_function(to.arrays, self.function, [to.operands[n][..., :1, :1] for n in numbers], to.heads)
+        if found.ndim < 3 or found.shape[-3] == 1:
+            return None
+        heads = to.arrays.xp.arange(found.shape[-3], dtype=to.arrays.xp.int32, **to.arrays.beside(to.like))
+        return to.add(heads[:, None, None])
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -85,6 +85,12 @@ class ByRule:
         self.with_arrays(take)
         return found
 
+    @property
+    def calls(self) -> bool:
+        """Whether a function of the caller's is part of it."""
+        values = [(field.name, getattr(self, field.name)) for field in fields(self)]
+        return any(name == "function" or (isinstance(x, ByRule) and x.calls) for name, x in values)
+
     def with_arrays(
         self: Self, function: Callable[[Array], Array], dense: Callable[[Array], Array] | None = None
     ) -> Self:

@@ -6,10 +6,12 @@ from typing import Any
 
 from anyattention._src.blocks import Sizes
 from anyattention._src.errors import ShapeError
-from anyattention._src.interfaces import Arrays
+from anyattention._src.interfaces import Arrays, unknown
+from anyattention._src.rules.by_rule import shown
 
 Array = Any
-# A mask in terms of arrays by their numbers: ("array", i), ("<=", i, j), ("&", expression, expression), ...
+# A mask in terms of arrays by their numbers: ("array", i), ("<=", i, j), ("function", function, i, j, ...),
+# ("&", expression, expression), ...
 Expression = tuple[Any, ...]
 Batch = tuple[Any, ...] | None  # axes; None where there is no query to have any
 _COMPARE = {"<=": operator.le, "<": operator.lt, "==": operator.eq}
@@ -24,9 +26,38 @@ def visible(arrays: Arrays, expression: Expression, operands: Sequence[Array]) -
         return arrays.truth(operands[parts[0]])
     if name in _COMPARE:
         return _COMPARE[name](*(operands[i] for i in parts))
+    if name == "function":
+        return arrays.truth(called(arrays, parts[0], [operands[i] for i in parts[1:]]))
     if name == "~":
         return arrays.xp.logical_not(visible(arrays, parts[0], operands))
     return _JOIN[name](*(visible(arrays, part, operands) for part in parts))
+
+
+def called(arrays: Arrays, function: Any, given: Sequence[Array], whole: Sequence[Any] | None = None) -> Array:
+    """The result of a function of a rule, with as many axes as `whole`, to which it can be broadcast.
+
+    That is the shape of all that the function is given, ``[..., rows, columns]``, unless it may have more.
+
+    Raises:
+        TypeError, ShapeError: a result that is no array, or of another shape.
+    """
+    if whole is None:
+        rank = max(x.ndim for x in given)
+        shapes = [(1,) * (rank - x.ndim) + tuple(x.shape) for x in given]
+        whole = [next((size for size in sizes if size != 1), 1) for sizes in zip(*shapes, strict=True)]
+    x = function(*given)
+    if isinstance(x, bool | int | float) or type(x).__module__ == "numpy":
+        x = arrays.adopt(x, given[0])
+    if not hasattr(x, "shape"):
+        raise TypeError(f"the function {shown(function)} of a rule must return an array, got {x!r}")
+    shape, rank = tuple(x.shape), len(whole)
+    pairs = zip(reversed(shape), reversed(whole), strict=False)
+    if len(shape) > rank or not all(a in (1, b) or unknown(a) or unknown(b) for a, b in pairs):
+        raise ShapeError(
+            f"the function {shown(function)} of a rule returned shape {shape}, but needs one that can be broadcast to "
+            f"[..., rows, columns], here {tuple(whole)}: pass arrays that it needs as query_arrays or key_arrays"
+        )
+    return x if len(shape) == rank else arrays.xp.reshape(x, (1,) * (rank - len(shape)) + shape)
 
 
 def signed(arrays: Arrays, x: Array, lengths: bool, unlike: bool = False) -> Array:
@@ -124,6 +155,15 @@ class Lowering:
         """Numbers that a mask has, ``[batch...]``, or ids ``[batch..., length]`` of queries (axis -2) or keys (-1)."""
         return self.add(self._numbers(mask, name, axis, unlike))
 
+    def along(self, rule: Any, name: str, axis: int) -> tuple[int, ...]:
+        """The arrays of a rule, ``[batch..., length]``, that queries (axis -2) or keys (-1) have, of any dtype."""
+        found = []
+        for n, x in enumerate(getattr(rule, name)):
+            x = x if hasattr(x, "shape") else self.arrays.adopt(x, self.like)
+            shape = self._shape(f"{name}[{n}] of {rule}", x, axis)
+            found.append(self.differentiated(self.arrays.xp.reshape(x, shape)))
+        return tuple(found)
+
     def _numbers(
         self, mask: Any, name: str, axis: int | None = None, unlike: bool = False, offset: bool = False
     ) -> Array:
@@ -131,22 +171,27 @@ class Lowering:
         x = x if hasattr(x, "shape") else self.arrays.adopt(x, self.like)  # an integer is one for all batch entries
         if not (kind := self.arrays.dtype_name(x)).startswith(("int", "uint")):
             raise TypeError(f"{name} of {mask} must be integers, got {kind}")
+        shape = self._shape(f"{name} of {mask}", x, axis)
+        x = signed(self.arrays, x, axis is None, unlike)
+        if offset:  # to be added to positions; beyond 2^30 a query sees all or nothing
+            x = self.arrays.cast(x if kind in _SHORT else self.arrays.xp.clip(x, -(2**30), 2**30), "int32")
+        return self.arrays.xp.reshape(x, shape)
+
+    def _shape(self, what: str, x: Array, axis: int | None) -> tuple[Any, ...]:
+        """Of an array ``[batch...]``, or ``[batch..., length]`` along an axis, as an operand."""
         batch, sizes = tuple(x.shape), (1, 1)
         if axis is not None:
             length = self.lengths[axis]
             if not batch or batch[-1] != length:
                 which = "q_length" if axis == -2 else "kv_length"
-                raise ShapeError(f"{name} of {mask} has shape {batch}, but {which} is {length}")
+                raise ShapeError(f"{what} has shape {batch}, but {which} is {length}")
             batch, sizes = batch[:-1], (length, 1) if axis == -2 else (1, length)
         if self.batch is not None:
             pairs = zip(reversed(batch), reversed(self.batch), strict=False)
             if len(batch) > len(self.batch) or not all(a == b or a == 1 for a, b in pairs):
                 where = f"the batch axes {self.batch} of query"
-                raise ShapeError(f"{name} of {mask} has shape {tuple(x.shape)}, which does not fit {where}")
-        x = signed(self.arrays, x, axis is None, unlike)
-        if offset:  # to be added to positions; beyond 2^30 a query sees all or nothing
-            x = self.arrays.cast(x if kind in _SHORT else self.arrays.xp.clip(x, -(2**30), 2**30), "int32")
-        return self.arrays.xp.reshape(x, (*batch, 1, *sizes))
+                raise ShapeError(f"{what} has shape {tuple(x.shape)}, which does not fit {where}")
+        return (*batch, 1, *sizes)
 
 
 def _is_real(arrays: Arrays, x: Array) -> bool:

@@ -10,6 +10,8 @@ from typing import Any
 
 from anyattention._src.blocks import sum_to
 from anyattention._src.interfaces import Arrays, Backend
+from anyattention._src.rules.by_rule import shown
+from anyattention._src.rules.lowering import called
 
 Array = Any
 # A name, and numbers of operands and parameters, or what is static: ("array", operand),
@@ -145,16 +147,30 @@ def _of_function(backend: Backend, term: Term, operands: Many, dtype: str) -> Ar
     given = [operands[n] for n in (rows, columns, *numbers)]
     given = [arrays.cast(x, dtype) if _is_real(arrays, x) else x for x in given]
     if heads is None:
-        return arrays.cast(function(*given), dtype)
+        return arrays.cast(of_function(arrays, function, given), dtype)
     which = operands[heads]
     axes = min(head_axes, which.ndim - 2)  # a loop over lead axes takes them away from the first
+    others = which.ndim - 2 - axes
     if axes == 2:
         given = [x[..., 0, :, :] for x in given]
-    found = arrays.cast(function(*given), dtype)
-    others = which.ndim - 2 - axes
+    found = arrays.cast(of_function(arrays, function, given, None), dtype)
     found = xp.reshape(found, ((1,) * (others + 3 - found.ndim) + tuple(found.shape)))
     found = xp.take(found, xp.reshape(which, (-1,)), axis=-3)
     return xp.reshape(found, (*found.shape[:-3], *which.shape[others:-2], *found.shape[-2:]))
+
+
+def of_function(arrays: Arrays, function: Any, given: Many, heads: int | None = 1) -> Array:
+    """What a function makes of positions and arrays: of one head for all, or of so many; None is any number."""
+    whole = None
+    if heads != 1:
+        rank = max(3, *(x.ndim for x in given))
+        shapes = [(1,) * (rank - x.ndim) + tuple(x.shape) for x in given]
+        lead = [next((size for size in sizes if size != 1), 1) for sizes in zip(*shapes, strict=True)]
+        whole = [*lead[:-3], heads, *lead[-2:]]
+    found = called(arrays, function, given, whole)
+    if not (name := arrays.dtype_name(found)).startswith(("float", "bfloat", "int", "uint")):
+        raise TypeError(f"the function {shown(function)} of a bias must return real numbers, got {name}")
+    return found
 
 
 def _of_arrays(backend: Backend, term: Term, operands: Many, dlogits: Array, dtype: str) -> dict[int, Array]:

@@ -284,7 +284,7 @@ def backward(tiling: Tiling, block: Block, output: Array, base: Array, total: Ar
 
 
 def _those(tiling: Tiling, bias: Any, are: Any) -> tuple[Any, ...]:
-    """What belongs to the operands of the bias, but for integers, of whose axes something holds; None for the others."""
+    """What belongs to those operands of the bias, integers apart, of whose axes something holds; else None."""
     pairs = zip(bias, tiling.bias_axes, strict=True)
     return tuple([x if axes is not None and are(axes) else None for x, axes in pairs])
 
@@ -296,7 +296,7 @@ def prologue(tiling: Tiling, block: Block) -> Block:
     delta = tiles.row_sum(doutput * output) / total
     unit = tiles.power_unit if tiling.bounded else 1.0
     rows = query / (tiling.root / unit), doutput / (total * float(tiling.keep_prob))
-    return Block(rows, block.columns, block.pairs._replace(statistics=(base, delta)))
+    return Block(rows, block.columns, block.pairs._replace(statistics=(base, delta)), block.parameters)
 
 
 def pull_back(tiling: Tiling, parts: tuple[Block, ...]) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
