@@ -41,7 +41,7 @@ def call_of(library, rows, columns, mask, dropout, whole=True):
 
 def finished(call, partial):
     output = partials.finish(
-        partial, passes.tiling(call.backend, call.options, "float32", None, prepare(call)[1]).keep_prob
+        partial, passes.tiling(call.backend, call.options, "float32", None, (), prepare(call)[1]).keep_prob
     )
     return call.backend.xp.permute_dims(output, (0, 2, 1, 3))
 
