@@ -272,6 +272,19 @@ def test_torch_compile():
         torch.testing.assert_close(x, y, atol=1e-4 * float(y.abs().max()), rtol=0)
 
 
+def test_a_function_is_no_part_of_a_compiled_operator():
+    q, k, v = map(torch.asarray, qkv())
+    bias = Alibi(torch.asarray(SLOPES)) + Rule(lambda i, j: 0.1 * j)
+
+    def attend(q, k, v, implementation):
+        return aa.dot_product_attention(q, k, v, bias=bias, implementation=implementation)
+
+    with pytest.raises(Exception, match=r"no function of biases\.Rule: join other biases, .*to_array"):
+        torch.compile(attend, fullgraph=True, backend="eager")(q, k, v, "tiled")
+    compiled = torch.compile(attend, fullgraph=True, backend="eager")(q, k, v, None)
+    torch.testing.assert_close(compiled, attend(q, k, v, "exact"))
+
+
 def test_second_derivatives_on_pytorch():
     """Through the backward pass as it is written, as PyTorch's own of all logits has them."""
     q, k, v = (torch.asarray(x, dtype=torch.float64) for x in qkv())

@@ -31,6 +31,15 @@ def test_structure(mask, expected):
         np.testing.assert_array_equal(getattr(found, name), x)
 
 
+def test_bands_whose_offsets_are_arrays():
+    """Their ends are not known, so that they are among the rest."""
+    moved, window = CausalMask(LENGTHS), LocalMask(2, 0, LENGTHS)
+    found = structure(moved & CausalMask(1) & ARRAY & window & ~moved)
+    assert (found.left, found.right) == (None, 1)
+    assert found.moved == (moved, window)
+    assert len(found.rest) == 4
+
+
 @pytest.mark.parametrize(
     ("mask", "rest"),
     [
@@ -40,6 +49,7 @@ def test_structure(mask, expected):
         (LengthMask(LENGTHS) & CausalMask() & LengthMask(LENGTHS), 1),
         ((ARRAY & CausalMask()) & ARRAY, 2),
         (CausalMask() & ~SEGMENTS & ARRAY, 2),
+        (CausalMask(LENGTHS) & CausalMask(), 1),
         (CausalMask() & LocalMask(2, 1) & LengthMask(LENGTHS, LENGTHS) & SEGMENTS, 0),
     ],
     ids=str,

@@ -40,6 +40,7 @@ def arrays(batch=(3,), q_length=9, kv_length=7, heads=4, kv_heads=4, depth=16, v
 
 
 LENGTHS = torch.tensor([7, 0, 3])
+OFFSETS = torch.tensor([4, -3, 2**33])
 ROWS = torch.tensor([2, 9, 0])
 KEYS = torch.tensor([[0, 0, 1, 1, 2, 2, 2], [5, 5, 5, 5, 5, 5, 5], [0, 1, 2, 3, 4, 5, 6]])
 EARLY = torch.nn.functional.pad(KEYS, (0, 2), value=9)
@@ -56,6 +57,10 @@ MASKS = {
     "window ahead": LocalMask(-2, 4),
     "empty window": LocalMask(-2, 1),
     "windows": CausalMask(1) & LocalMask(4, 2),
+    "an offset that is a tensor": CausalMask(torch.tensor(3, dtype=torch.uint8)),
+    "offsets": CausalMask(OFFSETS),
+    "one offset, far": LocalMask(2**40, 1, torch.tensor(2**35)),
+    "windows of offsets": LocalMask(3, -1, OFFSETS.numpy()) & CausalMask(torch.tensor(4)) & LocalMask(5, 5),
     "lengths": LengthMask(LENGTHS),
     "one length": LengthMask(torch.tensor(4)),
     "lengths of NumPy": LengthMask(LENGTHS.numpy().astype(np.uint8)),
@@ -66,6 +71,7 @@ MASKS = {
     "one row of segments": SegmentMask(EARLY[0], KEYS[0]),
     "causal segments": SegmentMask(LATE, KEYS) & CausalMask(),
     "everything": SegmentMask(LATE, KEYS) & LocalMask(3, 1) & LengthMask(LENGTHS, ROWS),
+    "everything, moved": SegmentMask(LATE, KEYS) & LocalMask(3, 1, OFFSETS) & LengthMask(LENGTHS, ROWS),
 }
 
 

@@ -75,6 +75,8 @@ class NumPyTiles(Tiles):
         results = _Results(block.lead, block.lengths[0], like)
         parts = [part for group in reversed(groups) for part in group.split(sizes[0])]  # those that see most first
         most = _LOGITS // (min(sizes[0], block.lengths[0]) * min(sizes[1], block.lengths[1]))
+        if block.pairs.mask and block.lengths[1] > sizes[1]:  # what an entry hides can be skipped
+            most = min(most, block.heads)
         if most >= 2 * block.heads:  # of several batch entries at once, none may depend on the values of another
             block = block._replace(pairs=block.pairs._replace(bounds=None))
 

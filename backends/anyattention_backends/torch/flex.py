@@ -1,6 +1,6 @@
 """PyTorch's FlexAttention on CUDA, for masks by rule, of which it leaves out whole blocks.
 
-A band and lengths become, for each query, the first key that it sees and the one after the last, so that one compiled
+Bands and lengths become, for each query, the first key that it sees and the one after the last, so that one compiled
 program serves them all. Where it sees none, the logarithm of the sum is minus infinity, and the gradients are zero.
 """
 
@@ -35,7 +35,7 @@ class Flex(TorchKernel):
             yield "float32 products are in TF32, but for torch.set_float32_matmul_precision('highest')"
         if not 16 <= min(depths) <= max(depths) <= 256:
             yield "depths are not from 16 to 256"
-        if mask.rest:
+        if len(mask.rest) > len(mask.moved):
             yield "the mask is no band, lengths and segments, joined by &"
 
     def attend(self, call: Call) -> Tensor:
@@ -43,7 +43,7 @@ class Flex(TorchKernel):
         if call.options.precision is not None:
             call.backend.steps.check_precision(call.options.precision, None, arrays[0])
         mask, ends = call.structure, bounds(call)
-        whole = mask.kv_lengths is None and mask.kv_ids is None and mask.band_shows(*call.lengths)
+        whole = mask.kv_lengths is None and mask.kv_ids is None and not mask.rest and mask.band_shows(*call.lengths)
         cap = call.options.logits_soft_cap
         cap = None if cap is None else torch.full((), cap, device=arrays[0].device)  # numbers would be constants of it
         program = _compiled() if self.compiled and not torch.compiler.is_compiling() else _program

@@ -174,6 +174,12 @@ def bounds(call: Call) -> tuple[Tensor, ...]:
     if mask.query_lengths is not None:
         last = torch.where(rows < mask.query_lengths[..., None], last, 0)
 
+    for band in mask.moved:
+        stop = to.operands[to.position(-2, getattr(band, "right", 0) + 1, band)][..., 0, :, 0]
+        last = torch.minimum(last, stop)
+        if (before := getattr(band, "left", None)) is not None:
+            first = torch.maximum(first, to.operands[to.position(-2, -before, band)][..., 0, :, 0])
+
     def flat(x: Tensor) -> Tensor:
         return x.expand(*call.batch, x.shape[-1]).reshape(-1, x.shape[-1]).contiguous()
 

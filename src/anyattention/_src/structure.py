@@ -52,6 +52,11 @@ class Structure(NamedTuple):
         return found._replace(rest=tuple(rest))
 
     @property
+    def moved(self) -> tuple[Any, ...]:
+        """The bands among the rest, whose offsets are arrays."""
+        return tuple([x for x in self.rest if isinstance(x, CausalMask | LocalMask)])
+
+    @property
     def joined(self) -> Any:
         """The rest as one mask: an array or a mask by rule; None of nothing."""
         if len(self.rest) < 2:

@@ -181,8 +181,10 @@ class Fused(Implementation):
         reasons: dict[str, str] = {}
         if call.operands.mask is None:
             return mask, reasons
-        if any(isinstance(x, Mask) for x in mask.rest):
-            reasons["rest"] = "it is no band, lengths, segments and array, joined by &"
+        if rules := [x for x in mask.rest if isinstance(x, Mask)]:
+            known = len(rules) == len(mask.moved)
+            other = "it is no band, lengths, segments and array, joined by &"
+            reasons["rest"] = "the offset of a band is an array" if known else other
         if not mask.band_shows(*call.lengths):
             reasons["band"] = "some queries see nothing, where their window begins or ends"
         elif mask.left is not None and (mask.kv_lengths is not None or mask.kv_ids is not None):

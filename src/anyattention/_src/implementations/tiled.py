@@ -111,10 +111,10 @@ def prepare(call: Call) -> tuple[Tiling, Block]:
 
 def _shown(call: Call, key: Array, value: Array, group: int | None) -> Array | None:
     """Which keys of a block some query may see, ``[lead..., columns or 1, 1]``; None where it makes no difference."""
-    arrays, xp = call.backend.arrays, call.backend.xp
-    if call.operands.mask is None or all(
-        arrays.surely(xp.isfinite(xp.sum(xp.vecdot(x, x))), True) for x in (key, value)
-    ):
+    arrays, xp, norms = call.backend.arrays, call.backend.xp, call.backend.tiles.norms
+    if call.operands.mask is None:
+        return None
+    if arrays.inspects(key) and all(arrays.surely(xp.isfinite(xp.sum(norms(x))), True) for x in (key, value)):
         return None
     if (shown := shown_keys(call)) is None:
         return None

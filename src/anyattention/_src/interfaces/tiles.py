@@ -43,6 +43,10 @@ class Tiles:
         """The product of each query with each key, to be overwritten by the next; `precise` asks for better sums."""
         return self.product(query, self.transpose(key), precision, scratch="logits")
 
+    def norms(self, x: Array) -> Array:
+        """The Euclidean norms over the last axis, of which nothing is differentiated; not finite where `x` is not."""
+        return self.xp.sqrt(self.xp.vecdot(x, x))
+
     def row_max(self, x: Array) -> Array:
         """The largest of each row, ``[..., rows, 1]``."""
         return self.xp.max(x, axis=-1, keepdims=True)

@@ -88,8 +88,11 @@ class ByRule:
     @property
     def calls(self) -> bool:
         """Whether a function of the caller's is part of it."""
-        values = [(field.name, getattr(self, field.name)) for field in fields(self)]
-        return any(name == "function" or (isinstance(x, ByRule) and x.calls) for name, x in values)
+        if hasattr(self, "function"):
+            return True
+        values = [getattr(self, field.name) for field in fields(self)]
+        parts = [part for x in values for part in (x if isinstance(x, tuple) else (x,))]
+        return any(isinstance(x, ByRule) and x.calls for x in parts)
 
     def with_arrays(
         self: Self, function: Callable[[Array], Array], dense: Callable[[Array], Array] | None = None

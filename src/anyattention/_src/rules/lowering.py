@@ -16,6 +16,7 @@ Expression = tuple[Any, ...]
 Batch = tuple[Any, ...] | None  # axes; None where there is no query to have any
 _COMPARE = {"<=": operator.le, "<": operator.lt, "==": operator.eq}
 _SHORT = ("int8", "int16", "uint8", "uint16")
+_FAR = 2**30 + 2**28  # beyond 2^29 by more than any length; both together are less than 2^31
 _JOIN = {"&": operator.and_, "|": operator.or_}
 
 
@@ -145,7 +146,7 @@ class Lowering:
             start = offset + first
             start = start if abs(start) < 2**30 else min(max(start, -(2**31)), 2**31 - length)  # sees all or nothing
         else:  # known at run time only, and added to the rest in int32
-            start = min(max(offset, -(2**30)), 2**30 - length)
+            start = min(max(offset, -_FAR), _FAR - length)
         x = xp.arange(start, start + length, dtype=xp.int32, **self.arrays.beside(self.like))
         x = x if isinstance(first, int) and more is None else x + first
         x = xp.reshape(x, (length, 1) if axis == -2 else (1, length))
@@ -173,8 +174,8 @@ class Lowering:
             raise TypeError(f"{name} of {mask} must be integers, got {kind}")
         shape = self._shape(f"{name} of {mask}", x, axis)
         x = signed(self.arrays, x, axis is None, unlike)
-        if offset:  # to be added to positions; beyond 2^30 a query sees all or nothing
-            x = self.arrays.cast(x if kind in _SHORT else self.arrays.xp.clip(x, -(2**30), 2**30), "int32")
+        if offset:  # to be added to positions; beyond 2^29 a query sees all or nothing
+            x = self.arrays.cast(x if kind in _SHORT else self.arrays.xp.clip(x, -(2**29), 2**29), "int32")
         return self.arrays.xp.reshape(x, shape)
 
     def _shape(self, what: str, x: Array, axis: int | None) -> tuple[Any, ...]:

@@ -226,20 +226,20 @@ def with_bounds(tiling: Tiling, block: Block) -> Block:
     """The block with what bounds its logits by Cauchy and Schwarz, if values can be looked at.
 
     Norms of queries, ``[lead..., rows, 1]``; of keys the largest, of a bias the largest size, and of values beside a
-    mask the sum of squares, which says whether all are finite: ``[lead..., 1, 1]``. A bias by rule, or with rows and
+    mask the sum of norms, which says whether all are finite: ``[lead..., 1, 1]``. A bias by rule, or with rows and
     columns, is not looked at.
     """
-    (query, *_), (key, value), xp = *block[:2], tiling.backend.xp
+    (query, *_), (key, value), xp, norms = *block[:2], tiling.backend.xp, tiling.backend.tiles.norms
     if not tiling.backend.arrays.inspects(query):
         return block
-    rows, columns = (xp.sqrt(xp.expand_dims(xp.vecdot(x, x), axis=-1)) for x in (query, key))
+    rows, columns = (norms(x)[..., None] for x in (query, key))
     columns = xp.max(columns, axis=-2, keepdims=True)
     size = None
     if all(term[0] == "array" for term in tiling.terms) and (True, True) not in tiling.bias_axes:
         for x in block.pairs.bias:
             largest = xp.max(xp.abs(x), axis=(-2, -1), keepdims=True)
             size = largest if size is None else size + largest
-    values = None if tiling.expression is None else xp.sum(xp.vecdot(value, value), axis=-1)[..., None, None]
+    values = None if tiling.expression is None else xp.sum(norms(value), axis=-1)[..., None, None]
     return block._replace(pairs=block.pairs._replace(bounds=(rows, columns, size, values)))
 
 
