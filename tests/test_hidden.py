@@ -8,7 +8,7 @@ import torch
 
 import anyattention as aa
 from anyattention._src.registry import backend_of
-from anyattention.masks import CausalMask, LengthMask, LocalMask, SegmentMask
+from anyattention.masks import CausalMask, LengthMask, LocalMask, Rule, SegmentMask
 from anyattention_conformance import flax_answer, flax_attention
 
 ROWS, COLUMNS = 9, 14
@@ -23,6 +23,10 @@ KINDS = {  # a mask, and the keys that it hides from every query
     "window": (LocalMask(3, 2), slice(ROWS + 2, None)),
     "lengths": (LengthMask(np.array([10, 12])), slice(12, None)),
     "both lengths": (LengthMask(np.array([10, 12]), np.array([9, 9])), slice(12, None)),
+    "offsets and a rule": (
+        LocalMask(3, 1, np.array([0, 1])) & Rule(lambda i, j, kept: kept > 0.5, (), (np.arange(COLUMNS) < 10.5,)),
+        slice(11, None),
+    ),
     "segments": (SegmentMask(IDS[:, :ROWS], IDS), slice(10, None)),
     "causal segments": (CausalMask(3) & SegmentMask(IDS[:, :ROWS], IDS), slice(10, None)),
     "either": (CausalMask() | LengthMask(np.array([11, 3])), slice(11, None)),

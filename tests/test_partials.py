@@ -20,6 +20,8 @@ MASKS = {
     "causal": aa.masks.CausalMask(5),
     "window": aa.masks.LocalMask(9, -1),  # the first rows see nothing
     "lengths": aa.masks.LengthMask(np.array([20, 0])),
+    "offsets and a rule": aa.masks.LocalMask(20, 1, np.array([14, -3]))
+    | aa.masks.Rule(lambda i, j, mine, its: (mine > its) & ((i + j) % 3 == 0), (IDS[:, :33],), (IDS,)),
     "segments": aa.masks.SegmentMask(IDS[:, :33], IDS),
 }
 
@@ -28,9 +30,8 @@ def call_of(library, rows, columns, mask, dropout, whole=True):
     """The call of some queries and keys, as a shard that knows where it lies."""
     put = library.put
     operands = [put(x[:, slice(*ends)]) for x, ends in ((QUERY, rows), (KEY, columns), (VALUE, columns))]
-    if isinstance(mask, aa.masks.SegmentMask):
-        mask = aa.masks.SegmentMask(put(IDS[:, slice(*rows)]), put(IDS[:, slice(*columns)]))
-    mask = None if mask is None else mask.with_arrays(lambda x: put(x) if isinstance(x, np.ndarray) else x)
+    cut = {33: slice(*rows), 47: slice(*columns)}
+    mask = None if mask is None else mask.with_arrays(lambda x: put(x[..., cut.get(x.shape[-1], slice(None))]))
     backend = registry.backend_of(operands[0])
     key = arguments.key_of(backend, aa.random.key(3)) if dropout else None
     bias = put(BIAS[:, slice(*rows), slice(*columns)])

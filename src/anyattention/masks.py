@@ -9,6 +9,7 @@ otherwise.
 """
 
 from anyattention._src.dense_masks import combine_masks, make_attention_mask, make_causal_mask
+from anyattention._src.packed import packed
 from anyattention._src.rules import CausalMask, LengthMask, LocalMask, Mask, SegmentMask
 from anyattention._src.rules import MaskRule as Rule
 
@@ -22,4 +23,5 @@ __all__ = [
     "combine_masks",
     "make_attention_mask",
     "make_causal_mask",
+    "packed",
 ]

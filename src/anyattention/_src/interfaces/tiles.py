@@ -13,35 +13,18 @@ OfTiles = Callable[[tuple[Block, ...]], Pair]
 Step = Callable[[Any, Block], Pair]
 
 
-class Tiles:
-    """The products, row statistics and loops of the tiled implementation."""
+class Statistics:
+    """Statistics of rows, exponentials and selections."""
 
     power_unit = 1.0
     """What exponents are multiplied by before `power`."""
-    most_groups = 2**31
-    """Into how many groups of rows a mask by rule may divide the queries; none where lengths may be symbols."""
 
     def __init__(self, arrays: Arrays) -> None:
         self.arrays, self.xp = arrays, arrays.xp
 
-    def sizes(self, block: Block, ruled: bool) -> Sizes:
-        """How many queries and keys to take at a time; `ruled` says that rows see different keys by the mask's rule."""
-        return 256, 1024
-
     def transpose(self, x: Array) -> Array:
         """The last two axes swapped."""
         return permute(self.arrays, x, (-1, -2))
-
-    def product(self, x: Array, y: Array, precision: Any = None, scratch: str = "") -> Array:
-        """Matrix product over the last two axes, in one dtype.
-
-        Where `scratch` has a name, the next product of that name on this thread may overwrite the result.
-        """
-        return self.arrays.matmul(x, y)
-
-    def logits(self, query: Array, key: Array, precision: Any, precise: bool) -> Array:
-        """The product of each query with each key, to be overwritten by the next; `precise` asks for better sums."""
-        return self.product(query, self.transpose(key), precision, scratch="logits")
 
     def norms(self, x: Array) -> Array:
         """The Euclidean norms over the last axis, of which nothing is differentiated; not finite where `x` is not."""
@@ -74,6 +57,28 @@ class Tiles:
     def fill(self, x: Array, visible: Array, value: float) -> Array:
         """`x` where visible, else the value; may overwrite `x`."""
         return self.xp.where(visible, x, value)
+
+
+class Tiles(Statistics):
+    """The products, row statistics and loops of the tiled implementation."""
+
+    most_groups = 2**31
+    """Into how many groups of rows a mask by rule may divide the queries; none where lengths may be symbols."""
+
+    def sizes(self, block: Block, ruled: bool) -> Sizes:
+        """How many queries and keys to take at a time; `ruled` says that rows see different keys by the mask's rule."""
+        return 256, 1024
+
+    def product(self, x: Array, y: Array, precision: Any = None, scratch: str = "") -> Array:
+        """Matrix product over the last two axes, in one dtype.
+
+        Where `scratch` has a name, the next product of that name on this thread may overwrite the result.
+        """
+        return self.arrays.matmul(x, y)
+
+    def logits(self, query: Array, key: Array, precision: Any, precise: bool) -> Array:
+        """The product of each query with each key, to be overwritten by the next; `precise` asks for better sums."""
+        return self.product(query, self.transpose(key), precision, scratch="logits")
 
     def key_words(self, key: Any, like: Array) -> Array:
         """A dropout key of this library as raw words, beside `like`."""
