@@ -216,6 +216,30 @@ def test_second_derivatives():
     assert np.abs(exact).max() > 0.01
 
 
+def test_second_derivatives_beside_sinks():
+    """Of query and sinks, PyTorch's against JAX's of exact: the base of a row's statistics is the sinks' too."""
+    given = [x[:1, :5, :2, :4].astype("float64") for x in arrays()] + [draw(9, (2,)).astype("float64")]
+
+    def first(grad, put, implementation):
+        def loss(query, sinks):
+            more = {"sinks": sinks, "implementation": implementation}
+            return (aa.dot_product_attention(query, *map(put, given[1:3]), **more) ** 2).sum()
+
+        return lambda query, sinks: sum((x**2).sum() for x in grad(loss)(query, sinks))
+
+    with jax.enable_x64(True):
+        twice = jax.grad(first(partial(jax.grad, argnums=(0, 1)), jnp.asarray, "exact"), (0, 1))
+        right = [np.asarray(x) for x in twice(*map(jnp.asarray, (given[0], given[3])))]
+    leaves = [torch.asarray(x).requires_grad_() for x in (given[0], given[3])]
+
+    def grad(loss):
+        return lambda *x: torch.autograd.grad(loss(*x), x, create_graph=True)
+
+    found = torch.autograd.grad(first(grad, torch.asarray, "tiled")(*leaves), leaves)
+    for x, y in zip(found, right, strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-10)
+
+
 def test_mapped():
     given, words = (*arrays(), draw(9, (2, 4))), WORDS["both"]
     call = partial(with_sinks, partial(aa.dot_product_attention, implementation="tiled", **words))
