@@ -99,7 +99,7 @@ def test_a_bias_of_minus_infinity_is_nan():
 
 @pytest.mark.parametrize("empty", [0.0, float("nan")], ids=["zero", "nan"])
 def test_rows_without_a_key_are_not_left_to_the_kernel(empty, monkeypatch):
-    def kernel(query, key, value, scale, mask):
+    def kernel(query, key, value, scale, mask, sinks=None):
         logits = mx.where(mask, scale * query @ mx.swapaxes(key, -1, -2), -mx.inf)
         seen = mx.any(mask, axis=-1, keepdims=True)
         return mx.where(seen, mx.softmax(logits, axis=-1), empty) @ value
@@ -113,7 +113,7 @@ def test_rows_without_a_key_are_not_left_to_the_kernel(empty, monkeypatch):
 def test_low_biases_do_not_overflow(dtype, monkeypatch):
     """A kernel of powers of two multiplies logits by more than one."""
 
-    def kernel(query, key, value, scale, mask):
+    def kernel(query, key, value, scale, mask, sinks=None):
         logits = (scale * query @ mx.swapaxes(key, -1, -2) + mask).astype(mx.float32) * 1.44269504
         weights = mx.power(2.0, logits - mx.maximum(mx.max(logits, axis=-1, keepdims=True), -3.4e38))
         return (weights / mx.sum(weights, axis=-1, keepdims=True)).astype(value.dtype) @ value
