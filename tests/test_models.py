@@ -273,6 +273,13 @@ def test_engines_without_a_soft_cap_refuse_it():
         aa.dot_product_attention(q, k, v, logits_soft_cap=2.0, implementation="fused")
 
 
+def test_sinks_of_numpy_beside_other_arrays():
+    sinks = draw(9, (4,))
+    for put in (jnp.asarray, torch.asarray):
+        found, right = (aa.dot_product_attention(*map(put, arrays()), sinks=x) for x in (sinks, put(sinks)))
+        np.testing.assert_array_equal(found, right)
+
+
 def test_fully_masked_rows_get_zero_beside_sinks():
     """In place of the mean of all values; hidden NaN does not show."""
     q, k, v = arrays()
