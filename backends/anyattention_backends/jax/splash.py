@@ -66,6 +66,7 @@ class Splash(JAXKernel):
             visible = jnp.arange(kv_length) < mask.kv_lengths[:, None]
             segments = splash.SegmentIds(jnp.ones((query.shape[0], q_length), jnp.int32), visible.astype(jnp.int32))
         query = (query.astype(jnp.float32) * scale).astype(query.dtype)  # rounded once
+        sinks = None if sinks is None else sinks.astype(query.dtype)  # which is that of its gradient of them
         arrays = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
         return jnp.swapaxes(jax.vmap(kernel)(*arrays, segments, sinks), 1, 2)
 
