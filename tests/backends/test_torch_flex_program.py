@@ -36,7 +36,7 @@ def on_cpu(monkeypatch):
 
 # --- Flax's answers, as recorded ---
 
-NAMES = ("bias", "bias-keys", "bias-scalar", "dropout", "dropout-2-batch-per-head", "lengths-33x47-dropout")
+NAMES = ("bias-keys", "bias-scalar", "dropout", "dropout-2-batch-per-head", "lengths-33x47-dropout")
 
 
 def test_the_cases(on_cpu):
@@ -212,7 +212,7 @@ def test_a_bias_stays_as_small_as_it_is(on_cpu, monkeypatch):
     monkeypatch.setattr(flex_program, "_program", lambda *x: given.append(flex_program.Given(*x)) or x[0])
     for shape in ((1, 4, 1, 7), (7,), (), (4, 9, 1), (3, 1, 9, 7)):
         fused(*arrays(), bias=torch.zeros(shape))
-    assert [tuple(x.bias.shape) for x in given] == [(1, 4, 1, 7), (1, 1, 1, 7), (1,) * 4, (1, 4, 9, 1), (3, 1, 9, 7)]
+    assert [tuple(x.bias.shape) for x in given] == [(1, 4, 1, 7), (7,), (1,) * 4, (4, 9, 1), (3, 1, 9, 7)]
 
 
 # --- other derivatives, and programs ---
@@ -234,6 +234,25 @@ def test_torch_func_is_refused(on_cpu):
     query, key, value = arrays()
     with pytest.raises(NotImplementedError, match=r"flex: .*it has no derivative within torch\.func"):
         torch.func.grad(lambda x: fused(query, key, value, bias=x).sum())(draw(0, ROWS, COLUMNS))
+
+
+@pytest.mark.parametrize(("words", "mask"), [(BIAS, "none"), (ALL, "lengths")], ids=["bias", "all"])
+def test_a_compiled_program_has_the_gradients(on_cpu, monkeypatch, words, mask):
+    """As PyTorch's compiler traces them; for a GPU it goes on to make one kernel of each call."""
+    flex_program._compiled.cache_clear()
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    on_cpu.compiled = True
+    found = with_gradients(fused, arrays(), words, torch.float32, mask=MASKS[mask])
+    right = with_gradients(formula, arrays(), words, torch.float64, mask=MASKS[mask])
+    if words is BIAS:  # of several batch axes, which become one
+        words = {"bias": draw(1, 3, 2, 1, 1, COLUMNS)}
+        found += with_gradients(fused, arrays(3, 2), words, torch.float32)
+        flat = [x.reshape(6, *x.shape[2:]) for x in (*arrays(3, 2), words["bias"])]
+        right += with_gradients(formula, flat[:3], {"bias": flat[3]}, torch.float64)
+    for x, y in zip(found, right, strict=True):
+        torch.testing.assert_close(x.reshape(y.shape).double(), y, rtol=0, atol=3e-6 * max(1.0, y.abs().max()))
+    flex_program._compiled.cache_clear()
 
 
 def test_within_another_program(on_cpu):

@@ -37,7 +37,7 @@ class Given(NamedTuple):
     last: Tensor
     ids: tuple[Tensor, ...]  # of queries and of keys, [batch, length]; none without segments
     cap: Tensor | None
-    bias: Tensor | None  # [batch or 1, heads or 1, q_length or 1, kv_length or 1]
+    bias: Tensor | None  # [batch or 1, heads or 1, q_length or 1, kv_length or 1], or the last of these axes
     sinks: Tensor | None  # [batch or 1, heads or 1, q_length or 1, 1], as the share of a fully masked row's weights
     share: Tensor | None
     keep: Tensor | None  # [batch or 1, heads or 1, q_length, kv_length]
@@ -51,8 +51,10 @@ def prepared(call: Call, keys: Tensor | None, wide: str) -> Given:
     number = partial(torch.full, (), device=query.device)
     scale, cap, dropout = options.scale, options.logits_soft_cap, options.dropout
     if bias is not None:
-        bias = bias if hasattr(bias, "shape") else arrays.adopt(bias, query)
-        bias = four_axes(arrays.xp, arrays.cast(bias, wide), call.batch)
+        bias = arrays.cast(bias if hasattr(bias, "shape") else arrays.adopt(bias, query), wide)
+        if bias.ndim == 0 or bias.ndim > 3 + (len(call.batch) == 1):
+            bias = four_axes(arrays.xp, bias, call.batch)
+            bias = bias.clone() if bias.requires_grad else bias  # to a view a compiled program gives no gradient (2.13)
     column = share = None
     if call.operands.sinks is not None:
         columns = sinks.column(call), sinks.share_of_hidden(call)
@@ -132,8 +134,7 @@ def _with_dropout(x: Given, query: Tensor, key: Tensor, value: Tensor) -> Tensor
     output, kept = _attend(x, query, key, value, blocks, seen, True)
     nothing = value.new_zeros((*value.shape[:-1], 16))  # the least depth: of this call lse alone counts
     zeros, lse = _attend(x, query, key, nothing, blocks, seen, False)
-    some = kept > -torch.inf  # else a row keeps nothing, and is zero
-    share = torch.where(some, torch.exp(torch.where(some, kept - lse, 0.0)), 0.0) / x.keep_prob
+    share = torch.exp(kept - lse) / x.keep_prob  # of a row that keeps nothing zero
     seen = None if seen is None else seen[:, None, :, None]
     if x.sinks is not None:
         beside = torch.sigmoid(lse - x.sinks)
@@ -165,8 +166,9 @@ def _attend(
 
 
 def _at(x: Any, *indices: Tensor) -> Tensor:
-    """A number of four axes, of which those of size 1 stand for all; by tensors, where PyTorch has the gradient."""
-    return x[tuple(index * (size != 1) for index, size in zip(indices, x.shape, strict=True))]
+    """A number of the last axes, of which those of size 1 stand for all; by tensors, where PyTorch has the gradient."""
+    pairs = zip(indices[len(indices) - x.ndim :], x.shape, strict=True)
+    return x[tuple(index if size != 1 else index * 0 for index, size in pairs)]
 
 
 def _shows(x: Given, b: Tensor, i: Tensor, j: Tensor) -> Tensor:
