@@ -94,7 +94,7 @@ def engines() -> Rows:
     yield "engine", "library", "platforms", "dtypes", "serves"
     for engine, backend in _engines():
         platforms = ", ".join("CUDA" if x == "cuda" else x.upper() for x in engine.platforms)
-        serves = ", ".join(word if " " in word else f"`{word}`" for word in sorted(engine.serves))
+        serves = ", ".join(word if " " in word else f"`{word}`" for word in sorted(engine.serves - {"dropout_key"}))
         yield f"`{engine.name}`", NAMES[backend.name], platforms, ", ".join(engine.dtypes), serves
 
 

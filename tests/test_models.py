@@ -216,6 +216,30 @@ def test_second_derivatives():
     assert np.abs(exact).max() > 0.01
 
 
+def test_second_derivatives_beside_sinks():
+    """Of query and sinks, PyTorch's against JAX's of exact: the base of a row's statistics is the sinks' too."""
+    given = [x[:1, :5, :2, :4].astype("float64") for x in arrays()] + [draw(9, (2,)).astype("float64")]
+
+    def first(grad, put, implementation):
+        def loss(query, sinks):
+            more = {"sinks": sinks, "implementation": implementation}
+            return (aa.dot_product_attention(query, *map(put, given[1:3]), **more) ** 2).sum()
+
+        return lambda query, sinks: sum((x**2).sum() for x in grad(loss)(query, sinks))
+
+    with jax.enable_x64(True):
+        twice = jax.grad(first(partial(jax.grad, argnums=(0, 1)), jnp.asarray, "exact"), (0, 1))
+        right = [np.asarray(x) for x in twice(*map(jnp.asarray, (given[0], given[3])))]
+    leaves = [torch.asarray(x).requires_grad_() for x in (given[0], given[3])]
+
+    def grad(loss):
+        return lambda *x: torch.autograd.grad(loss(*x), x, create_graph=True)
+
+    found = torch.autograd.grad(first(grad, torch.asarray, "tiled")(*leaves), leaves)
+    for x, y in zip(found, right, strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-10)
+
+
 def test_mapped():
     given, words = (*arrays(), draw(9, (2, 4))), WORDS["both"]
     call = partial(with_sinks, partial(aa.dot_product_attention, implementation="tiled", **words))
@@ -247,6 +271,13 @@ def test_engines_without_a_soft_cap_refuse_it():
     assert "sdpa: it has no sinks" in str(aa.explain(q, k, v, sinks=torch.zeros(4)))
     with pytest.raises(NotImplementedError, match="it has no soft cap"):
         aa.dot_product_attention(q, k, v, logits_soft_cap=2.0, implementation="fused")
+
+
+def test_sinks_of_numpy_beside_other_arrays():
+    sinks = draw(9, (4,))
+    for put in (jnp.asarray, torch.asarray):
+        found, right = (aa.dot_product_attention(*map(put, arrays()), sinks=x) for x in (sinks, put(sinks)))
+        np.testing.assert_array_equal(found, right)
 
 
 def test_fully_masked_rows_get_zero_beside_sinks():

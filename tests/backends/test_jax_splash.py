@@ -70,10 +70,27 @@ def test_scale_and_soft_cap(splash, monkeypatch):
         np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_sinks_of_each_entry(splash, monkeypatch, dtype):
+    """Of float32 in a call of 16 bits too; beside fully masked rows one of finfo.min weighs as one key."""
+    monkeypatch.setattr(splash, "interpret", True)
+    given = [x.astype(dtype) for x in arrays(1)]
+    sinks = jnp.array([[0.5, float(jnp.finfo(dtype).min)], [-1.0, -jnp.inf]])[..., None]
+    call = partial(aa.dot_product_attention, mask=MASKS["lengths"])
+    output, pullback = jax.vjp(lambda *x: call(*x[:3], sinks=x[3], implementation="fused"), *given, sinks)
+    right, right_pullback = jax.vjp(lambda *x: call(*x[:3], sinks=x[3], implementation="exact"), *given, sinks)
+    step = float(jnp.finfo(dtype).eps) * (4 if dtype == "bfloat16" else 100)
+    assert output.dtype == dtype
+    for x, y in ((output, right), *zip(pullback(right), right_pullback(right), strict=True)):
+        x, y = x.astype("float32"), y.astype("float32")
+        np.testing.assert_allclose(x, y, atol=step * max(1.0, float(jnp.abs(y).max())))
+
+
 @pytest.mark.parametrize("name", MASKS)
 def test_lowers_for_tpus(splash, name):
     """Forward and backward, with nothing as large as the logits."""
-    call = partial(fused, mask=MASKS[name])
+    call = partial(fused, mask=MASKS[name], sinks=jnp.zeros(2) if name == "causal" else None)
     program = jax.jit(jax.grad(lambda *x: call(*x).sum(), (0, 1, 2))).trace(*arrays(2))
     text = program.lower(lowering_platforms=("tpu",)).as_text()
     assert text.count("tpu_custom_call") >= 3
@@ -93,6 +110,7 @@ def test_limits(splash):
     assert "no arrays" in reason(query, key, value, mask=np.ones((256, 384), bool))
     both = LengthMask(np.array([3, 4])) & SegmentMask(*IDS)
     assert "not both" in reason(query, key, value, mask=both)
+    assert "same for all queries" in reason(query, key, value, sinks=jnp.zeros((2, 256)))
     assert "float16" in reason(*(x.astype(jnp.float16) for x in (query, key, value)))
     assert aa.explain(query, key, value, implementation="fused").engine == "splash"
     assert aa.explain(query, key, value).engine is None  # until a run on a device is on record

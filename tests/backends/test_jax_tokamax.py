@@ -110,6 +110,11 @@ def test_limits(engine):
         return str(error.value)
 
     assert "no kernel for float32" in reason(*arrays(dtype=jnp.float32))
+    assert "its soft cap comes after the bias" in reason(*arrays(), bias=jnp.zeros(9), logits_soft_cap=30.0)
+    # Of a cap up to 60 its kernel for Hopper takes exp(logit) in the dtype of the values: exp(12) is 160,000.
+    assert "exponentials exceed float16" in reason(*arrays(dtype=jnp.float16), logits_soft_cap=30.0)
+    for dtype, cap in ((jnp.float16, 61.0), (jnp.bfloat16, 30.0)):
+        assert aa.explain(*arrays(dtype=dtype), logits_soft_cap=cap, implementation="fused").engine == "tokamax"
 
 
 @pytest.mark.parametrize("q_length", [5, 9, 14])

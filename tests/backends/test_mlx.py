@@ -97,9 +97,35 @@ def test_a_bias_of_minus_infinity_is_nan():
     assert np.isnan(output[:, 3, 1]).all()
 
 
+@pytest.mark.parametrize("options", [{}, {"bias": BIAS}, {"mask": HIDDEN}], ids=["alone", "bias", "mask"])
+def test_sinks(options):
+    """With their gradient; beside fully masked rows one as low as their logits weighs as one key."""
+    lowest = float(np.finfo(np.float32).min)
+    for sinks in ([0.3, -1.0, 40.0, -40.0], [lowest, -np.inf, -1e30, 1e30]):
+        sinks = mx.array(sinks)
+        for shape in ((4,), (4, 1), (1, 4, 1)):
+
+            def call(function, query, key, value, sinks, shape=shape):
+                return function(query, key, value, sinks=mx.reshape(sinks, shape), **options)
+
+            found, right = (with_gradients(partial(call, f), [*arrays(kv_heads=2), sinks]) for f in (fused, exact))
+            same(found, right)
+
+
+def test_sinks_beside_a_bias_of_minus_infinity():
+    """Zero, but for a sink of minus infinity too."""
+    bias = BIAS.copy()
+    bias[:, 3] = -np.inf
+    sinks = mx.array([0.0, -np.inf, 1.0, -1e30])
+    output, expected = (np.asarray(f(*arrays(), bias=bias, sinks=sinks)) for f in (fused, exact))
+    np.testing.assert_allclose(output, expected, rtol=2e-5, atol=2e-6)
+    assert (output[:, 3, 0] == 0).all()
+    assert np.isnan(output[:, 3, 1]).all()
+
+
 @pytest.mark.parametrize("empty", [0.0, float("nan")], ids=["zero", "nan"])
 def test_rows_without_a_key_are_not_left_to_the_kernel(empty, monkeypatch):
-    def kernel(query, key, value, scale, mask):
+    def kernel(query, key, value, scale, mask, sinks=None):
         logits = mx.where(mask, scale * query @ mx.swapaxes(key, -1, -2), -mx.inf)
         seen = mx.any(mask, axis=-1, keepdims=True)
         return mx.where(seen, mx.softmax(logits, axis=-1), empty) @ value
@@ -113,7 +139,7 @@ def test_rows_without_a_key_are_not_left_to_the_kernel(empty, monkeypatch):
 def test_low_biases_do_not_overflow(dtype, monkeypatch):
     """A kernel of powers of two multiplies logits by more than one."""
 
-    def kernel(query, key, value, scale, mask):
+    def kernel(query, key, value, scale, mask, sinks=None):
         logits = (scale * query @ mx.swapaxes(key, -1, -2) + mask).astype(mx.float32) * 1.44269504
         weights = mx.power(2.0, logits - mx.maximum(mx.max(logits, axis=-1, keepdims=True), -3.4e38))
         return (weights / mx.sum(weights, axis=-1, keepdims=True)).astype(value.dtype) @ value
@@ -153,6 +179,9 @@ REASONS = {
     "complex64": ({"dtype": "complex64"}, "no kernel for complex64"),
     "a bias beside a mask": ({"bias": BIAS, "mask": HIDDEN}, "beside a bias"),
     "a wide bias": ({"bias": BIAS, "dtype": "float16"}, "logits float32"),
+    "wide sinks": ({"sinks": np.zeros(4, np.float32), "dtype": "bfloat16"}, "of the call's dtype, not float32"),
+    "sinks of each entry": ({"sinks": np.zeros((2, 4, 1), np.float32)}, "the same for all batch entries"),
+    "sinks of each query": ({"sinks": np.zeros((4, 5), np.float32)}, "the same for all queries"),
     "another axis": ({"mask": np.ones((2, 2, 1, 5, 7))}, "axes"),
     "causality of other lengths": ({"is_causal": True}, "stands alone, and an array has 70 elements"),
     "a window": ({"mask": masks.LocalMask(1, 1)}, "stands alone, and an array has 70 elements"),

@@ -10,8 +10,7 @@ from torch.nn.attention.flex_attention import AuxOutput
 
 import anyattention as aa
 from anyattention.masks import CausalMask, LengthMask, LocalMask, SegmentMask
-from anyattention_backends.torch import backend
-from anyattention_backends.torch import flex as torch_flex
+from anyattention_backends.torch import backend, flex_program
 from anyattention_backends.torch.arrays import TorchArrays
 from anyattention_backends.torch.flex import Flex
 
@@ -131,9 +130,11 @@ def kernel(query, key, value, block_mask, enable_gqa, return_aux, score_mod=None
     assert enable_gqa == (query.shape[1] != key.shape[1])
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     logits = query @ key.mT / query.shape[-1] ** 0.5
-    logits = logits if score_mod is None else score_mod(logits, *[None] * 4)
+    if score_mod is not None:
+        b, h, i, j = (torch.arange(size) for size in logits.shape)
+        logits = score_mod(logits, b[:, None, None, None], h[:, None, None], i[:, None], j)
     logits = torch.where(block_mask, logits, -torch.inf)
-    seen = block_mask.any(-1, keepdim=True)
+    seen = (logits > -torch.inf).any(-1, keepdim=True)
     weights = torch.where(seen, torch.softmax(torch.where(seen, logits, 0.0), -1), 0.0)
     return weights @ value, AuxOutput(lse=torch.logsumexp(logits, -1))
 
@@ -149,10 +150,10 @@ def compiled(on_cpu, monkeypatch):
     monkeypatch.setattr(flex, "flex_attention", kernel)
     monkeypatch.setattr(flex, "create_block_mask", dense)
     on_cpu.compiled = True
-    torch_flex._compiled.cache_clear()
+    flex_program._compiled.cache_clear()
     torch._dynamo.reset()
     yield on_cpu
-    torch_flex._compiled.cache_clear()
+    flex_program._compiled.cache_clear()
 
 
 @pytest.fixture(params=[False, pytest.param(True, marks=pytest.mark.slow)], ids=["step by step", "compiled"])
@@ -204,6 +205,27 @@ def test_one_program_for_all_bands_and_lengths(compiled):
         torch.testing.assert_close(fused(*args, mask=mask), tiled(*args, mask=mask), rtol=1e-5, atol=1e-6)
 
 
+def test_each_kind_of_call_has_a_program_of_its_own(compiled, monkeypatch):
+    """PyTorch compiles one code eight times, and raises at the ninth; numbers are no constants of a program."""
+    graphs = []
+    monkeypatch.setattr(
+        torch, "compile", partial(torch.compile, backend=lambda graph, _: graphs.append(graph) or graph)
+    )
+    words = {"sinks": torch.ones(4), "logits_soft_cap": 1.5, "scale": 0.3, "bias": torch.ones(9, 7)}
+    words |= {"dropout_rng": aa.random.key(1), "dropout_rate": 0.3}
+    kinds = [{name: words[name]} for name in words if "dropout" not in name]
+    kinds = [*kinds, words, words | {"broadcast_dropout": False}, {"bias": torch.ones(7)}, {}]
+    for options in kinds:
+        for mask in (None, MASKS["lengths"]):
+            args = arrays(kv_heads=2)
+            output, right = fused(*args, mask=mask, **options), tiled(*args, mask=mask, **options)
+            torch.testing.assert_close(output, right, rtol=1e-5, atol=1e-6)
+    assert len(graphs) == 2 * len(kinds)
+    other = {"scale": 0.6, "logits_soft_cap": 0.7, "dropout_rate": 0.2}
+    torch.testing.assert_close(fused(*args, **words | other), tiled(*args, **words | other), rtol=1e-5, atol=1e-6)
+    assert len(graphs) == 2 * len(kinds)
+
+
 @pytest.mark.parametrize("name", ["causal", "everything"])
 def test_compiles_within_another_program_in_one_graph(on_cpu, name):
     args = arrays(kv_heads=2)
@@ -222,13 +244,13 @@ def test_an_error_names_the_engine(on_cpu, monkeypatch):
 
 
 REASONS = {
-    "a bias": ({"bias": torch.zeros(9, 7)}, "no bias"),
+    "a wide bias": ({"bias": torch.zeros(9, 7, dtype=torch.float64)}, "the bias makes logits float64"),
+    "wide sinks": ({"sinks": torch.zeros(4, dtype=torch.float64)}, "the sinks make logits float64"),
     "an array": ({"mask": torch.ones(9, 7)}, "no band, lengths and segments"),
     "an array beside a rule": ({"mask": CausalMask() & torch.ones(9, 7)}, "no band, lengths and segments"),
     "another combination": ({"mask": ~CausalMask()}, "no band, lengths and segments"),
     "float64": ({"dtype": torch.float64}, "no kernel for float64"),
     "a float32 softmax": ({"force_fp32_for_softmax": True, "dtype": torch.bfloat16}, "returns float32"),
-    "dropout": ({"dropout_rng": aa.random.key(0), "dropout_rate": 0.5}, "dropout"),
 }
 
 

@@ -24,7 +24,7 @@ class JAXKernel(Fused):
 
     def attend(self, call: Call) -> Array:
         """The kernel's answer; tiled's where biases are low, which a program decides when it runs."""
-        query, key, value, bias, mask, *_ = call.operands
+        query, key, value, bias, mask, *_, sinks = call.operands
         bias = None if bias is None else jnp.atleast_1d(jnp.asarray(bias, query.dtype))
         sound = None if bias is None else self._reached(call, jax.lax.stop_gradient(bias))
         if sound is not None and not isinstance(sound, jax.core.Tracer):
@@ -32,7 +32,8 @@ class JAXKernel(Fused):
                 return tiled.compute(call)
             sound = None
         functions = partial(_mended, self, call.backend, call.options), partial(_tiled, call.backend, call.options)
-        return once(*functions, self.name, mask, (query, key, value, bias), sound)
+        sinks = None if sinks is None else jnp.asarray(sinks, jnp.float32)  # of integers there is no derivative
+        return once(*functions, self.name, mask, (query, key, value, bias, sinks), sound)
 
     def _reached(self, call: Call, bias: Array) -> Array:
         """Whether no query's biases are all low."""
@@ -57,8 +58,9 @@ def _tiled(backend: Any, options: Any, mask: Any, arrays: Any) -> Array:
 
 
 def _call(backend: Any, options: Any, mask: Any, arrays: Any) -> Call:
-    query, key, value, bias = arrays
-    return Call(backend=backend, operands=Operands(query, key, value, bias, mask), options=options)
+    query, key, value, bias, sinks = arrays
+    operands = Operands(query, key, value, bias, mask, sinks=sinks)
+    return Call(backend=backend, operands=operands, options=options)
 
 
 #: Whether all are true, of an axis of `jax.vmap` too, so that a branch stays one.

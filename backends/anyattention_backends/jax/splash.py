@@ -19,7 +19,7 @@ class Splash(JAXKernel):
     """Bands and segments, of which it computes no tile that is wholly hidden; lengths are segments."""
 
     name = "splash"
-    serves = JAXKernel.serves - {"bias"} | {"logits_soft_cap"}
+    serves = JAXKernel.serves - {"bias"} | {"logits_soft_cap", "sinks"}
     platform = "tpu"
     dtypes = ("bfloat16", "float32")
     multiple = LANES
@@ -48,6 +48,7 @@ class Splash(JAXKernel):
         mask: Structure,
         scale: float,
         logits_soft_cap: float | None = None,
+        sinks: Array | None = None,
     ) -> Any:
         from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
         from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as rules
@@ -65,8 +66,9 @@ class Splash(JAXKernel):
             visible = jnp.arange(kv_length) < mask.kv_lengths[:, None]
             segments = splash.SegmentIds(jnp.ones((query.shape[0], q_length), jnp.int32), visible.astype(jnp.int32))
         query = (query.astype(jnp.float32) * scale).astype(query.dtype)  # rounded once
+        sinks = None if sinks is None else sinks.astype(query.dtype)  # which is that of its gradient of them
         arrays = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
-        return jnp.swapaxes(jax.vmap(kernel)(*arrays, segments), 1, 2)
+        return jnp.swapaxes(jax.vmap(kernel)(*arrays, segments, sinks), 1, 2)
 
 
 def _blocks(splash: Any, q_length: int, kv_length: int) -> Any:

@@ -59,8 +59,11 @@ class Tokamax(JAXKernel):
         return found
 
     def limits(self, call: Call, mask: Structure) -> Iterator[str]:
-        if call.operands.bias is not None and call.options.logits_soft_cap is not None:
+        cap = call.options.logits_soft_cap
+        if call.operands.bias is not None and cap is not None:
             yield "its soft cap comes after the bias"
+        if cap is not None and cap <= 60.0 and call.options.dtype == "float16":  # on Hopper, 0.0.13 to 0.0.17
+            yield "it takes no maximum from capped logits, whose exponentials exceed float16"
 
     def kernel(
         self,

@@ -1,6 +1,6 @@
 """What the kernels on PyTorch have in common: which derivatives they have, and where others are from."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,8 @@ class TorchKernel(Fused):
     def limits(self, call: Call, mask: Structure) -> Iterator[str]:
         if reason := beyond(call):
             yield reason
+        if call.operands.bias is not None and not can_look(call):
+            yield "the values of the bias cannot be inspected here, and low biases need the gradient of tiled"
 
     def is_low(self, call: Call) -> bool:
         """Whether some query is shown low biases alone; first by a few keys, which mostly tell."""
@@ -31,7 +33,8 @@ def beyond(call: Call) -> str:
         return "PyTorch has no strategy for its gradient of DTensors"
     if torch.compiler.is_compiling() or not compat.is_transformed():
         return ""
-    arrays, kinds = call.operands[:3], compat.transformations()
+    kinds = compat.transformations()
+    arrays = [x for x in (*call.operands[:4], call.operands.sinks) if isinstance(x, Tensor)]
     if "Jvp" in kinds or any(forward_ad.unpack_dual(x).tangent is not None for x in arrays):
         return "forward mode needs a derivative that it lacks"
     if "Vmap" in kinds and arrays[0].is_cpu:
@@ -138,10 +141,10 @@ class FirstOnly(torch.autograd.Function):  # type: ignore[misc]
     """A kernel with its own gradient, or tiled's where a second derivative, or the same again, may follow."""
 
     @staticmethod
-    def forward(ctx: Any, compute: Callable[..., Tensor], call: Call, *arrays: Tensor) -> Tensor:
+    def forward(ctx: Any, compute: Callable[[Call], Tensor], call: Call, *arrays: Tensor) -> Tensor:
         inputs = [x.detach().requires_grad_(x.requires_grad) for x in arrays]
         with torch.enable_grad():
-            output = compute(*inputs)
+            output = compute(_with(call, inputs))
         ctx.call, ctx.graph = call, (output, inputs)
         ctx.save_for_backward(*arrays)
         return output.detach()
@@ -152,36 +155,20 @@ class FirstOnly(torch.autograd.Function):  # type: ignore[misc]
         output, inputs = ctx.graph
         if second or again:
             inputs = ctx.saved_tensors
-            query, key, value = inputs
-            operands = ctx.call.operands._replace(query=query, key=key, value=value)
             with torch.enable_grad():
-                output = tiled.compute(replace(ctx.call, operands=operands))
+                output = tiled.compute(_with(ctx.call, inputs))
         wanted = [x for x, needed in zip(inputs, ctx.needs_input_grad[2:], strict=True) if needed]
         gradients = iter(torch.autograd.grad(output, wanted, doutput, retain_graph=again, create_graph=second))
         return (None, None, *(next(gradients) if needed else None for needed in ctx.needs_input_grad[2:]))
 
 
-def bounds(call: Call) -> tuple[Tensor, ...]:
-    """The first key that each query may see and the one after the last, int32, and ids; all ``[batch, length]``."""
-    mask, to = call.structure, call.lowering()
-    if call.operands.mask is not None:
-        call.operands.mask.lower(to)  # which checks the shapes
-    left, right = (2**30 if x is None else min(max(x, -(2**30)), 2**30) for x in (mask.left, mask.right))  # no overflow
-    rows = torch.arange(call.lengths[0], device=call.operands.query.device)
-    first, last = (rows - left).clamp(min=0), (rows + right + 1).clamp(max=call.lengths[1])
-    if mask.kv_lengths is not None:
-        last = torch.minimum(last, mask.kv_lengths.long()[..., None])
-    if mask.query_lengths is not None:
-        last = torch.where(rows < mask.query_lengths[..., None], last, 0)
+def differentiated(call: Call) -> dict[str, Tensor]:
+    """The operands that may have a gradient, by name."""
+    named = call.operands._asdict()
+    names = ("query", "key", "value", "bias", "sinks")
+    return {name: named[name] for name in names if isinstance(named[name], Tensor)}
 
-    for band in mask.moved:
-        stop = to.operands[to.position(-2, getattr(band, "right", 0) + 1, band)][..., 0, :, 0]
-        last = torch.minimum(last, stop)
-        if (before := getattr(band, "left", None)) is not None:
-            first = torch.maximum(first, to.operands[to.position(-2, -before, band)][..., 0, :, 0])
 
-    def flat(x: Tensor) -> Tensor:
-        return x.expand(*call.batch, x.shape[-1]).reshape(-1, x.shape[-1]).contiguous()
-
-    ids = () if mask.kv_ids is None else tuple(flat(x) for x in (mask.query_ids, mask.kv_ids))
-    return flat(first).int(), flat(last).int(), *ids
+def _with(call: Call, arrays: Sequence[Tensor]) -> Call:
+    """The call with others in place of these."""
+    return replace(call, operands=call.operands._replace(**dict(zip(differentiated(call), arrays, strict=True))))

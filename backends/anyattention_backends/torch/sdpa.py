@@ -7,7 +7,7 @@ import torch
 
 from anyattention.extend import Call, CausalMask, Structure, tiled
 from anyattention_backends.torch import operators
-from anyattention_backends.torch.fused import TorchKernel, beyond, can_look, for_cuda, told, with_second_derivative
+from anyattention_backends.torch.fused import TorchKernel, beyond, for_cuda, told, with_second_derivative
 
 Array = Any
 _FULL, _CAUSAL, _SIMPLE = Structure(), Structure(right=0), frozenset(("mask", "scale", "grouped heads"))
@@ -50,8 +50,6 @@ class SDPA(TorchKernel):
                 yield f"there is no kernel for depths beyond {self.most_depth}"
         elif (size := self.elements(call, mask)) > 0:
             yield f"the mask would be an array{told(size)}, where tiled skips what is hidden"
-        if bias is not None and not can_look(call):
-            yield "the values of the bias cannot be inspected here, and low biases need the gradient of tiled"
         if getattr(bias, "requires_grad", False):
             yield "the bias needs a gradient"
 

@@ -86,7 +86,9 @@ class TorchTiles(Tiles):
 
     def exp_minus(self, x: Array, shift: Array | None) -> Array:
         """By powers of two where exponents may be low: `torch.exp` takes up to 30 times as long below -87."""
-        if not _is_plain(x):
+        if not _is_plain(
+            x, *([] if shift is None else [shift])
+        ):  # of which one may be saved for the other's derivative
             return super().exp_minus(x, shift)
         return x.exp_() if shift is None else x.sub_(shift).mul_(_LOG2_E).exp2_()
 

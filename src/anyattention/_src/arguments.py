@@ -37,7 +37,7 @@ def _checked(backend: Backend, name: str, x: Any, like: Any) -> Any:
 
 
 def guest_of(backend: Backend, name: str, x: Any, like: Array | None) -> Any:
-    """A bias or dense mask as an array of the backend's library, beside `like`."""
+    """A bias, sinks or a dense mask as an array of the backend's library, beside `like`."""
     if isinstance(x, list | tuple):
         raise TypeError(
             f"{name} must be an array or a scalar, got a {type(x).__name__}: convert it first, as with numpy.asarray"
@@ -56,7 +56,7 @@ def guest_of(backend: Backend, name: str, x: Any, like: Array | None) -> Any:
         dtypes.promote(home.arrays.dtype_name(x))
     if home is backend:
         return x
-    return backend.arrays.adopt(x if name == "bias" else home.arrays.truth(x), like)
+    return backend.arrays.adopt(x if name in ("bias", "sinks") else home.arrays.truth(x), like)
 
 
 def dense_of(backend: Backend, name: str, x: Any, like: Array | None) -> Array:

@@ -7,13 +7,14 @@ Flax's too. Keys and values that no query of their batch entry may see are zeros
 A row whose biases are all far below zero, as where they stand for a mask, is beyond kernels: see `least_bias`.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from math import prod
 from typing import Any
 
 from anyattention._src import dtypes
 from anyattention._src.call import Call
 from anyattention._src.hidden import shown_keys
+from anyattention._src.implementations import sinks
 from anyattention._src.implementations.base import Implementation
 from anyattention._src.implementations.tiled import TILED
 from anyattention._src.interfaces import permute
@@ -47,6 +48,7 @@ class Fused(Implementation):
         wider: dtype of a bias that may be wider than the call's.
         alone: platforms on which the bits of a batch entry do not depend on the others, in tests.
         low_biases: whether gradients are right where all biases of a row are far below zero.
+        row_sinks: whether each query may have sinks of its own.
     """
 
     serves = frozenset({"bias", "mask", "force_fp32_for_softmax", "scale", "grouped heads"})
@@ -61,6 +63,7 @@ class Fused(Implementation):
     wider = ""
     alone: tuple[str, ...] = ()
     low_biases = False
+    row_sinks = False
 
     # --- what a subclass says ---
 
@@ -83,7 +86,8 @@ class Fused(Implementation):
     ) -> Array:
         """The kernel: ``[batch, length, heads, depth]`` in and out; all of one dtype, of no batch axes but one.
 
-        An engine that serves "logits_soft_cap" is given the cap by that name, where there is one.
+        An engine that serves "logits_soft_cap" is given the cap by that name, where there is one; one that serves
+        "sinks" these, ``[batch, num_heads]``, float32.
         """
         raise NotImplementedError
 
@@ -133,6 +137,8 @@ class Fused(Implementation):
                 yield "bias or mask has axes that query and key lack"
             if hasattr(bias, "shape") and (wide := self.wide(call)) not in (dtype, self.wider):
                 yield f"the bias makes logits {wide}"
+        if call.operands.sinks is not None and "sinks" in self.serves:
+            yield from sinks.refusals(call, self.row_sinks)
         mask, expanded = self.fit(call)
         if not self.dense:
             yield from expanded.values()
@@ -157,7 +163,7 @@ class Fused(Implementation):
     def elements(self, call: Call, mask: Structure) -> int:
         """How many an array has that stands for masks by rule, one for all heads; none where they are small."""
         small = (not isinstance(x, Mask) or (isinstance(x, LengthMask) and x.query_lengths is None) for x in mask.rest)
-        return 0 if self.broadcasts and all(small) else prod((*call.batch, *call.lengths))
+        return 0 if self.broadcasts and all(small) else math.prod((*call.batch, *call.lengths))
 
     def wide(self, call: Call) -> str:
         """The dtype of the logits, with the bias."""
@@ -224,15 +230,15 @@ class Fused(Implementation):
         if bias is not None:
             bias = four_axes(xp, arrays.cast(_array(call, bias), self.wide(call)), call.batch)
         more: Any = {} if (cap := call.options.logits_soft_cap) is None else {"logits_soft_cap": cap}
+        if call.operands.sinks is not None:
+            more["sinks"] = sinks.of_heads(call)
         output = self.kernel(q, k, v, bias, mask, call.scale, **more)
         if tuple(output.shape[1::2]) != (lengths[0], value.shape[-1]):
             output = output[:, : lengths[0], :, : value.shape[-1]]
         output = output if flat else xp.reshape(output, (*query.shape[:-1], value.shape[-1]))
-        return (
-            output
-            if seen is None
-            else xp.where(permute(arrays, seen, (-1, -2))[..., None], output, _mean(call, self.summed))
-        )
+        if seen is None:
+            return output
+        return xp.where(permute(arrays, seen, (-1, -2))[..., None], output, _unseeing(call, self.summed))
 
     def keys(self, call: Call, visible: Array | None = None) -> Array | None:
         """Which keys some query of their batch entry may see, ``[batch..., kv_length, 1, 1]``; None for all."""
@@ -350,6 +356,14 @@ def _mean(call: Call, summed: Callable[[Any, Array, Any], Array]) -> Array:
     mean = arrays.cast(mean, dtype)[..., None, :]
     (*lead, kv_heads, _, depth), heads = mean.shape, call.operands.query.shape[-2]
     return xp.reshape(xp.broadcast_to(mean, (*lead, kv_heads, heads // kv_heads, depth)), (*lead, heads, depth))
+
+
+def _unseeing(call: Call, summed: Callable[[Any, Array, Any], Array]) -> Array:
+    """The output of a fully masked row, ``[batch..., q_length or 1, num_heads, v_depth]``."""
+    mean, arrays = _mean(call, summed), call.backend.arrays
+    if call.operands.sinks is None:
+        return mean
+    return arrays.cast(mean * permute(arrays, sinks.share_of_hidden(call), (-2, -3, -1)), call.options.dtype)
 
 
 def _filled(xp: Any, x: Array, length: int, depth: int) -> Array:
