@@ -200,8 +200,10 @@ def _of_sinks(backend: Backend, sinks: Any, beside: Partial) -> tuple[Any, Any, 
     """The partial of a key without a value, from ``[..., num_heads or 1, q_length or 1, 1]``."""
     arrays, xp = backend.arrays, backend.xp
     sinks = arrays.cast(sinks, dtypes.promote(arrays.dtype_name(beside.total), arrays.dtype_name(sinks)))
+    largest = backend.tiles.row_max(sinks)  # a constant
+    total = xp.exp(sinks - xp.where(largest == -float("inf"), 0.0, largest))
     ones = xp.ones_like(beside.total)
-    return xp.zeros_like(beside.output), sinks[..., 0] * ones, ones
+    return xp.zeros_like(beside.output), largest[..., 0] * ones, total[..., 0] * ones
 
 
 def _placed(call: Call) -> Call:
