@@ -135,7 +135,7 @@ def test_pages_merge_into_the_whole(library, name, words):
 def test_the_largest_logit_is_exact_where_tiled_takes_none(library):
     """Small logits need no maximum otherwise; values of one query and key, so that no sum is rounded."""
     query, key = np.zeros((1, 70, 1, 4), "f4"), np.zeros((1, 90, 1, 4), "f4")
-    query[..., 0], key[..., 1:3], key[..., 0] = 2.0, 9.0, RANDOM.integers(-64, 64, (1, 90, 1)) / 64
+    query[..., 0], key[..., 1:3], key[..., 0] = 2.0, 1.0, RANDOM.integers(-64, 64, (1, 90, 1)) / 64
     mask = RANDOM.random((70, 90)) < 0.5
     found = dot_product_attention_partial(*map(library.put, (query, key, key)), mask=library.put(mask), scale=1.0)
     logits = np.where(mask, np.einsum("bqhd,bkhd->bhqk", query, key), -np.inf)
@@ -201,6 +201,11 @@ def test_what_no_query_may_see_does_not_show(library):
     arrays = [library.put(x) for x in (QUERY, key, value)]
     found = merge(*pages(arrays, PAGES, put(library, mask)))
     np.testing.assert_allclose(library.get(found.output), clean, atol=1e-6)
+    clean = dot_product_attention(QUERY, KEY, VALUE, is_causal=True)[:, :16]
+    found = merge(*pages(arrays, PAGES, CausalMask(), rows=(0, 16)))
+    np.testing.assert_allclose(library.get(found.output), clean, atol=1e-6)
+    found = merge(*pages(arrays, PAGES, CausalMask(9), rows=(0, 16)))
+    assert np.isnan(library.get(found.output)[0, 15]).all()  # which sees keys 20 to 24
 
 
 @pytest.mark.parametrize("broadcast", [True, False])
@@ -226,8 +231,8 @@ def loss(xp, output, lse):
 def given(name):
     """Arrays in float64 that are differentiated, and the mask."""
     bias = BIAS.astype("f8")
-    if name == "minus infinity":  # hidden in the first page
-        bias[:, 4, :16] = -np.inf
+    if name == "minus infinity":  # all of the first page, which that query may see
+        bias[:, 20, :16] = -np.inf
     return [x.astype("f8") for x in (QUERY, KEY, VALUE, SINKS)] + [bias], MASKS.get(name, MASKS["causal"])
 
 
@@ -286,6 +291,19 @@ def test_second_derivatives():
 
     np.testing.assert_allclose(torch.func.hessian(torchs)(k), hessian, atol=1e-10)
     np.testing.assert_allclose(torch.autograd.functional.hessian(torchs, k), hessian, atol=1e-10)
+
+
+def test_what_other_kernels_return_is_a_partial():
+    """The logarithm beside the output, through which gradients flow; of one row it is minus infinity."""
+    leaves = [torch.tensor(x, requires_grad=True) for x in (QUERY, KEY, VALUE)]
+    bias = np.where((np.arange(32)[:, None] == 20) & (np.arange(48) < 16), -np.inf, BIAS)
+    first, *others = pages(leaves, PAGES, bias=torch.asarray(bias))
+    other = Partial(first.output, first.lse, torch.ones_like(first.total))
+    found = [merge(x, *others) for x in (first, other)]
+    losses = [(x.output**3).sum() + (x.lse**2).sum() for x in found]
+    gradients = [torch.autograd.grad(x, leaves, retain_graph=True) for x in losses]
+    torch.testing.assert_close(found[1].output, found[0].output)
+    torch.testing.assert_close(gradients[1], gradients[0])
 
 
 # --- programs ---

@@ -221,11 +221,11 @@ def _placed(call: Call) -> Call:
     if whole is not None:
         if origin is None:
             raise ValueError("whole needs origin=(first_query, first_key), the positions of these in the whole")
-        if not (isinstance(whole, tuple) and len(whole) == 2 and all(isinstance(n, int) for n in whole)):
+        if not (isinstance(whole, tuple | list) and len(whole) == 2 and all(isinstance(n, int) for n in whole)):
             raise TypeError(f"whole must be a pair of integers, (q_length, kv_length), got {whole!r}")
     if origin is None:
         return call
-    if not (isinstance(origin, tuple) and len(origin) == 2):
+    if not (isinstance(origin, tuple | list) and len(origin) == 2):
         raise TypeError(f"origin must be a pair of integers, (first_query, first_key), got {origin!r}")
     origin = tuple([_position(call.backend, x) for x in origin])
     for name, first, length, most in zip(("queries", "keys"), origin, call.lengths, whole or (None, None), strict=True):
@@ -246,6 +246,6 @@ def _position(backend: Backend, x: Any) -> Any:
             if tuple(x.shape) or not backend.arrays.dtype_name(x).startswith(("int", "uint")):
                 raise TypeError
             return backend.arrays.cast(x, "int32")
-        return operator.index(x)
+        return x if isinstance(x, int) else operator.index(x)
     except TypeError:
         raise TypeError(f"origin must be a pair of integers or of integer arrays without axes, got {x!r}") from None
