@@ -79,7 +79,7 @@ def test_public_names_only():
 
     public = {name for name in dir(anyattention) if not name.startswith("_")}
     assert public == set(anyattention.__all__)
-    for module in (anyattention.masks, anyattention.random, anyattention.extend):
+    for module in (anyattention.masks, anyattention.random, anyattention.partials, anyattention.extend):
         assert {name for name in dir(module) if not name.startswith("_")} == set(module.__all__)
 
 

@@ -1,6 +1,6 @@
 """Flax's dot-product attention for every array library, with Flax's numbers."""
 
-from anyattention import biases, extend, masks, random
+from anyattention import biases, extend, masks, partials, random
 from anyattention._src.api import (
     dot_product_attention,
     dot_product_attention_vjp,
@@ -9,6 +9,7 @@ from anyattention._src.api import (
 )
 from anyattention._src.dense_masks import combine_masks, make_attention_mask, make_causal_mask
 from anyattention._src.errors import ShapeError
+from anyattention._src.partials import dot_product_attention_partial
 from anyattention._src.plan import RULES, Plan
 from anyattention._src.settings import config
 
@@ -22,6 +23,7 @@ __all__ = [
     "combine_masks",
     "config",
     "dot_product_attention",
+    "dot_product_attention_partial",
     "dot_product_attention_vjp",
     "dot_product_attention_weights",
     "explain",
@@ -29,5 +31,6 @@ __all__ = [
     "make_attention_mask",
     "make_causal_mask",
     "masks",
+    "partials",
     "random",
 ]

@@ -118,11 +118,11 @@ class JAXTiles(Tiles):
         """One program, also when called eagerly."""
         return _compiled(function, tiling, *arrays)
 
-    def differentiable(self, forward: Function, backward: Function, tiling: Any, block: Block) -> Array:
+    def differentiable(self, forward: Function, backward: Function, tiling: Any, block: Block) -> Any:
         """JAX differentiates the loops itself, in every mode it has."""
-        if block.shown is not None and _few(block.rows[0], block.columns[0]):
-            return _checked(forward, tiling, block)
-        return _compiled(forward, tiling, block)[0]
+        if block.shown is not None and not tiling.options.partial and _few(block.rows[0], block.columns[0]):
+            return (_checked(forward, tiling, block),)
+        return _compiled(forward, tiling, block)
 
 
 @partial(jax.jit, static_argnums=(0, 1))

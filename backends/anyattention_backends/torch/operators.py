@@ -78,14 +78,15 @@ def leading(arrays: Sequence[Tensor], dims: Sequence[int | None]) -> list[Tensor
     return [x[None] if dim is None else x.movedim(dim, 0) for x, dim in zip(arrays, dims, strict=True)]
 
 
-def tiled(how: Tiling, block: Block) -> Tensor:
+def tiled(how: Tiling, block: Block) -> tuple[Tensor, ...]:
     numbers: list[float] = []
     options = tuple([(name, getattr(how.options, name)) for name in _OPTIONS])
     bias, sinks, mask, counts = block.pairs[:4]
     has_counts = None if counts is None else tuple(x is not None for x in counts)
     present = len(bias), sinks is not None, len(mask), has_counts, len(block.parameters), block.shown is not None
     text = _write((options, how.dtype, how.expression, how.terms, present), numbers)
-    return _tiled(leaves(block), numbers, text)[0]
+    output, base, total = _tiled(leaves(block), numbers, text)
+    return output, base.detach(), total
 
 
 def _write(x: Any, numbers: list[float]) -> str:
@@ -139,10 +140,9 @@ def _tiled(arrays: Many, numbers: Numbers, text: str) -> list[Tensor]:
 
 
 @torch.library.custom_op("anyattention::attend_by_tiles_backward", mutates_args=())  # type: ignore[untyped-decorator]
-def _tiled_backward(arrays: Many, results: Many, doutput: Tensor, numbers: Numbers, text: str) -> list[Tensor]:
-    output, base, total = results
+def _tiled_backward(arrays: Many, results: Many, of: Many, numbers: Numbers, text: str) -> list[Tensor]:
     how, block = _read(arrays, numbers, text)
-    gradients = without_autocast(doutput, backward, how, block, output, base, total, doutput)
+    gradients = without_autocast(of[0], backward, how, block, *results, *of)
     return [x.clone() for x in leaves(gradients)]
 
 
@@ -154,8 +154,8 @@ def _(arrays: Many, numbers: Numbers, text: str) -> list[Tensor]:
 
 
 @_tiled_backward.register_fake  # type: ignore[untyped-decorator]
-def _(arrays: Many, results: Many, doutput: Tensor, numbers: Numbers, text: str) -> list[Tensor]:
-    return [arrays[n].new_empty(arrays[n].shape, dtype=doutput.dtype) for n in _differentiated(arrays, text)]
+def _(arrays: Many, results: Many, of: Many, numbers: Numbers, text: str) -> list[Tensor]:
+    return [arrays[n].new_empty(arrays[n].shape, dtype=of[0].dtype) for n in _differentiated(arrays, text)]
 
 
 @_tiled.register_vmap  # type: ignore[untyped-decorator]
@@ -170,9 +170,11 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
 
 def _backward(ctx: Any, gradients: list[Tensor]) -> tuple[list[Tensor | None], list[None] | None, None]:
     *arrays, output, base, total = ctx.saved_tensors
-    found = _tiled_backward(arrays, [output, base, total], gradients[0], *ctx.rest)
-    of = dict(zip(_differentiated(arrays, ctx.rest[1]), found, strict=True))
-    answer = [of[n].to(x.dtype) if n in of else None for n, x in enumerate(arrays)]
+    partial = dict(ast.literal_eval(ctx.rest[1])[0])["partial"]
+    of = [gradients[0], gradients[2]] if partial else gradients[:1]
+    found = _tiled_backward(arrays, [output, base, total], of, *ctx.rest)
+    by_number = dict(zip(_differentiated(arrays, ctx.rest[1]), found, strict=True))
+    answer = [by_number[n].to(x.dtype) if n in by_number else None for n, x in enumerate(arrays)]
     of_numbers: Any = None if ctx.rest[0] else []  # to PyTorch a list of numbers is a leaf, but an empty one is a list
     return answer, of_numbers, None
 

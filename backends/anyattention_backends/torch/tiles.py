@@ -122,18 +122,18 @@ class TorchTiles(Tiles):
     def key_words(self, key: Any, like: Array) -> Array:
         return operators.beside(key.to(like.device), like)
 
-    def differentiable(self, forward: Function, backward: Function, tiling: Any, block: Block) -> Array:
+    def differentiable(self, forward: Function, backward: Function, tiling: Any, block: Block) -> Any:
         """The backward pass is the written one; autograd would keep every tile."""
         if torch.compiler.is_compiling():  # one operator, not a program that grows with the number of tiles
             return operators.tiled(tiling, block)
         arrays = leaves(block)
         if any(forward_ad.unpack_dual(x).tangent is not None for x in arrays):  # forward mode, which does not nest
-            return forward(tiling, block)[0]
+            return forward(tiling, block)
         if compat.is_traced():  # which has no Function in it, nor torch.func an operator's derivative
-            return forward(tiling, block)[0] if compat.differentiates() else operators.tiled(tiling, block)
+            return forward(tiling, block) if compat.differentiates() else operators.tiled(tiling, block)
         numbers = iter(range(len(arrays)))
         structure = tree_map(lambda _: next(numbers), block)
-        return _Tiled.apply(How(forward, backward, tiling, structure), *arrays)[0]
+        return _Tiled.apply(How(forward, backward, tiling, structure), *arrays)
 
 
 def _drawn(draw: Any, counts: Any, size: int) -> Array:
@@ -171,6 +171,11 @@ class How(NamedTuple):
     def block(self, arrays: Sequence[Array]) -> Block:
         return tree_map(lambda index: arrays[index], self.structure)
 
+    @property
+    def partial(self) -> bool:
+        """Whether the total has a gradient too."""
+        return bool(self.tiling.options.partial)
+
     def differentiated(self, arrays: Sequence[Array]) -> list[int]:
         """The numbers of query, key, value and, if there are any, of those of the bias and of the sinks."""
         structure, axes = self.structure, self.tiling.bias_axes
@@ -179,10 +184,11 @@ class How(NamedTuple):
         sinks = [] if structure.pairs.sinks is None else [structure.pairs.sinks]
         return [structure.rows[0], *structure.columns, *bias, *parameters, *sinks]
 
-    def gradients(self, results: Sequence[Array], doutput: Array, arrays: Sequence[Array]) -> list[Array]:
-        """Of those; within autocast as outside it."""
+    def gradients(self, results: Sequence[Array], given: Sequence[Array]) -> list[Array]:
+        """Of those, from that of the output, of a partial that of the total, and the arrays; no autocast counts."""
+        of, arrays = (given[:2], given[2:]) if self.partial else (given[:1], given[1:])
         block = self.block(arrays)
-        found = operators.without_autocast(doutput, self.backward, self.tiling, block, *results, doutput)
+        found = operators.without_autocast(of[0], self.backward, self.tiling, block, *results, *of)
         return [*(operators.as_returned(x, block) for x in found[:3]), *leaves(found[3:])]
 
 
@@ -198,18 +204,19 @@ class _Tiled(torch.autograd.Function):  # type: ignore[misc]
         ctx.how, *arrays = inputs
         ctx.save_for_backward(*output, *arrays)
         ctx.save_for_forward(*output, *arrays)
-        ctx.mark_non_differentiable(*output[1:])
+        ctx.mark_non_differentiable(*(output[1:2] if ctx.how.partial else output[1:]))
 
     @staticmethod
-    def backward(ctx: Any, doutput: Array, *_: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, doutput: Array, _: Any, dtotal: Any) -> tuple[Any, ...]:
         how, saved = ctx.how, ctx.saved_tensors  # read once: a checkpoint unpacks each tensor only once
         results, arrays = saved[:3], saved[3:]
+        given = (doutput, *([dtotal] if how.partial else []), *arrays)
         if not torch.is_grad_enabled():
-            found = compat.mapped(lambda *x: how.gradients(x[:3], x[3], x[4:]), *results, doutput, *arrays)
+            found = compat.mapped(lambda *x: how.gradients(x[:3], x[3:]), *results, *given)
         elif compat.is_transformed():  # a second derivative may follow, through the row statistics too
-            found = how.gradients(how.forward(how.tiling, how.block(arrays)), doutput, arrays)
+            found = how.gradients(how.forward(how.tiling, how.block(arrays)), given)
         else:
-            found = compat.mapped(lambda *x: _Gradient.apply(how, *x), *results, doutput, *arrays)
+            found = compat.mapped(lambda *x: _Gradient.apply(how, *x), *results, *given)
         by_index = dict(zip(how.differentiated(arrays), found, strict=True))
         return (None, *(by_index.get(index) for index in range(len(arrays))))
 
@@ -219,12 +226,13 @@ class _Tiled(torch.autograd.Function):  # type: ignore[misc]
         how, arrays = ctx.how, list(ctx.saved_tensors[3:])
         moved = {i: tangent for i, tangent in enumerate(tangents[1:]) if tangent is not None}
 
-        def output(*primals: Array) -> Array:
+        def results(*primals: Array) -> tuple[Array, Array]:
             given = dict(zip(moved, primals, strict=True))
-            return how.forward(how.tiling, how.block([given.get(i, x) for i, x in enumerate(arrays)]))[0]
+            return how.forward(how.tiling, how.block([given.get(i, x) for i, x in enumerate(arrays)]))[::2]
 
         primals = tuple(arrays[i] for i in moved)
-        return torch.func.jvp(output, primals, tuple(moved.values()))[1], None, None
+        output, total = torch.func.jvp(results, primals, tuple(moved.values()))[1]
+        return output, None, total if how.partial else None
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, how: How, *arrays: Any) -> tuple[Any, Any]:
@@ -239,24 +247,24 @@ class _Gradient(torch.autograd.Function):  # type: ignore[misc]
     def forward(ctx: Any, how: How, *arrays: Array) -> tuple[Array, ...]:
         ctx.how = how
         ctx.save_for_backward(*arrays[3:])
-        return tuple(how.gradients(arrays[:3], arrays[3], arrays[4:]))
+        return tuple(how.gradients(arrays[:3], arrays[3:]))
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Array) -> tuple[Any, ...]:
         how, saved = ctx.how, ctx.saved_tensors
-        wanted = [0, *(index + 1 for index in how.differentiated(saved[1:]))]
+        first = 2 if how.partial else 1
+        wanted = [*range(first), *(index + first for index in how.differentiated(saved[first:]))]
 
         def found(*given: Array) -> list[Array | None]:
             with torch.enable_grad():  # each a tensor of its own, of which none depends on another
                 inputs = [x.view_as(x) if again else x.detach() for x in given[: len(saved)]]
                 for x in [] if again else [inputs[index] for index in wanted]:
                     x.requires_grad_()
-                doutput, *arrays = inputs
-                results = run(doutput, how.forward, how.tiling, how.block(arrays))  # through row statistics too
-                gradients = how.gradients(results, doutput, arrays)
+                results = run(inputs[0], how.forward, how.tiling, how.block(inputs[first:]))  # row statistics too
+                gradients = how.gradients(results, inputs)
                 of = [inputs[index] for index in wanted if inputs[index].requires_grad]
                 both = [pair for pair in zip(gradients, given[len(saved) :], strict=True) if pair[0].requires_grad]
-                each = iter(run(doutput, _grad, *zip(*both, strict=True), of, again))
+                each = iter(run(inputs[0], _grad, *zip(*both, strict=True), of, again))
                 return [next(each) if inputs[index].requires_grad else None for index in wanted]
 
         again, run = torch.is_grad_enabled(), operators.without_autocast

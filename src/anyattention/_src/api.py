@@ -95,7 +95,7 @@ def dot_product_attention(
         >>> dot_product_attention(x, x, x, mask=np.tri(2))[0, :, 0].round(3).tolist()
         [[1.0, 0.0], [0.33000001311302185, 0.6700000166893005]]
     """
-    call = _call(
+    call = call_of(
         query=query,
         key=key,
         value=value,
@@ -157,7 +157,7 @@ def dot_product_attention_weights(
         >>> dot_product_attention_weights(x, x, is_causal=True).tolist()
         [[[1.0, 0.0], [0.5, 0.5]]]
     """
-    call = _call(
+    call = call_of(
         query=query,
         key=key,
         bias=bias,
@@ -220,7 +220,7 @@ def dot_product_attention_vjp(
         >>> [gradient.sum().item() for gradient in pullback(output)[:3]]
         [0.0, 0.0, 8.0]
     """
-    call = _call(
+    call = call_of(
         query=query,
         key=key,
         value=value,
@@ -319,7 +319,7 @@ def explain(
 def _outlined(implementation: str | None, **given: Any) -> Plan:
     """The plan for arguments of which some may be shapes that stand for arrays."""
     backend = _backend(*(given[name] for name in ("query", "key", "value", "bias", "mask", "sinks")))
-    found = backend.arrays.outline(lambda **shapes: plan.explain(_call(**shapes), implementation), given)
+    found = backend.arrays.outline(lambda **shapes: plan.explain(call_of(**shapes), implementation), given)
     odd = ((arguments.additive(given["mask"]), _ADDITIVE), (arguments.boolean(given["bias"]), _BOOLEAN))
     return found._replace(reasons=(*found.reasons, *(reason for is_odd, reason in odd if is_odd)))
 
@@ -332,7 +332,7 @@ def _backend(query: Any, key: Any, value: Any, bias: Any, mask: Any, sinks: Any)
     return registry.backend_for(query=query, key=key, value=value, **guests, sinks=sinks)
 
 
-def _call(
+def call_of(
     *,
     query: Any,
     key: Any,
@@ -347,6 +347,7 @@ def _call(
     scale: Any,
     logits_soft_cap: Any,
     sinks: Any,
+    origin: Any = None,
     **options: Any,
 ) -> Call:
     """The call, with all arrays in the one library that serves them."""
@@ -376,4 +377,4 @@ def _call(
     else:
         asked["dropout"] = dropout_of(arguments.rate_of(dropout_rate), broadcast_dropout, dropout_rng)
         dropout_rng = arguments.key_of(backend, dropout_rng)
-    return make_call(backend, Operands(query, key, value, bias, mask, dropout_rng, None, sinks), dtype, asked)
+    return make_call(backend, Operands(query, key, value, bias, mask, dropout_rng, origin, sinks), dtype, asked)

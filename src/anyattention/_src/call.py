@@ -50,6 +50,7 @@ class Options:
     attn_weights_value_einsum: Any = None
     weights_only: bool = False
     whole: tuple[int, int] | None = None  # lengths of queries and keys of which the operands are a shard
+    partial: bool = False  # whether the row statistics are wanted too: there are other keys
 
     @property
     def needs(self) -> frozenset[str]:

@@ -19,16 +19,17 @@ HUGE = 1e30  # so many values of such a size have a sum that float32 holds
 def shown_keys(call: Call) -> Array | None:
     """Which keys some query may see, bool, ``[batch..., 1, 1, kv_length or 1]``; None for all.
 
-    Of a shard that is not known: the whole has other queries.
+    Of a shard that is not known: the whole has other queries. A partial is of these queries alone.
     """
-    if call.operands.mask is None or call.operands.origin is not None or 0 in call.lengths:
+    shard, partial = call.operands.origin is not None, call.options.partial
+    if call.operands.mask is None or (shard and not partial) or 0 in call.lengths:
         return None
     parts, xp = conjunction(call.operands.mask), call.backend.xp
-    lowered = [(part, *_lowered(call, part)) for part in parts if not _is_whole(part, call)]
+    lowered = [(part, *_lowered(call, part)) for part in parts if shard or not _is_whole(part, call)]
     if sum(_rows(to) > 1 for _, _, to in lowered) + len(parts) - len(lowered) > 1:
         lowered = [(None, *_lowered(call, call.operands.mask))]  # together they may hide what each shows to some query
     found = [
-        _of_band(part, to) if is_band(part) else _of_rows(expression, to, call.backend.tiles)
+        _of_band(part, to) if is_band(part) and not shard else _of_rows(expression, to, call.backend.tiles)
         for part, expression, to in lowered
     ]
     if not found:

@@ -21,6 +21,7 @@ _WHY = {
     "dropout": "it has no dropout of Flax's bits",
     "precision": "its precision is its own",
     "origin": "it takes no shard of a whole",
+    "partial": "it gives no row statistics",
     "logits_soft_cap": "it has no soft cap",
     "sinks": "it has no sinks",
     **dict.fromkeys(EINSUMS, "einsum overrides take whole products"),

@@ -13,8 +13,7 @@ from anyattention._src.hidden import shown_keys
 from anyattention._src.implementations.base import OWN, Implementation
 from anyattention._src.interfaces import Arrays, permute
 from anyattention._src.rules import Bias, as_bias, as_mask
-from anyattention._src.tiles.partials import Partial
-from anyattention._src.tiles.passes import Gradients, Tiling, backward, forward, partial_of, tiling
+from anyattention._src.tiles.passes import Gradients, Tiling, backward, forward, tiling
 
 Array = Any
 
@@ -23,7 +22,7 @@ class Tiled(Implementation):
     """Attention a tile at a time, in memory that grows with the lengths."""
 
     name = "tiled"
-    serves = OWN | {"origin", "whole"}
+    serves = OWN | {"origin", "whole", "partial"}
 
     def refusals(self, call: Call) -> Iterator[str]:
         yield from super().refusals(call)
@@ -41,11 +40,15 @@ class Tiled(Implementation):
     def compute(self, call: Call) -> Array:
         """The output. Sums are in float32 at least; `force_fp32_for_softmax` returns them so."""
         how, block = prepare(call)
-        return _restored(call, call.backend.tiles.differentiable(forward, backward, how, block))
+        return _restored(call, call.backend.tiles.differentiable(forward, backward, how, block)[0])
 
-    def partial(self, call: Call) -> Partial:
-        """Attention of all queries over these keys alone, which may be some of many, in a block's layout."""
-        return partial_of(*prepare(call))
+    def partial(self, call: Call) -> tuple[Array, Array, Array]:
+        """The output over these keys alone, the largest logits and the totals, as `anyattention.partials` has them."""
+        how, block = prepare(call)
+        output, *statistics = call.backend.tiles.differentiable(forward, backward, how, block)
+        output = permute(call.backend.arrays, _flat(call, output), (-2, -3, -1))
+        largest, total = (_flat(call, x)[..., 0] for x in statistics)
+        return output, largest, total
 
     def vjp(self, call: Call, given: Sequence[str]) -> tuple[Array, Callable[[Array], Gradients]]:
         """The output, and a function from its gradient to those of query, key, value, bias and sinks.
@@ -132,11 +135,16 @@ def _group(call: Call) -> int | None:
 def _restored(call: Call, output: Array) -> Array:
     """The output as Flax shapes it, in the compute dtype, or float32 where a 16-bit call asks for such a softmax."""
     arrays, dtype = call.backend.arrays, call.options.dtype
-    if _group(call) is not None:
-        *batch, kv_heads, group, length, depth = output.shape
-        output = arrays.xp.reshape(output, (*batch, kv_heads * group, length, depth))
     dtype = dtypes.promote(dtype, "float32") if call.options.force_fp32_for_softmax else dtype
-    return arrays.cast(permute(arrays, output, (-2, -3, -1)), dtype)
+    return arrays.cast(permute(arrays, _flat(call, output), (-2, -3, -1)), dtype)
+
+
+def _flat(call: Call, x: Array) -> Array:
+    """An array of a block with its heads in one axis."""
+    if _group(call) is None:
+        return x
+    *batch, kv_heads, group, length, depth = x.shape
+    return call.backend.xp.reshape(x, (*batch, kv_heads * group, length, depth))
 
 
 def _heads_first(arrays: Arrays, x: Array, rank: int, group: int | None) -> Array:

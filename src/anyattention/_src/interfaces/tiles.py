@@ -128,9 +128,12 @@ class Tiles(Statistics):
         """``function(tiling, *arrays)``; `tiling` is hashable."""
         return function(tiling, *arrays)
 
-    def differentiable(self, forward: Function, backward: Function, tiling: Any, block: Block) -> Array:
-        """The output of the block, with its gradient where the library differentiates."""
-        return forward(tiling, block)[0]
+    def differentiable(self, forward: Function, backward: Function, tiling: Any, block: Block) -> Any:
+        """The output of the block first, with its gradient where the library differentiates.
+
+        Of a partial its base, a constant, and its total, with its gradient, follow.
+        """
+        return forward(tiling, block)
 
 
 def join_rows(xp: Any, trees: Sequence[Any]) -> Any:

@@ -57,6 +57,13 @@ def finish(partial: Partial, keep_prob: float) -> Array:
     return partial.output / (partial.total * float(keep_prob))
 
 
+def finish_some(xp: Any, partial: Partial, keep_prob: float) -> Array:
+    """The same of keys beside which there are others: where every logit was minus infinity, no derivative is NaN."""
+    none = partial.total == 0.0
+    output = finish(partial._replace(total=xp.where(none, 1.0, partial.total)), keep_prob)
+    return xp.where(none, float("nan"), output)
+
+
 def finite(tiles: Tiles, base: Array | None) -> Array | None:
     """The base to subtract before exp: zero where it is -inf, since -inf - -inf is NaN."""
     return None if base is None else tiles.xp.where(base == -float("inf"), 0.0, base)

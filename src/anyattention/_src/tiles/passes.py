@@ -24,7 +24,7 @@ from anyattention._src.call import Options
 from anyattention._src.hidden import unspoiled
 from anyattention._src.interfaces import Backend
 from anyattention._src.rules import Expression, Mask, Term, added, differentiable, gradients, visible
-from anyattention._src.tiles.partials import Partial, finish, finite, merge, of_hidden, of_sinks
+from anyattention._src.tiles.partials import Partial, finish, finish_some, finite, merge, of_hidden, of_sinks
 
 Array = Any
 # Of query, key, value, the operands and the parameters of the bias, and sinks.
@@ -95,21 +95,14 @@ def forward(tiling: Tiling, block: Block) -> tuple[Array, Array, Array]:
     if block.empty:
         as_query = {"dtype": block.rows[0].dtype, **tiling.backend.arrays.beside(block.rows[0])}
         sizes = (block.columns[1].shape[-1], 1, 1)
-        return tuple(xp.zeros((*block.lead, block.lengths[0], size), **as_query) for size in sizes)
+        output, base, total = (xp.zeros((*block.lead, block.lengths[0], size), **as_query) for size in sizes)
+        return output, base - math.inf if tiling.options.partial else base, total
     (query,), lead = block.rows, block.lead
     if tuple(query.shape[:-2]) != lead:  # where a bias or mask alone is mapped over an axis
         block = block._replace(rows=(xp.broadcast_to(query, (*lead, *query.shape[-2:])),))
     block, like = with_bounds(tiling, unspoiled(xp, block)), ((block.rows[0],) * 3, ())
     draw = partial(threefry.keep_at, xp, tiling.keep_prob)
     return tiling.backend.tiles.map_rows(partial(attend, tiling), block, tiling.groups, tiling.sizes, like, draw)[0]
-
-
-def partial_of(tiling: Tiling, block: Block) -> Partial:
-    """The partial of every query over the keys of a block, which may be some of many; hidden keys count in it."""
-    tiling, like = tiling._replace(skip=False), ((block.rows[0],) * 3, ())
-    map_rows = tiling.backend.tiles.map_rows
-    rows, _ = map_rows(lambda parts: (tuple(absorbed(tiling, parts)), ()), block, tiling.groups, tiling.sizes, like)
-    return Partial(*rows)
 
 
 def attend(tiling: Tiling, parts: tuple[Block, ...]) -> tuple[tuple[Array, ...], tuple[()]]:
@@ -122,7 +115,8 @@ def attend(tiling: Tiling, parts: tuple[Block, ...]) -> tuple[tuple[Array, ...],
         small = state.base is None and tiling.backend.arrays.surely(xp.abs(sinks) <= BOUND, True)
         state = merge(tiling.backend.tiles, state, of_sinks(xp, sinks, state, small))
     base = xp.zeros_like(state.total) if state.base is None else state.base
-    output = finish(state, tiling.keep_prob)
+    some = tiling.options.partial
+    output = finish_some(xp, state, tiling.keep_prob) if some else finish(state, tiling.keep_prob)
     if spoiled is not None:
         output = xp.where(base <= tiling.fill + 100.0, output + spoiled, output)  # hidden keys have some weight
     return (output, base, state.total), ()
@@ -247,7 +241,8 @@ def _inspected(tiling: Tiling, block: Block) -> Tiling:
     """The tiling with the shortcuts that are right for these rows, which are of one batch entry.
 
     Logits that are small need no maximum, since exp is far from overflow and underflow, and lose less than Flax's in
-    a sum in float32. Where a value is not finite, no key may be left out: Flax multiplies it by weights of zero.
+    a sum in float32; of a partial the maximum is wanted. Where a value is not finite, no key may be left out: Flax
+    multiplies it by weights of zero.
     """
     arrays, xp, pairs = tiling.backend.arrays, tiling.backend.xp, block.pairs
     if pairs.bounds is None:
@@ -256,14 +251,19 @@ def _inspected(tiling: Tiling, block: Block) -> Tiling:
     largest = xp.max(rows) * xp.max(columns) / abs(tiling.root)
     small = arrays.surely(largest <= BOUND, True)
     finite = values is None or arrays.surely(xp.isfinite(values), True)
-    bounded = small and finite
+    bounded = small and finite and not tiling.options.partial
     if bounded and tiling.terms:
         bounded = size is not None and arrays.surely(largest + xp.max(size) <= BOUND, True)
     return tiling._replace(bounded=bounded, precise=tiling.precise and not small, skip=tiling.skip and finite)
 
 
-def backward(tiling: Tiling, block: Block, output: Array, base: Array, total: Array, doutput: Array) -> Gradients:
-    """The gradients, each in the shape of what it belongs to, from that of the output."""
+def backward(
+    tiling: Tiling, block: Block, output: Array, base: Array, total: Array, doutput: Array, dtotal: Array | None = None
+) -> Gradients:
+    """The gradients, each in the shape of what it belongs to, from that of the output.
+
+    Those of a partial also from that of its total, beside which the base counts as a constant.
+    """
     backend, sinks = tiling.backend, block.pairs.sinks
     bias = _those(tiling, block.pairs.bias, lambda axes: True)
     parameters = tuple([x if "float" in backend.arrays.dtype_name(x) else None for x in block.parameters])
@@ -271,7 +271,7 @@ def backward(tiling: Tiling, block: Block, output: Array, base: Array, total: Ar
     if block.empty:
         return tree_map(backend.xp.zeros_like, wanted)
     block = with_bounds(tiling, unspoiled(backend.xp, block))
-    pairs = block.pairs._replace(statistics=(base, total))
+    pairs = block.pairs._replace(statistics=(base, total, dtotal))
     whole = block._replace(rows=(block.rows[0], doutput, output), pairs=pairs)
     by_row, summed = (_those(tiling, bias, lambda axes, rows=rows: axes[0] is rows) for rows in (True, False))
     like = (block.rows[0], by_row, sinks), (*block.columns, summed, block.parameters)
@@ -291,9 +291,13 @@ def _those(tiling: Tiling, bias: Any, are: Any) -> tuple[Any, ...]:
 
 def prologue(tiling: Tiling, block: Block) -> Block:
     """What every tile of some queries needs: scaled queries and doutput over total as rows; base and delta."""
-    tiles, (query, doutput, output), (base, total) = tiling.backend.tiles, block.rows, block.pairs.statistics
+    tiles, (query, doutput, output), xp = tiling.backend.tiles, block.rows, tiling.backend.xp
+    base, total, dtotal = block.pairs.statistics
+    if dtotal is not None:  # where every logit is minus infinity, the output is NaN
+        output, total = xp.where(total == 0.0, 0.0, output), xp.where(total == 0.0, 1.0, total)
     base = None if tiling.backend.arrays.surely(base == 0.0, True) else finite(tiles, base)
     delta = tiles.row_sum(doutput * output) / total
+    delta = delta if dtotal is None else delta - dtotal
     unit = tiles.power_unit if tiling.bounded else 1.0
     rows = query / (tiling.root / unit), doutput / (total * float(tiling.keep_prob))
     return Block(rows, block.columns, block.pairs._replace(statistics=(base, delta)), block.parameters)
