@@ -13,20 +13,14 @@ OfTiles = Callable[[tuple[Block, ...]], Pair]
 Step = Callable[[Any, Block], Pair]
 
 
-class Tiles:
-    """The products, row statistics and loops of the tiled implementation."""
+class TileSteps:
+    """What is computed of one tile: products, row statistics, and steps that may overwrite their operands."""
 
     power_unit = 1.0
     """What exponents are multiplied by before `power`."""
-    most_groups = 2**31
-    """Into how many groups of rows a mask by rule may divide the queries; none where lengths may be symbols."""
 
     def __init__(self, arrays: Arrays) -> None:
         self.arrays, self.xp = arrays, arrays.xp
-
-    def sizes(self, block: Block, ruled: bool) -> Sizes:
-        """How many queries and keys to take at a time; `ruled` says that rows see different keys by the mask's rule."""
-        return 256, 1024
 
     def transpose(self, x: Array) -> Array:
         """The last two axes swapped."""
@@ -67,9 +61,29 @@ class Tiles:
         """``x * (y - shift)``; may overwrite `y`."""
         return x * (y - shift)
 
+    def cap(self, x: Array, cap: float, again: bool) -> tuple[Array, Array | None]:
+        """``cap * tanh(x)``, and ``tanh(x)``, or None unless it is needed `again`; may overwrite `x`."""
+        tanh = self.xp.tanh(x)
+        return tanh * cap, tanh
+
+    def uncap(self, x: Array, tanh: Array) -> Array:
+        """``x * (1 - tanh ** 2)``, the gradient of a cap; may overwrite `tanh`."""
+        return x * (1.0 - tanh * tanh)
+
     def fill(self, x: Array, visible: Array, value: float) -> Array:
         """`x` where visible, else the value; may overwrite `x`."""
         return self.xp.where(visible, x, value)
+
+
+class Tiles(TileSteps):
+    """The steps and loops of the tiled implementation."""
+
+    most_groups = 2**31
+    """Into how many groups of rows a mask by rule may divide the queries; none where lengths may be symbols."""
+
+    def sizes(self, block: Block, ruled: bool) -> Sizes:
+        """How many queries and keys to take at a time; `ruled` says that rows see different keys by the mask's rule."""
+        return 256, 1024
 
     def key_words(self, key: Any, like: Array) -> Array:
         """A dropout key of this library as raw words, beside `like`."""
