@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import anyattention as aa
 from anyattention.masks import CausalMask, LengthMask, LocalMask
@@ -19,6 +20,7 @@ WORDS = {
     "negative scale": {"scale": -0.2},
     "zero scale": {"scale": 0.0},
     "soft cap": {"logits_soft_cap": 1.5},
+    "cap below the logits": {"scale": 4.0, "logits_soft_cap": 3.0},
     "both": {"scale": 0.7, "logits_soft_cap": 2.0},
     "sinks": {"sinks": lambda put: put(draw(9, (4,)))},
     "sinks of each query": {"sinks": lambda put: put(3 * draw(9, (2, 4, 130)))},
@@ -140,6 +142,19 @@ def test_grouped_heads(library, implementation):
         np.testing.assert_allclose(np.asarray(x), y, atol=3e-6 * max(1.0, np.abs(y).max()), rtol=0)
 
 
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_caps_of_any_size(library):
+    """Far beyond the logits a cap changes nothing, and costs no digits; far below them all keys count alike."""
+    put = LIBRARIES[library]
+    q, k, v = map(put, (draw(0, (1, 40, 2, 16)), draw(1, (1, 3, 2, 16)), draw(2, (1, 3, 2, 16))))
+    call = partial(aa.dot_product_attention, q, k, v, implementation="tiled")
+    for cap in (1e4, 1e12, 1e30 if library == "jax" else 1e38):  # of which XLA makes zeros
+        np.testing.assert_allclose(np.asarray(call(logits_soft_cap=cap)), np.asarray(call()), rtol=0, atol=6e-7)
+    for cap in (1e-12, 1e-38):
+        mean = np.broadcast_to(np.asarray(v).mean(1, keepdims=True), (1, 40, 2, 16))
+        np.testing.assert_allclose(np.asarray(call(logits_soft_cap=cap)), mean, rtol=0, atol=6e-7)
+
+
 # --- 16 bits, programs, more derivatives, engines ---
 
 
@@ -238,6 +253,28 @@ def test_second_derivatives_beside_sinks():
     found = torch.autograd.grad(first(grad, torch.asarray, "tiled")(*leaves), leaves)
     for x, y in zip(found, right, strict=True):
         np.testing.assert_allclose(x, y, atol=1e-10)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script(_method)?` is deprecated:DeprecationWarning")  # PyTorch's own
+def test_forward_mode():
+    """In each way that PyTorch has, which must see every step of a soft cap."""
+    q, k, v, dq = (torch.asarray(draw(seed, (1, 20, 2, 8))).double() for seed in range(4))
+
+    def call(q, implementation="tiled"):
+        return aa.dot_product_attention(q, k, v, logits_soft_cap=0.5, implementation=implementation)
+
+    right = torch.func.jvp(partial(call, implementation="exact"), (q,), (dq,))[1]
+    torch.testing.assert_close(torch.func.jvp(call, (q,), (dq,))[1], right)
+    with forward_ad.dual_level():
+        found = forward_ad.unpack_dual(call(forward_ad.make_dual(q, dq))).tangent
+    torch.testing.assert_close(found, right)
+
+
+def test_a_cap_with_many_threads_of_pytorch(monkeypatch):
+    """Then by PyTorch's tanh, which takes them all."""
+    monkeypatch.setattr("anyattention_backends.torch.tiles._FEW_THREADS", 0)
+    for x, y in zip(ours("torch", "tiled", "soft cap", "alone"), truth("soft cap", "alone"), strict=True):
+        np.testing.assert_allclose(np.asarray(x), y, atol=3e-6 * max(1.0, np.abs(y).max()), rtol=0)
 
 
 def test_mapped():

@@ -61,6 +61,16 @@ class NumPyTiles(Tiles):
     def times_minus(self, x: Array, y: Array, shift: Array) -> Array:
         return np.multiply(x, np.subtract(y, shift, out=y), out=y)
 
+    def cap(self, x: Array, cap: float, again: bool) -> tuple[Array, Array | None]:
+        tanh = np.tanh(x, out=x)
+        if not again:
+            return np.multiply(tanh, cap, out=tanh), None
+        return np.multiply(tanh, cap, out=_scratch.array("capped", x.shape, x.dtype)), tanh
+
+    def uncap(self, x: Array, tanh: Array) -> Array:
+        np.multiply(tanh, tanh, out=tanh)
+        return np.multiply(x, np.subtract(1.0, tanh, out=tanh), out=tanh)
+
     def fill(self, x: Array, visible: Array, value: float) -> Array:
         np.copyto(x, value, where=~visible)
         return x

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -15,6 +16,7 @@ from anyattention_backends.torch import compat, operators
 
 Array = Any
 _LOG2_E = math.log2(math.e)
+_FEW_THREADS = 8  # of PyTorch, with which its tanh takes little longer than NumPy's on one thread
 
 
 class TorchTiles(Tiles):
@@ -98,6 +100,25 @@ class TorchTiles(Tiles):
     def times_minus(self, x: Array, y: Array, shift: Array) -> Array:
         return y.sub_(shift).mul_(x) if _is_plain(x, y) else super().times_minus(x, y, shift)
 
+    def cap(self, x: Array, cap: float, again: bool) -> tuple[Array, Array | None]:
+        """By NumPy's tanh on a CPU: of two million numbers 0.4 ms and 1.4 ulp, in place of 4.4 ms and 0.5 ulp.
+
+        By `expm1` it would take 2.1 ms. By `sigmoid` it would take 0.5, but all digits of small logits would be lost.
+        """
+        if not _is_plain(x):
+            return super().cap(x, cap, again)
+        if _shares_memory_with_numpy(x) and torch.get_num_threads() <= _FEW_THREADS:
+            numbers = x.numpy()
+            np.tanh(numbers, out=numbers)
+        else:
+            x.tanh_()
+        return (x * cap, x) if again else (x.mul_(cap), None)
+
+    def uncap(self, x: Array, tanh: Array) -> Array:
+        if not _is_plain(x, tanh):
+            return super().uncap(x, tanh)
+        return torch.addcmul(x, x, tanh.square_(), value=-1, out=tanh)
+
     def fill(self, x: Array, visible: Array, value: float) -> Array:
         """In place where possible, unless the mask enlarges it."""
         if not _is_plain(x, visible) or torch.broadcast_shapes(x.shape, visible.shape) != x.shape:
@@ -158,6 +179,11 @@ def _added(whole: Any, found: Any, like: Any, lead: Any, length: int = 0, rows: 
 def _is_plain(*arrays: Array) -> bool:
     """Whether the tensors may be overwritten: not to be differentiated, nor seen by a transformation."""
     return not any(x.requires_grad or compat.is_wrapped(x) for x in arrays)
+
+
+def _shares_memory_with_numpy(x: Array) -> bool:
+    """Whether what NumPy does to the tensor is what PyTorch would do: no derivative or trace is under way."""
+    return type(x) is Tensor and x.device.type == "cpu" and not (compat.is_transformed() or compat.is_traced())
 
 
 class How(NamedTuple):

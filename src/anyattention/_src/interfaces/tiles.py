@@ -13,8 +13,8 @@ OfTiles = Callable[[tuple[Block, ...]], Pair]
 Step = Callable[[Any, Block], Pair]
 
 
-class Statistics:
-    """Statistics of rows, exponentials and selections."""
+class TileSteps:
+    """What is computed of one tile: products, row statistics, and steps that may overwrite their operands."""
 
     power_unit = 1.0
     """What exponents are multiplied by before `power`."""
@@ -25,6 +25,17 @@ class Statistics:
     def transpose(self, x: Array) -> Array:
         """The last two axes swapped."""
         return permute(self.arrays, x, (-1, -2))
+
+    def product(self, x: Array, y: Array, precision: Any = None, scratch: str = "") -> Array:
+        """Matrix product over the last two axes, in one dtype.
+
+        Where `scratch` has a name, the next product of that name on this thread may overwrite the result.
+        """
+        return self.arrays.matmul(x, y)
+
+    def logits(self, query: Array, key: Array, precision: Any, precise: bool) -> Array:
+        """The product of each query with each key, to be overwritten by the next; `precise` asks for better sums."""
+        return self.product(query, self.transpose(key), precision, scratch="logits")
 
     def norms(self, x: Array) -> Array:
         """The Euclidean norms over the last axis, of which nothing is differentiated; not finite where `x` is not."""
@@ -54,13 +65,22 @@ class Statistics:
         """``x * (y - shift)``; may overwrite `y`."""
         return x * (y - shift)
 
+    def cap(self, x: Array, cap: float, again: bool) -> tuple[Array, Array | None]:
+        """``cap * tanh(x)``, and ``tanh(x)``, or None unless it is needed `again`; may overwrite `x`."""
+        tanh = self.xp.tanh(x)
+        return tanh * cap, tanh
+
+    def uncap(self, x: Array, tanh: Array) -> Array:
+        """``x * (1 - tanh ** 2)``, the gradient of a cap; may overwrite `tanh`."""
+        return x * (1.0 - tanh * tanh)
+
     def fill(self, x: Array, visible: Array, value: float) -> Array:
         """`x` where visible, else the value; may overwrite `x`."""
         return self.xp.where(visible, x, value)
 
 
-class Tiles(Statistics):
-    """The products, row statistics and loops of the tiled implementation."""
+class Tiles(TileSteps):
+    """The steps and loops of the tiled implementation."""
 
     most_groups = 2**31
     """Into how many groups of rows a mask by rule may divide the queries; none where lengths may be symbols."""
@@ -68,17 +88,6 @@ class Tiles(Statistics):
     def sizes(self, block: Block, ruled: bool) -> Sizes:
         """How many queries and keys to take at a time; `ruled` says that rows see different keys by the mask's rule."""
         return 256, 1024
-
-    def product(self, x: Array, y: Array, precision: Any = None, scratch: str = "") -> Array:
-        """Matrix product over the last two axes, in one dtype.
-
-        Where `scratch` has a name, the next product of that name on this thread may overwrite the result.
-        """
-        return self.arrays.matmul(x, y)
-
-    def logits(self, query: Array, key: Array, precision: Any, precise: bool) -> Array:
-        """The product of each query with each key, to be overwritten by the next; `precise` asks for better sums."""
-        return self.product(query, self.transpose(key), precision, scratch="logits")
 
     def key_words(self, key: Any, like: Array) -> Array:
         """A dropout key of this library as raw words, beside `like`."""

@@ -55,6 +55,16 @@ class Tiling(NamedTuple):
         """The probability that dropout keeps a weight."""
         return 1.0 if self.options.dropout is None else self.options.dropout.keep_prob
 
+    @property
+    def unit(self) -> float:
+        """What queries are multiplied by beside the scale: a pass over the logits less, whose unit it is.
+
+        One over a soft cap, within bounds that keep queries in the range of float32; else that of powers.
+        """
+        if (cap := self.options.logits_soft_cap) is not None:
+            return 1.0 / min(max(cap, 1e-9), 1e9)
+        return self.backend.tiles.power_unit if self.bounded else 1.0
+
 
 def tiling(
     backend: Backend,
@@ -125,9 +135,8 @@ def attend(tiling: Tiling, parts: tuple[Block, ...]) -> tuple[tuple[Array, ...],
 def absorbed(tiling: Tiling, parts: tuple[Block, ...]) -> Any:
     """The partial of some queries over the keys of all the blocks; None where all of them are left out."""
     tiles = tiling.backend.tiles
-    unit = tiles.power_unit if tiling.bounded else 1.0
     query, hidden = parts[0].rows[0], parts[0].hidden
-    scaled = query / (tiling.root / unit)
+    scaled = query / (tiling.root / tiling.unit)
     state: Any = None
     for part in parts:
         if part.lengths[1]:
@@ -149,8 +158,7 @@ def absorb(tiling: Tiling, state: Partial | None, tile: Block) -> tuple[Partial 
         if stop - start < visible.shape[-1]:
             tile = cut_columns(tile, start, stop)
             visible = tile_visible(tiling, tile)
-    (logits, _), keep = tile_logits(tiling, tile, visible), tile_keep(tiling, tile)
-    base = None if tiling.bounded else tiles.row_max(logits)
+    (logits, base), keep = tile_logits(tiling, tile, visible, True), tile_keep(tiling, tile)
     weights = tile_weights(tiling, logits, visible, finite(tiles, base))
     total = tiles.row_sum(weights)
     if keep is not None:  # dropout takes weights out of the output, never out of the normalizer
@@ -168,22 +176,27 @@ def tile_visible(tiling: Tiling, tile: Block) -> Array | None:
     return None if arrays.surely(shown, True) else shown
 
 
-def tile_logits(tiling: Tiling, tile: Block, visible: Array | None) -> tuple[Array, Array | None]:
+def tile_logits(tiling: Tiling, tile: Block, visible: Array | None, forward: bool) -> tuple[Array, Array | None]:
     """The logits of a tile, ``[lead..., rows, columns]``; masked, unless they are bounded: then weights are.
 
-    And their tanh, where they are capped.
+    And, forward, the largest of each row, unless they are bounded; backward their tanh, if they are capped.
     """
-    backend, capped = tiling.backend, None
-    logits = backend.tiles.logits(tile.rows[0], tile.columns[0], tiling.options.precision, tiling.precise)
+    tiles, tanh = tiling.backend.tiles, None
+    unit = tiles.power_unit if tiling.bounded else 1.0
+    logits = tiles.logits(tile.rows[0], tile.columns[0], tiling.options.precision, tiling.precise)
     if (cap := tiling.options.logits_soft_cap) is not None:
-        cap = cap * (backend.tiles.power_unit if tiling.bounded else 1.0)
-        capped = backend.xp.tanh(logits / cap)
-        logits = capped * cap
+        logits = logits if cap * tiling.unit == 1.0 else logits / (cap * tiling.unit)
+        logits, tanh = tiles.cap(logits, cap * unit, not forward)
     if tiling.terms:
-        bias = added(backend, tiling.terms, tile.pairs.bias, tile.parameters, tiling.dtype)
-        logits = logits + (bias * backend.tiles.power_unit if tiling.bounded else bias)
+        bias = added(tiling.backend, tiling.terms, tile.pairs.bias, tile.parameters, tiling.dtype)
+        logits = logits + (bias * unit if tiling.bounded else bias)
     masked = visible is not None and not tiling.bounded
-    return backend.tiles.fill(logits, visible, tiling.fill) if masked else logits, capped
+    logits = tiles.fill(logits, visible, tiling.fill) if masked else logits
+    if tiling.bounded or not forward:
+        return logits, None if forward else tanh
+    if tanh is None or masked or tiling.terms:
+        return logits, tiles.row_max(logits)
+    return logits, tiles.row_max(tanh) * cap  # XLA would write the logits to memory for their maximum
 
 
 def tile_weights(tiling: Tiling, logits: Array, visible: Array | None, base: Array | None) -> Array:
@@ -251,9 +264,11 @@ def _inspected(tiling: Tiling, block: Block) -> Tiling:
     largest = xp.max(rows) * xp.max(columns) / abs(tiling.root)
     small = arrays.surely(largest <= BOUND, True)
     finite = values is None or arrays.surely(xp.isfinite(values), True)
-    bounded = small and finite and not tiling.options.partial
+    cap = tiling.options.logits_soft_cap
+    capped = largest if cap is None else xp.where(largest > cap, cap, largest)
+    bounded = finite and not tiling.options.partial and arrays.surely(capped <= BOUND, True)
     if bounded and tiling.terms:
-        bounded = size is not None and arrays.surely(largest + xp.max(size) <= BOUND, True)
+        bounded = size is not None and arrays.surely(capped + xp.max(size) <= BOUND, True)
     return tiling._replace(bounded=bounded, precise=tiling.precise and not small, skip=tiling.skip and finite)
 
 
@@ -298,8 +313,7 @@ def prologue(tiling: Tiling, block: Block) -> Block:
     base = None if tiling.backend.arrays.surely(base == 0.0, True) else finite(tiles, base)
     delta = tiles.row_sum(doutput * output) / total
     delta = delta if dtotal is None else delta - dtotal
-    unit = tiles.power_unit if tiling.bounded else 1.0
-    rows = query / (tiling.root / unit), doutput / (total * float(tiling.keep_prob))
+    rows = query / (tiling.root / tiling.unit), doutput / (total * float(tiling.keep_prob))
     return Block(rows, block.columns, block.pairs._replace(statistics=(base, delta)), block.parameters)
 
 
@@ -312,8 +326,7 @@ def pull_back(tiling: Tiling, parts: tuple[Block, ...]) -> tuple[tuple[Array, ..
     tiling = tiling._replace(skip=tiling.skip and _sees(tiling, base), bounded=tiling.bounded and unbased)
     step, block = partial(pull_tile, tiling), prologue(tiling, parts[0])
     (dquery, dbias, dparameters), (dkey, dvalue, by_column) = tiles.scan_columns(step, None, block, tiling.sizes)
-    unit = tiles.power_unit if tiling.bounded else 1.0
-    dquery, dkey = dquery / tiling.root, dkey if unit == 1.0 else dkey / unit
+    dquery, dkey = dquery / tiling.root, dkey if tiling.unit == 1.0 else dkey / tiling.unit
     if (dsinks := block.pairs.sinks) is not None:
         (base, delta), sinks = block.pairs.statistics, dsinks
         dsinks = -tiling.backend.xp.exp(sinks if base is None else sinks - base) * delta
@@ -336,7 +349,7 @@ def pull_tile(tiling: Tiling, state: Any, tile: Block) -> tuple[Any, tuple[Array
         return (zeros[0], (), ()) if state is None else state, (zeros[1], zeros[2], ())
 
     product = partial(tiles.product, precision=tiling.options.precision)
-    logits, capped = tile_logits(tiling, tile, visible)
+    logits, capped = tile_logits(tiling, tile, visible, False)
     weights = tile_weights(tiling, logits, visible, base)
     dweights = product(doutput, tiles.transpose(value), scratch="" if tiling.terms else "dweights")
     kept = weights
@@ -348,7 +361,7 @@ def pull_tile(tiling: Tiling, state: Any, tile: Block) -> tuple[Any, tuple[Array
         dlogits = tiles.fill(dlogits, visible, 0.0)
     dbias, dparameters = _of_bias(tiling, tile, dlogits)
     if capped is not None:
-        dlogits = dlogits * (1.0 - capped * capped)
+        dlogits = tiles.uncap(dlogits, capped)
     dquery = sum_to(xp, product(dlogits, key), query.shape)
     dkey = sum_to(xp, product(tiles.transpose(dlogits), query), key.shape)
     more = dquery, _those(tiling, dbias, lambda axes: not axes[1]), dparameters
