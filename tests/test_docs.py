@@ -57,7 +57,10 @@ def test_pictures_are_those_of_their_script(name):
 
 @pytest.mark.parametrize(
     "module",
-    ["anyattention", "anyattention.masks", "anyattention.random", "anyattention.extend", "anyattention_conformance"],
+    [
+        *("anyattention", "anyattention.masks", "anyattention.random", "anyattention.extend"),
+        *("anyattention.integrations.huggingface", "anyattention_conformance"),
+    ],
 )
 def test_the_reference_has_every_public_name(module):
     """Once each: a name that several modules have stands with one of them."""

@@ -216,25 +216,28 @@ def test_generation(kind, how, ran):
     assert len(ran) >= 24
 
 
-def test_slices_of_a_mask():
-    """As Gemma 4 takes those of the last logits, and as beams of a cache are cut."""
-    inputs = given("Llama", 16, True)
-    made = model("Llama")
-    made.set_attn_implementation("anyattention")
-    found = []
-    hook = made.model.layers[0].self_attn.register_forward_pre_hook(
-        lambda module, args, kwargs: found.append(kwargs["attention_mask"]), with_kwargs=True
-    )
-    made(**inputs)
-    hook.remove()
-    (mask,) = found
-    dense = transformers.masking_utils.sdpa_mask(2, 16, 16, attention_mask=inputs["attention_mask"].bool())
-    assert isinstance(mask, torch.Tensor)
-    assert (mask.shape, mask.dtype, mask.ndim) == ((2, 1, 16, 16), torch.bool, 4)
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.bfloat16])
+def test_what_models_do_with_a_mask(dtype):
+    """Slices, as Gemma 4 takes those of the last logits, more columns, as DeepSeek V4 adds, other dtypes.
+
+    Boolean for models that run with Transformers' sdpa. Others may rely on numbers, as DeepSeek V4 does.
+    """
+    shown = given("Llama", 16, True)["attention_mask"].bool()
+    asked = {"batch_size": 2, "q_length": 16, "kv_length": 16, "attention_mask": shown, "dtype": dtype}
+    make = transformers.AttentionMaskInterface()["anyattention"]
+    mask = make(**asked, config=model("Llama" if dtype == torch.bool else "GptOss").config)
+    dense = masking_utils.sdpa_mask(**asked) if dtype == torch.bool else masking_utils.eager_mask(**asked)
+    assert type(mask) is RuleMask
+    assert (mask.shape, mask.dtype, mask.ndim, mask.device) == (dense.shape, dtype, 4, dense.device)
     assert torch.equal(mask[:, :, -3:], dense[:, :, -3:])
-    assert torch.equal(mask & dense, dense)
-    assert torch.equal(torch.where(mask, 1.0, 0.0), dense.float())
-    assert torch.equal(mask.detach().to(torch.float32), dense.float())
+    assert torch.equal(torch.cat([mask, torch.zeros(2, 1, 16, 2, dtype=dtype)], -1)[..., :16], dense)
+    assert torch.equal(mask.detach().to(torch.float64), dense.to(torch.float64))
+    query, key, value = arrays(length=16)
+    found = attend(query[:, :, -3:], key, value, mask[:, :, -3:])[0]
+    torch.testing.assert_close(found, attend(query, key, value, mask)[0][:, -3:], atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        found, formula(query, key, value, mask.visible.to_array(16, 16))[0][:, -3:], atol=3e-6, rtol=0
+    )
 
 
 # --- training ---
@@ -370,14 +373,16 @@ def test_keywords(keywords):
 
 
 def test_a_layer_says_whether_it_is_causal():
-    """As Transformers' sdpa understands it: what is passed, else the layer's attribute, else yes."""
+    """What is passed, else the layer's attribute, else it is not: a layer of Splinter says nothing."""
     query, key, value = arrays()
     layer, interface = torch.nn.Module(), transformers.AttentionInterface()["anyattention"]
     causal, full = formula(query, key, value, MASK)[0], formula(query, key, value)[0]
-    torch.testing.assert_close(interface(layer, query, key, value, None)[0], causal, atol=3e-6, rtol=0)
-    layer.is_causal = False
     torch.testing.assert_close(interface(layer, query, key, value, None)[0], full, atol=3e-6, rtol=0)
-    last = interface(layer, query[:, :, 8:], key, value, None, is_causal=True)[0]  # one query follows a cache
+    layer.is_causal = True
+    torch.testing.assert_close(interface(layer, query, key, value, None)[0], causal, atol=3e-6, rtol=0)
+    found = interface(layer, query, key, value, None, is_causal=False)[0]
+    torch.testing.assert_close(found, full, atol=3e-6, rtol=0)
+    last = interface(layer, query[:, :, 8:], key, value, None)[0]  # one query follows a cache
     torch.testing.assert_close(last, full[:, 8:], atol=3e-6, rtol=0)
 
 
@@ -518,7 +523,7 @@ def test_rules_are_the_masks_of_transformers(rule, place, padded):
     }
     expected = masking_utils.sdpa_mask(**asked, allow_is_causal_skip=False)
     mask = transformers.AttentionMaskInterface()["anyattention"](**asked, dtype=torch.float32, config=None)
-    found = mask.rule
+    found = mask.visible
     if found is None:
         assert bool(expected.all())
     else:
@@ -526,23 +531,31 @@ def test_rules_are_the_masks_of_transformers(rule, place, padded):
         assert elements <= 6 * 9
         dense = found.to_array(*expected.shape[-2:]) if isinstance(found, Mask) else found
         assert np.array_equal(np.broadcast_to(dense.tolist(), expected.shape), expected.numpy())
-    assert torch.equal(mask & True, expected)  # what a model does with it sees all elements
+    assert torch.equal(mask + 0.0, masking_utils.eager_mask(**asked))  # what a model does with it sees all elements
 
 
-def test_masks_without_a_rule_are_dense():
-    """A user's own function, positions that another function would have to know, a static cache, chunks."""
+def test_masks_without_a_rule():
+    """Of a user's own function, of positions that another function would have to know, of chunks: boolean arrays."""
     chunks = masking_utils.chunked_causal_mask_function(4, torch.zeros(2, dtype=torch.int64))
     either = masking_utils.or_masks(masking_utils.causal_mask_function, MASK_WINDOW)
     alone = masking_utils.remap_positions_for_packed_sequence(masking_utils.causal_mask_function, restarted)
     make = transformers.AttentionMaskInterface()["anyattention"]
     for function in (chunks, either, alone, lambda b, h, i, j: (i + j) % 2 == 0):
-        asked = {"batch_size": 2, "q_length": 9, "kv_length": 9, "mask_function": function}
-        found = make(**asked)
-        assert type(found) is torch.Tensor
-        assert torch.equal(found, masking_utils.sdpa_mask(**asked, allow_is_causal_skip=False))
-    static = make(batch_size=2, q_length=3, kv_length=9, q_offset=torch.tensor(4))
-    assert type(static) is torch.Tensor
-    assert static[0, 0].sum(-1).tolist() == [5, 6, 7]
+        asked = {"batch_size": 2, "q_length": 9, "kv_length": 9, "mask_function": function, "attention_mask": padding}
+        asked["use_vmap"] = function is either  # as for what users join to a mask
+        mask = make(**asked)
+        assert torch.equal(mask.visible, masking_utils.sdpa_mask(**asked, allow_is_causal_skip=False))
+        assert torch.equal(mask + 0.0, masking_utils.eager_mask(**asked))
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("Mistral", torch.bool), ("GptOss", torch.float32)])
+def test_masks_of_a_static_cache(kind, dtype):
+    """Ordinary tensors, since the model may be compiled; boolean for models that take those, as sdpa's have to."""
+    make = transformers.AttentionMaskInterface()["anyattention"]
+    found = make(1, 3, 9, q_offset=torch.tensor(4), config=model(kind).config)
+    assert type(found) is torch.Tensor
+    assert found.dtype == dtype
+    assert (found if dtype == torch.bool else found == 0)[0, 0].sum(-1).tolist() == [5, 6, 7]
 
 
 def test_no_mask_where_nothing_is_hidden():
@@ -614,7 +627,7 @@ def test_names():
 def test_versions(monkeypatch):
     package = sys.modules["transformers"]
     monkeypatch.setattr(package, "__version__", "5.9.1")
-    with pytest.raises(ImportError, match=r"transformers 5.9.1 is too old: .* 5.24 .*anyattention\[huggingface\]"):
+    with pytest.raises(ImportError, match=r"transformers 5.9.1 is too old: .* 5.20 .*anyattention\[huggingface\]"):
         huggingface.register()
     monkeypatch.setattr(package, "__version__", "6.0.0.dev0")
     huggingface.register()

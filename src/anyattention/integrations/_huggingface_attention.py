@@ -67,7 +67,7 @@ def attend(
     """Attention as a layer of Transformers asks for it.
 
     Args:
-        module: the layer; says whether it is in training, and what `is_causal` is if that is None.
+        module: the layer; says whether it is in training, and by its `is_causal`, if any, what that is if it is None.
         query: ``[batch, num_heads, q_length, depth]``.
         key: ``[batch, kv_heads, kv_length, depth]``.
         value: ``[batch, kv_heads, kv_length, v_depth]``.
@@ -75,7 +75,8 @@ def attend(
             ``[batch, num_heads, q_length, kv_length]``.
         dropout: the rate, in training.
         scaling: what logits are multiplied by, a number or a tensor; None is ``1 / sqrt(depth)``.
-        is_causal: counts where `attention_mask` is None and there are several queries, as in Transformers' sdpa.
+        is_causal: counts where `attention_mask` is None and there are several queries, as in Transformers' sdpa. A
+            layer that does not say it is not causal, as in eager attention: Splinter has such.
         sliding_window: counts where `attention_mask` is None; else it is in the mask.
         softcap: `logits_soft_cap`.
         s_aux: sinks, ``[num_heads]``.
@@ -98,7 +99,7 @@ def attend(
     query, key, value = (_of_batch(x, batch).transpose(1, 2) for x in (query, key, value))
     mask, bias = _parts_of(attention_mask, position_bias, (query.shape[1], key.shape[1]))
     if mask is None and attention_mask is None:
-        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
         is_causal = bool(causal) and query.shape[1] > 1
         if sliding_window is not None and key.shape[1] > sliding_window:
             mask = _window(sliding_window, is_causal, query.shape[1], key.shape[1])
@@ -137,7 +138,7 @@ def _parts_of(mask: Array | None, position_bias: Array | None, lengths: tuple[in
     if mask is None:
         return None, position_bias
     if isinstance(mask, RuleMask):
-        return mask.rule if tuple(mask.shape[-2:]) == lengths else mask.dense(), position_bias
+        return mask.visible if tuple(mask.shape[-2:]) == lengths else mask.dense(), position_bias
     if mask.dtype == torch.bool:
         return mask, position_bias
     if not mask.dtype.is_floating_point:

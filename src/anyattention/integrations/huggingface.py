@@ -9,7 +9,7 @@ from anyattention._src.settings import check_implementation as _check_implementa
 
 __all__ = ["register"]
 
-_LEAST = (5, 24)  # the oldest Transformers that the tests have run with
+_LEAST = (5, 20)  # the oldest Transformers that the tests have run with
 # What Transformers takes a name that contains one of these for: its own implementations, and kernels of its hub.
 _TAKEN = ("flash", "sdpa", "flex_attention", "eager", "|", "/", ":")
 
