@@ -61,6 +61,29 @@ MODELS = {
     "Whisper": ("ForConditionalGeneration", {**SEQUENCES, "num_mel_bins": 8, "max_source_positions": 520}),
 }
 CONFIGS = {"Gemma3": "Gemma3TextConfig"}
+OTHERS = {  # that add columns to masks, that choose keys by index, whose layers do not say whether they are causal
+    "DeepseekV4": (
+        "ForCausalLM",
+        {
+            **GROUPED,
+            "head_dim": 8,
+            "sliding_window": 5,
+            "q_lora_rank": 8,
+            "qk_rope_head_dim": 4,
+            "moe_intermediate_size": 9,
+        }
+        | {"n_routed_experts": 2, "num_experts_per_tok": 1, "index_n_heads": 2, "index_head_dim": 8}
+        | {"layer_types": ["compressed_sparse_attention", "heavily_compressed_attention"]}
+        | {"compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8}},
+    ),
+    "DeepseekV32": (
+        "ForCausalLM",
+        {**GROUPED, "num_key_value_heads": 4, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4}
+        | {"qk_nope_head_dim": 4, "v_head_dim": 8, "moe_intermediate_size": 9, "n_routed_experts": 2, "n_group": 1}
+        | {"topk_group": 1, "num_experts_per_tok": 1, "index_n_heads": 2, "index_head_dim": 8, "index_topk": 5},
+    ),
+    "Splinter": ("Model", SIZES),
+}
 DECODERS = ("Llama", "Qwen2", "Mistral", "Gemma2", "Gemma3", "GptOss", "GPT2")
 
 
@@ -90,7 +113,7 @@ def name(implementation):
 @functools.cache
 def model(kind, **more):
     """A model with weights of which logits of attention are some units apart."""
-    head, config = MODELS[kind]
+    head, config = (MODELS | OTHERS)[kind]
     torch.manual_seed(0)
     made = getattr(transformers, kind + head)(
         getattr(transformers, CONFIGS.get(kind, f"{kind}Config"))(**config | more)
@@ -160,6 +183,16 @@ def test_as_eager(kind, implementation, length, padded, ran):
     assert_alike(computed(model(kind), name(implementation), inputs, seen), expected)
     assert len(ran) == {"T5": 6, "Bart": 6, "Whisper": 6}.get(kind, 2)
     assert set(ran) <= ({"fused", "tiled"} if implementation is None else {implementation})
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("kind", OTHERS)
+def test_models_that_do_not_hand_on_the_mask(kind, padded, ran):
+    inputs, made = given(kind, 24, padded), model(kind)
+    seen = inputs.get("attention_mask")
+    expected = computed(made, "eager", inputs, seen)
+    assert_alike(computed(made, "anyattention", inputs, seen), expected)
+    assert len(ran) == 2
 
 
 def test_fully_masked_rows():
@@ -336,6 +369,8 @@ def formula(query, key, value, mask=None, scaling=6**-0.5, softcap=None, sinks=N
 BIAS, MASK = torch.linspace(-2, 2, 4 * 81).reshape(1, 4, 9, 9), torch.ones(9, 9, dtype=torch.bool).tril()
 LOW = torch.where(MASK, 0.0, torch.finfo(torch.float32).min)
 ROWS, COLUMNS = torch.arange(9)[:, None], torch.arange(9)
+CHOSEN = (ROWS + torch.tensor([0, 2, 5])) % 9 * torch.ones(2, 1, 1, dtype=torch.int64)
+VISIBLE = (torch.tensor([0, 4, 7])[:, None, None] == (ROWS - COLUMNS) % 9).any(0)
 SINKS = torch.tensor([0.5, -1.0, 2.0, 0.0])
 KEYWORDS = {
     "nothing": ({}, {}),
@@ -357,6 +392,9 @@ KEYWORDS = {
     "window, causal": ({"sliding_window": 3, "is_causal": True}, {"mask": MASK & (ROWS - COLUMNS < 3)}),
     "wide window": ({"sliding_window": 9}, {}),
     "the mask has the window": ({"sliding_window": 3, "attention_mask": MASK}, {"mask": MASK}),
+    "keys by index": ({"indices": CHOSEN}, {"mask": VISIBLE}),
+    "keys by index, of a mask": ({"indices": CHOSEN, "attention_mask": LOW}, {"mask": VISIBLE & MASK}),
+    "keys by index, causal": ({"indices": CHOSEN, "is_causal": True}, {"mask": VISIBLE & MASK}),
     "what models pass on": ({"position_ids": ROWS, "use_cache": True, "head_mask": None, "new": False}, {}),
 }
 
@@ -405,8 +443,7 @@ def test_gradients_of_a_scale_and_of_one_query_for_all_entries():
         ({"alibi": True}, "alibi, bool True"),
         ({"window_size": 3}, "window_size, int 3"),
         ({"cu_seq_lens_q": torch.ones(4)}, "cu_seq_lens_q.*position_ids"),
-        ({"indices": torch.ones(4)}, "indices.*sparse"),
-        ({"block_indices": torch.ones(4)}, "block_indices.*sparse"),
+        ({"block_indices": torch.ones(4)}, "block_indices.*kernels for blocks of keys"),
     ],
     ids=lambda x: str(list(x)) if isinstance(x, dict) else "",
 )

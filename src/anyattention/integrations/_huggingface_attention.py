@@ -37,11 +37,11 @@ _PACKED = (
     "only flash attention takes packed sequences from it. Leave it out, and pass position_ids that start again with "
     "each sequence, use_cache=False and no attention_mask: Transformers then makes the mask"
 )
-_SPARSE = "this model makes the mask of its sparse attention for 'eager' and 'sdpa' alone: use one of these"
+_BLOCKS = "only kernels for blocks of keys take them, and Transformers makes masks of them for 'eager' and 'sdpa' alone"
 #: Keywords that change the meaning, and what to do instead.
 _REFUSED = {
     **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"), _PACKED),
-    **dict.fromkeys(("indices", "block_indices"), _SPARSE),
+    "block_indices": f"{_BLOCKS}: use one of these",
 }
 
 
@@ -59,6 +59,7 @@ def attend(
     s_aux: Array | None = None,
     sinks: Array | None = None,
     position_bias: Array | None = None,
+    indices: Array | None = None,
     output_attentions: bool | None = None,
     *,
     implementation: Name | None = None,
@@ -82,6 +83,8 @@ def attend(
         s_aux: sinks, ``[num_heads]``.
         sinks: sinks of each query, ``[batch, num_heads, q_length, 1]``.
         position_bias: added to the logits, broadcastable like `attention_mask`.
+        indices: the keys that the sparse attention of DeepSeek V3.2 chose for each query, ``[batch, q_length, k]``;
+            others are hidden.
         output_attentions: whether the weights are wanted, too.
         implementation: as in `dot_product_attention`.
         kwargs: what else the model passes on.
@@ -105,6 +108,10 @@ def attend(
             mask = _window(sliding_window, is_causal, query.shape[1], key.shape[1])
     else:
         is_causal = False
+    if indices is not None:
+        chosen = torch.zeros(*indices.shape[:2], key.shape[1], dtype=torch.bool, device=key.device)
+        chosen = chosen.scatter(-1, indices.long(), True)[:, None]
+        mask = chosen if mask is None else mask & chosen
     if isinstance(scaling, torch.Tensor):  # which may have a gradient
         query, scaling = query * scaling, 1.0
     if s_aux is not None:
