@@ -264,6 +264,7 @@ def test_what_models_do_with_a_mask(dtype):
     assert (mask.shape, mask.dtype, mask.ndim, mask.device) == (dense.shape, dtype, 4, dense.device)
     assert torch.equal(mask[:, :, -3:], dense[:, :, -3:])
     assert torch.equal(torch.cat([mask, torch.zeros(2, 1, 16, 2, dtype=dtype)], -1)[..., :16], dense)
+    assert mask.detach().visible is mask.visible  # as a checkpoint does that gets it as an argument
     assert torch.equal(mask.detach().to(torch.float64), dense.to(torch.float64))
     query, key, value = arrays(length=16)
     found = attend(query[:, :, -3:], key, value, mask[:, :, -3:])[0]
@@ -541,6 +542,7 @@ MASK_FUNCTIONS = {
 PLACES = {
     "whole": {"q_length": 9, "kv_length": 9},
     "chunk": {"q_length": 3, "kv_length": 9, "q_offset": 6},
+    "two queries": {"q_length": 2, "kv_length": 9, "q_offset": 7},
     "one query": {"q_length": 1, "kv_length": 9, "q_offset": 8},
     "cache of a window": {"q_length": 1, "kv_length": 3, "q_offset": 8, "kv_offset": 6},
     "empty cache": {"q_length": 4, "kv_length": 9},
@@ -583,6 +585,9 @@ def test_masks_without_a_rule():
         mask = make(**asked)
         assert torch.equal(mask.visible, masking_utils.sdpa_mask(**asked, allow_is_causal_skip=False))
         assert torch.equal(mask + 0.0, masking_utils.eager_mask(**asked))
+    for place in ({"q_offset": 2}, {"q_offset": 2, "kv_offset": 2}):  # ids are of the whole
+        asked = {"batch_size": 2, "q_length": 7, "kv_length": 7, "mask_function": PACKED, **place}
+        assert torch.equal(make(**asked).visible, masking_utils.sdpa_mask(**asked, allow_is_causal_skip=False))
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("Mistral", torch.bool), ("GptOss", torch.float32)])

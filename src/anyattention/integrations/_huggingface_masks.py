@@ -89,7 +89,7 @@ def make_mask(
     if is_tracing(attention_mask) or isinstance(q_offset, torch.Tensor):
         return make(allow_is_bidirectional_skip=allow_is_bidirectional_skip)
     try:
-        visible: Any = _joined(list(_parts(mask_function, q_offset - kv_offset)), q_length, kv_length)
+        visible: Any = _joined(list(_parts(mask_function, q_offset, kv_offset)), q_length, kv_length)
     except LookupError:
         visible = masking_utils.sdpa_mask(**asked)  # now, since it may need vmap, which no operation can be
         make = partial(_as_dtype, visible, torch.bool if boolean else dtype)
@@ -136,12 +136,13 @@ class _Band:
         self.left, self.right = left, right
 
 
-def _parts(function: MaskFunction, offset: int) -> Iterator["_Band | Mask"]:
-    """The rules of which a mask function is the logical and, for positions of which queries' are ahead by an offset.
+def _parts(function: MaskFunction, q_offset: int, kv_offset: int) -> Iterator["_Band | Mask"]:
+    """The rules of which a mask function is the logical and, for the positions of the first query and key.
 
     Raises:
         LookupError: a function that is not known, such as a user's own.
     """
+    offset = q_offset - kv_offset
     if function is masking_utils.bidirectional_mask_function:
         return
     if function is masking_utils.causal_mask_function:
@@ -152,12 +153,13 @@ def _parts(function: MaskFunction, offset: int) -> Iterator["_Band | Mask"]:
         packed = "packed" in map(_kind, within["mask_functions"])
         for x in within["mask_functions"]:
             # Positions that start again with each packed sequence differ from indices, inside one, by one number.
-            yield from _parts(_enclosed(x)["mask_function"] if packed and _kind(x) == "restarted" else x, offset)
+            function = _enclosed(x)["mask_function"] if packed and _kind(x) == "restarted" else x
+            yield from _parts(function, q_offset, kv_offset)
     elif kind == "window":
         yield _Band(left=within["sliding_window"] - 1 - offset)
     elif kind == "two-sided window":
         yield _Band(within["sliding_window"] - offset, within["sliding_window"] + offset)
-    elif kind == "packed" and offset == 0:
+    elif kind == "packed" and q_offset == kv_offset == 0:
         yield SegmentMask(within["packed_sequence_mask"], within["packed_sequence_mask"])
     else:
         raise LookupError
