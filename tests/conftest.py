@@ -29,6 +29,7 @@ COMPANIONS = (  # packages that tests need beside an array library: chosen where
 )
 PACKAGES = {*ARRAY_LIBRARIES, *COMPANIONS}
 OURS = str(Path(__file__).parent)  # the tests
+LAZY = ("anyattention_backends.", "anyattention.integrations")  # whose files import the package that they are for
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,7 @@ def pytest_configure(config: pytest.Config) -> None:
         try:
             return IMPORT(name, globals, locals, fromlist, level)
         except ModuleNotFoundError as error:
-            if error.name in absent and name.startswith("anyattention_backends."):  # of the package
+            if error.name in absent and name.startswith(LAZY):  # of the package
                 return Absent(error.name)
             raise
 

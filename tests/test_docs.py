@@ -58,12 +58,8 @@ def test_pictures_are_those_of_their_script(name):
 @pytest.mark.parametrize(
     "module",
     [
-        "anyattention",
-        "anyattention.masks",
-        "anyattention.random",
-        "anyattention.partials",
-        "anyattention.extend",
-        "anyattention_conformance",
+        *("anyattention", "anyattention.masks", "anyattention.biases", "anyattention.random", "anyattention.partials"),
+        *("anyattention.extend", "anyattention.integrations.huggingface", "anyattention_conformance"),
     ],
 )
 def test_the_reference_has_every_public_name(module):

@@ -81,6 +81,9 @@ def settings() -> None:
         pass
     with config(engine=["cudnn"]):  # error
         pass
+    aa.integrations.huggingface.register()
+    aa.integrations.huggingface.register("mine", implementation="tiled")
+    aa.integrations.huggingface.register("mine", implementation="flash")  # error
 
 
 def masks_and_bias(n: Floats, j: jax.Array, t: torch.Tensor, parameter: nnx.Param[jax.Array]) -> None:

@@ -1,6 +1,6 @@
 """Flax's dot-product attention for every array library, with Flax's numbers."""
 
-from anyattention import biases, extend, masks, partials, random
+from anyattention import biases, extend, integrations, masks, partials, random
 from anyattention._src.api import (
     dot_product_attention,
     dot_product_attention_vjp,
@@ -28,6 +28,7 @@ __all__ = [
     "dot_product_attention_weights",
     "explain",
     "extend",
+    "integrations",
     "make_attention_mask",
     "make_causal_mask",
     "masks",
