@@ -26,6 +26,7 @@ COMPANIONS = (  # packages that tests need beside an array library: chosen where
     *("flax", "ml_dtypes", "tokamax", "keras", "transformers", "onnxruntime", "safetensors", "tokenizers"),
     *("rich", "jinja2", "PIL", "matplotlib", "build", "hatchling", "packaging", "yaml", "mypy", "pyright"),
     "flatbuffers",
+    "equinox",
 )
 PACKAGES = {*ARRAY_LIBRARIES, *COMPANIONS}
 OURS = str(Path(__file__).parent)  # the tests
@@ -193,7 +194,8 @@ def pytest_configure(config: pytest.Config) -> None:
         try:
             return IMPORT(name, globals, locals, fromlist, level)
         except ModuleNotFoundError as error:
-            if error.name in absent and name.startswith("anyattention_backends."):  # of the package
+            ours = name.startswith(("anyattention_backends.", "anyattention.integrations."))
+            if error.name in absent and ours:  # of the package
                 return Absent(error.name)
             raise
 

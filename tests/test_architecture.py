@@ -17,6 +17,7 @@ FILES = {
 }
 ENGINES = ("jax.cudnn", "jax.tokamax", "jax.splash", "torch.sdpa", "torch.flex", "mlx.sdpa")
 FRAMEWORKS = {"jax", "flax", "torch", "dask", "mlx", "ndonnx", "numpy", "ml_dtypes", "array_api_strict"}
+SERVED = {"keras": {"keras"}, "equinox": {"equinox", "jax"}}  # what an integration may import
 
 
 def imported(path):
@@ -46,7 +47,17 @@ def test_the_registry_alone_imports_backends():
 
 @pytest.mark.parametrize("name", [name for name in FILES if name.startswith("anyattention.")])
 def test_source_imports_no_framework(name):
-    assert not {module.partition(".")[0] for module in imported(FILES[name])} & FRAMEWORKS
+    """But for an integration, the framework that it serves."""
+    home, _, file = name.rpartition(".")
+    served = SERVED.get(file, set()) if home == "anyattention.integrations" else set()
+    frameworks = FRAMEWORKS.union(*SERVED.values()) - served
+    assert not {module.partition(".")[0] for module in imported(FILES[name])} & frameworks
+
+
+def test_nothing_imports_an_integration():
+    inside = "anyattention.integrations"
+    importers = {name for name, modules in GRAPH.items() if any(x.startswith(inside) for x in modules)}
+    assert not {name for name in importers if not name.startswith(inside)}
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name.startswith("anyattention_backends.")])
@@ -77,7 +88,7 @@ def test_files_and_classes_are_small(name):
 def test_public_names_only():
     import anyattention
 
-    public = {name for name in dir(anyattention) if not name.startswith("_")}
+    public = {name for name in dir(anyattention) if not name.startswith("_")} - {"integrations"}  # once it is imported
     assert public == set(anyattention.__all__)
     for module in (anyattention.masks, anyattention.random, anyattention.extend):
         assert {name for name in dir(module) if not name.startswith("_")} == set(module.__all__)
@@ -92,7 +103,7 @@ def frameworks_after(code):
     """The frameworks that a fresh interpreter has imported after running the code."""
     code += "\nimport sys; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return set(done.stdout.split()) & FRAMEWORKS
+    return set(done.stdout.split()) & FRAMEWORKS.union(*SERVED.values())
 
 
 @pytest.mark.parametrize("package", ["anyattention", "anyattention_backends"])
