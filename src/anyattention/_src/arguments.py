@@ -56,7 +56,7 @@ def guest_of(backend: Backend, name: str, x: Any, like: Array | None) -> Any:
         dtypes.promote(home.arrays.dtype_name(x))
     if home is backend:
         return x
-    return backend.arrays.adopt(x if name == "bias" else home.arrays.truth(x), like)
+    return backend.arrays.adopt(x if name in ("bias", "sinks") else home.arrays.truth(x), like)
 
 
 def dense_of(backend: Backend, name: str, x: Any, like: Array | None) -> Array:

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 from anyattention._src import dtypes
 from anyattention._src.errors import ShapeError
 from anyattention._src.interfaces import Backend, unknown
-from anyattention._src.positions import causal
 from anyattention._src.rules import CausalMask, Lowering, Mask, as_mask, visible
 from anyattention._src.structure import Structure, structure
 
@@ -125,7 +124,8 @@ class Call:
     def lowering(self) -> Lowering:
         """What a mask by rule is lowered to for this call."""
         operands = self.operands
-        return Lowering(self.backend.arrays, self.batch, self.lengths, operands.query, operands.origin)
+        query, key, origin = operands.query, operands.key, operands.origin
+        return Lowering(self.backend.arrays, self.batch, self.lengths, query, origin, key)
 
     def visible(self, mask: Any) -> Array:
         """Where a mask lets a query see a key, bool, broadcastable to ``[batch..., heads, q_length, kv_length]``."""
@@ -181,7 +181,7 @@ def make_call(backend: Backend, operands: Operands, dtype: Any, asked: dict[str,
         if bias is not None and not getattr(bias, "shape", True) and name not in dtypes.NARROW:
             bias = _in_32_bits(backend, bias)
     if asked.pop("is_causal", False):
-        mask = _with_causality(backend, query, key, mask)
+        mask = CausalMask() if mask is None else CausalMask() & as_mask(mask)
     if sinks is not None:
         _check_sinks(backend, sinks, query)
     operands = Operands(query, key, value, bias, mask, dropout_key, origin, sinks)
@@ -244,14 +244,6 @@ def _check_einsums(asked: dict[str, Any]) -> bool:
     if one and ("precision" in asked or "einsum_dot_general" in asked):
         raise ValueError("precision/einsum_dot_general and einsum overrides are mutually exclusive: pass one of them")
     return bool(one or ("einsum_dot_general" in asked and "weights_only" not in asked))
-
-
-def _with_causality(backend: Backend, query: Array, key: Array, mask: Any) -> Any:
-    """The mask and causality; by rule, but for lengths that are not known yet."""
-    if unknown(query.shape[-3]) or unknown(key.shape[-3]):
-        triangle = causal(backend.arrays, query, key)
-        return triangle if mask is None else backend.arrays.truth(mask) & triangle
-    return CausalMask() if mask is None else CausalMask() & as_mask(mask)
 
 
 def _check_shapes(query: Array, key: Array, value: Array | None, grouped: bool) -> None:

@@ -6,7 +6,8 @@ from typing import Any
 
 from anyattention._src.blocks import Sizes
 from anyattention._src.errors import ShapeError
-from anyattention._src.interfaces import Arrays
+from anyattention._src.interfaces import Arrays, unknown
+from anyattention._src.positions import positions
 
 Array = Any
 # A mask in terms of arrays by their numbers: ("array", i), ("<=", i, j), ("&", expression, expression), ...
@@ -55,11 +56,15 @@ def short(arrays: Arrays, lengths: Array) -> Array:
 class Lowering:
     """The call that a mask is lowered for, and its operands, ``[batch..., 1, q_length or 1, kv_length or 1]``.
 
-    `origin` is the position of the call's first query and key in the whole, of which the call may be a shard.
+    `like` is the query; it and `key` are counted where lengths are known at run time only. `origin` is the position of
+    the call's first query and key in the whole, of which the call may be a shard.
     """
 
-    def __init__(self, arrays: Arrays, batch: Batch, lengths: Sizes, like: Any, origin: Any = None) -> None:
-        self.arrays, self.batch, self.lengths, self.like, self.origin = arrays, batch, lengths, like, origin or (0, 0)
+    def __init__(
+        self, arrays: Arrays, batch: Batch, lengths: Sizes, like: Any, origin: Any = None, key: Any = None
+    ) -> None:
+        self.arrays, self.batch, self.lengths, self.like, self.key = arrays, batch, lengths, like, key
+        self.origin = origin or (0, 0)
         self.operands: list[Array] = []
 
     def add(self, x: Array) -> int:
@@ -72,6 +77,11 @@ class Lowering:
         length, first, xp = self.lengths[axis], self.origin[axis], self.arrays.xp
         more = None if band is None or isinstance(band.offset, int) else self._numbers(band, "offset", offset=True)
         offset += band.offset if band is not None and more is None else 0
+        if unknown(length):
+            x = positions(self.arrays, self.like if axis == -2 else self.key, axis=-3)
+            x = xp.expand_dims(x, axis=-1 if axis == -2 else -2)
+            x = x + min(max(offset, -(2**30)), 2**30) if offset else x
+            return self.add(x if more is None else x + more)
         if isinstance(first, int) and more is None:
             start = offset + first
             start = start if abs(start) < 2**30 else min(max(start, -(2**31)), 2**31 - length)  # sees all or nothing
@@ -96,13 +106,13 @@ class Lowering:
         batch, sizes = tuple(x.shape), (1, 1)
         if axis is not None:
             length = self.lengths[axis]
-            if not batch or batch[-1] != length:
+            if not batch or not (batch[-1] == length or unknown(batch[-1]) or unknown(length)):
                 which = "q_length" if axis == -2 else "kv_length"
                 raise ShapeError(f"{name} of {mask} has shape {batch}, but {which} is {length}")
             batch, sizes = batch[:-1], (length, 1) if axis == -2 else (1, length)
         if self.batch is not None:
             pairs = zip(reversed(batch), reversed(self.batch), strict=False)
-            if len(batch) > len(self.batch) or not all(a == b or a == 1 for a, b in pairs):
+            if len(batch) > len(self.batch) or not all(a in (b, 1) or unknown(a) or unknown(b) for a, b in pairs):
                 where = f"the batch axes {self.batch} of query"
                 raise ShapeError(f"{name} of {mask} has shape {tuple(x.shape)}, which does not fit {where}")
         x = signed(self.arrays, x, axis is None, unlike)
