@@ -15,7 +15,7 @@ FILES = {
     for name, home in HOMES.items()
     for path in sorted((home / name).rglob("*.py"))
 }
-ENGINES = ("jax.cudnn", "jax.tokamax", "jax.splash", "torch.sdpa", "torch.flex", "mlx.sdpa")
+ENGINES = ("jax.cudnn", "jax.tokamax", "jax.splash", "torch.sdpa", "torch.flex", "mlx.sdpa", "ndonnx.attention")
 FRAMEWORKS = {"jax", "flax", "torch", "dask", "mlx", "ndonnx", "numpy", "ml_dtypes", "array_api_strict"}
 SERVED = {"keras": {"keras"}, "equinox": {"equinox", "jax"}}  # what an integration may import
 
