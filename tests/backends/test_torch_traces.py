@@ -242,7 +242,22 @@ def test_onnx_of_every_word(implementation):
         model = torch.onnx.export(module, dynamo=True, verbose=False)
     else:
         model = torch.onnx.export(module, kwargs=ARRAYS, dynamo=True, verbose=False, **more)
-    session = onnxruntime.InferenceSession(model.model_proto.SerializeToString())
+    check(model.model_proto.SerializeToString())
+
+
+@traced
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_onnx_of_every_word_by_a_trace():
+    """PyTorch's older way; None is exact there too."""
+    axes = {name: {axis: str(dim) for axis, dim in dims.items()} for name, dims in DYNAMIC.items()}
+    options, file = {"input_names": list(ARRAYS), "dynamic_axes": axes, "dynamo": False}, io.BytesIO()
+    torch.onnx.export(Every(None).eval(), tuple(ARRAYS.values()), file, opset_version=18, **options)
+    check(file.getvalue())
+
+
+def check(model):
+    """At the lengths of the example and others."""
+    session = onnxruntime.InferenceSession(model)
     for given in (ARRAYS, cut(7, 9), cut(13, 5)):
         outputs = session.run(None, {x.name: given[x.name].numpy() for x in session.get_inputs()})
         for found, wanted in zip(outputs, right(given), strict=True):

@@ -23,6 +23,7 @@ from anyattention.integrations import keras as ours  # noqa: E402
 warnings.simplefilter("error")
 warnings.filterwarnings("ignore", module="keras")  # Keras' own, about NumPy 2
 RANDOM = np.random.default_rng(0)
+keras.utils.set_random_seed(0)
 SELF = (draw := lambda *shape: RANDOM.standard_normal(shape).astype("float32"))(2, 6, 16)
 QUERY, KEY, VALUE = draw(2, 6, 16), draw(2, 7, 16), draw(2, 7, 16)
 GRID, CUBE = draw(2, 3, 4, 16), draw(2, 3, 4, 5, 16)
@@ -137,7 +138,7 @@ assert (same.num_heads, same.key_dim, same.implementation) == (4, 8, None)
 if BACKEND != "numpy":  # where Keras has no training
     for each in (theirs, mine):
         each.compile(keras.optimizers.SGD(0.1), "mse")
-        each.fit(PADDED, np.ones((2, 6, 3), "float32"), epochs=2, verbose=0)
+        each.fit(PADDED, np.ones((2, 6, 3), "float32"), epochs=1, verbose=0)
     FOUND["trained weights"] = [numpy(x.get_weights()) for x in (theirs, mine)]
 
 # The function, eager and in a model that is saved.

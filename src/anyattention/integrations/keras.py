@@ -235,7 +235,9 @@ def dot_product_attention(
     """
     if flash_attention is not None:
         raise ValueError(_FLASH)
-    return DotProductAttention(scale, is_causal, attn_logits_soft_cap, implementation)(query, key, value, bias, mask)
+    operation = DotProductAttention(scale, is_causal, attn_logits_soft_cap, implementation)
+    symbolic = any(isinstance(x, keras.KerasTensor) for x in (query, key, value, bias, mask))
+    return (operation if symbolic else operation.call)(query, key, value, bias, mask)
 
 
 def _words(seed: Array) -> Array:
