@@ -16,7 +16,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 CPU_RUN = ROOT / "benchmarks" / "results" / "2026-11-24.json"
 GPU_RUNS = sorted((ROOT / "benchmarks" / "results").glob("gpu-*.json"))  # by date
-NAMES = {"numpy": "NumPy", "jax": "JAX", "torch": "PyTorch", "mlx": "MLX"}
+NAMES = {"numpy": "NumPy", "jax": "JAX", "torch": "PyTorch", "mlx": "MLX", "ndonnx": "ndonnx"}
 TABLES: dict[str, Callable[[], str]] = {}
 _PLACE = re.compile(r"(<!-- ([a-z-]+) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
 Rows = Iterator[tuple[str, ...]]

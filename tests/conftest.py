@@ -26,6 +26,8 @@ COMPANIONS = (  # packages that tests need beside an array library: chosen where
     *("flax", "ml_dtypes", "tokamax", "keras", "transformers", "onnxruntime", "safetensors", "tokenizers"),
     *("rich", "jinja2", "PIL", "matplotlib", "build", "hatchling", "packaging", "yaml", "mypy", "pyright"),
     "flatbuffers",
+    "equinox",
+    "onnxscript",
 )
 PACKAGES = {*ARRAY_LIBRARIES, *COMPANIONS}
 OURS = str(Path(__file__).parent)  # the tests

@@ -332,18 +332,87 @@ def test_grouped_heads_have_the_bits_of_nnx():
     np.testing.assert_allclose(aa.dot_product_attention(raw[0], raw[1], raw[1], **options), expected, atol=2e-6)
 
 
-@pytest.mark.skipif(not hasattr(nnx, "RoPE"), reason="Flax before 0.12.12 has no nnx.RoPE, and that wants Python 3.12")
+# --- nnx.RoPE ---
+
+since_rope = pytest.mark.skipif(not hasattr(nnx, "RoPE"), reason="nnx.RoPE is of Flax 0.12.12, which wants Python 3.12")
+
+
+@cache
+def rope():
+    """Without the tables that it can keep, which give a warning of Flax itself."""
+    return nnx.RoPE()
+
+
+def with_rope(query, key, value, *, attention, input_positions=None, **options):
+    """Attention of rotated queries and keys: what `nnx.dot_product_attention_with_rope` does, whatever the attention.
+
+    A cache holds keys that are not rotated, from position 0 on; the positions of a call are its queries'.
+    """
+    rotate = jax.vmap(rope(), in_axes=(-2, None), out_axes=-2)
+    return attention(rotate(query, input_positions), rotate(key, None), value, **options)
+
+
+ROTATED = {name: partial(with_rope, attention=function) for name, function in (*OURS.items(), ("linen", reference))}
+
+
+@cache
+def flax_with_rope():
+    return partial(nnx.dot_product_attention_with_rope, rope=rope())
+
+
+@since_rope
+@every_mode
+@every_function
+@pytest.mark.parametrize("case", ["all_at_once", "grouped_heads_and_all_at_once", "is_causal"])
+def test_rope_has_the_bits_of_nnx(case, ours, mode):
+    """Of the unmodified function where it takes linen's steps, else of linen's attention of the same rotated arrays."""
+    theirs = flax_with_rope() if case in LINENS_STEPS else ROTATED["linen"]
+    assert_same_bits(nnx_results(case, mode, attention_fn=ROTATED[ours]), nnx_results(case, mode, attention_fn=theirs))
+
+
+@since_rope
 @pytest.mark.parametrize("implementation", ["exact", "tiled"])
-def test_rotary_positions_of_nnx(implementation):
-    """With queries and keys rotated by nnx.RoPE, as nnx's own function for it does before its attention."""
-    rope = nnx.RoPE()  # the tables that it can keep give a warning of Flax itself
-    rotate = jax.vmap(rope, in_axes=-2, out_axes=-2)
-
-    def ours(query, key, value, **options):
-        return aa.dot_product_attention(rotate(query), rotate(key), value, **options, implementation=implementation)
-
-    theirs, alone = partial(nnx.dot_product_attention_with_rope, rope=rope), nnx.dot_product_attention
-    mask = jnp.tri(X.shape[1])
-    results = [nnx_layer(decode=False, attention_fn=f)(X, mask=mask) for f in (ours, theirs, alone)]
+def test_rope_is_close_to_the_unmodified_function(implementation):
+    """Where that takes its other path; and the rotation shows."""
+    ours = partial(with_rope, attention=partial(aa.dot_product_attention, implementation=implementation))
+    functions = ours, flax_with_rope(), nnx.dot_product_attention
+    results = [nnx_layer(decode=False, attention_fn=f)(X, mask=CAUSAL) for f in functions]
     np.testing.assert_allclose(results[0], results[1], atol=4e-6)
-    assert np.abs(results[1] - results[2]).max() > 0.01  # the rotation shows
+    assert np.abs(results[1] - results[2]).max() > 0.01
+
+
+def decode_with_rope(attention_fn, mode, **options):
+    """The outputs, a step for each position, which the module passes on."""
+    layer = nnx_layer(decode=True, attention_fn=attention_fn, **options)
+    layer.init_cache(X.shape, X.dtype)
+
+    def step(layer, x, position):
+        return layer(x, input_positions=position)
+
+    step = nnx.jit(step) if mode == "jit" else step
+    return jnp.concatenate([step(layer, X[:, i : i + 1], jnp.full(1, i)) for i in range(X.shape[1])], axis=1)
+
+
+@since_rope
+@every_mode
+@pytest.mark.parametrize("options", [{}, GROUPED], ids=["heads", "grouped_heads"])
+def test_decode_with_rope(options, mode):
+    """With the bits of linen's attention; each step is a row of the causal call of the unmodified function."""
+    whole = nnx_layer(decode=False, attention_fn=flax_with_rope(), **options)(X, is_causal=True)
+    linens = decode_with_rope(ROTATED["linen"], mode, **options)
+    for ours in OURS:
+        assert_same_bits(decode_with_rope(ROTATED[ours], mode, **options), linens)
+    tiled = decode_with_rope(
+        partial(with_rope, attention=partial(aa.dot_product_attention, implementation="tiled")), mode, **options
+    )
+    for found in (linens, tiled):
+        np.testing.assert_allclose(found, whole, atol=4e-6)
+
+
+@since_rope
+def test_flax_takes_no_positions_itself():
+    """In Flax 0.12.12 it maps over them as over heads: why a decoding model needs a function such as ours here."""
+    x = jnp.ones((2, 5, 4, 8))
+    for positions in (jnp.arange(5), jnp.ones((2, 5)), jnp.arange(4), jnp.ones((2, 4)), jnp.ones((2, 5, 4))):
+        with pytest.raises((ValueError, TypeError, IndexError)):
+            flax_with_rope()(x, x, x, input_positions=positions)

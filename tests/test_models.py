@@ -342,6 +342,14 @@ def test_sinks_that_are_none_or_nothing():
         np.testing.assert_allclose(call(sinks=np.zeros(4, np.float32)), right, atol=2e-6)
 
 
+def test_numpys_sinks_beside_other_arrays():
+    sinks = draw(9, (4,))
+    wanted = aa.dot_product_attention(*arrays(), sinks=sinks)
+    for name in ("jax", "torch"):
+        found = aa.dot_product_attention(*map(LIBRARIES[name], arrays()), sinks=sinks)
+        np.testing.assert_allclose(np.asarray(found), wanted, atol=2e-6)
+
+
 @pytest.mark.parametrize(
     ("sinks", "kind", "message"),
     [

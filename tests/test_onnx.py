@@ -8,6 +8,7 @@ import onnxruntime
 import pytest
 
 import anyattention as aa
+from anyattention import masks
 from anyattention_conformance import FORMS, flax_attention, within_c2
 
 # The axes whose sizes must be known when the model is traced, by the ids of the cases; what happens otherwise; why.
@@ -146,6 +147,60 @@ def test_causal_model_at_several_lengths(guests, kv_heads, known):
 def test_known_sizes_stay_known():
     arguments, _ = trace(signature(inputs(2, 3, 5, heads=4, kv_heads=2)))
     assert aa.dot_product_attention(**arguments).shape == (None, None, 4, 5)
+
+
+WORDS = {  # options of a call, of a model's inputs
+    "scale": lambda given: {"scale": -0.3},
+    "soft cap": lambda given: {"logits_soft_cap": 1.5},
+    "sinks": lambda given: {"sinks": given["sinks"]},
+    "NumPy's sinks": lambda given: {"sinks": np.linspace(-1, 1, 4, dtype=np.float32)},
+    "sinks of each query": lambda given: {"sinks": given["row_sinks"]},
+    "window": lambda given: {"mask": masks.LocalMask(2, 1)},
+    "offset": lambda given: {"mask": masks.CausalMask(-1)},
+    "lengths": lambda given: {"mask": masks.LengthMask(given["lengths"])},
+    "segments": lambda given: {"mask": masks.SegmentMask(given["query_ids"], given["kv_ids"])},
+    "causal, window": lambda given: {"is_causal": True, "mask": masks.LocalMask(1, 1) | ~masks.CausalMask(2)},
+    "all": lambda given: {
+        **{"is_causal": True, "scale": 0.3, "logits_soft_cap": 1.5, "sinks": given["sinks"]},
+        **{"bias": given["bias"], "mask": masks.LengthMask(given["lengths"])},
+    },
+}
+
+
+def words(q_length, kv_length):
+    random = np.random.default_rng(0)
+    return inputs(7, q_length, kv_length, heads=4, kv_heads=2) | {
+        "sinks": random.standard_normal(4).astype(np.float32),
+        "row_sinks": random.standard_normal((7, 4, q_length)).astype(np.float32),
+        "bias": random.standard_normal((4, 1, kv_length)).astype(np.float32),
+        "lengths": np.array([kv_length - 1, 0, 1, 2, 3, 9, 1]),
+        "query_ids": np.arange(7 * q_length).reshape(7, q_length) // 2,
+        "kv_ids": np.arange(7 * kv_length).reshape(7, kv_length) // 3,
+    }
+
+
+def every_word(given):
+    """All calls on these arrays, of NumPy or traced, by exact."""
+    arrays = [given[name] for name in ("query", "key", "value")]
+    return {f"with {name}": aa.dot_product_attention(*arrays, **options(given)) for name, options in WORDS.items()}
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["unknown sizes", "known sizes"])
+def test_every_word(known):
+    """In one model, against float64: all that is beyond Flax, and masks by rule, of lengths that are not known too."""
+    sizes = {7: "batch", 3: "q_length", 6: "kv_length"}  # 2, 4 and 5 are heads and depths
+    traced = {}
+    for name, x in words(3, 6).items():
+        shape = x.shape if known else tuple(sizes.get(size, size) for size in x.shape)
+        traced[name] = ndx.argument(shape=shape, dtype=getattr(ndx, str(x.dtype)))
+    model = ndx.build(traced, every_word(traced))
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    for lengths in ((3, 6),) if known else ((3, 6), (6, 4), (1, 9)):
+        given = words(*lengths)
+        wide = {name: x.astype("float64") if x.dtype.kind == "f" else x for name, x in given.items()}
+        for name, wanted in every_word(wide).items():
+            (found,) = session.run([name], given)
+            np.testing.assert_allclose(found, wanted, atol=2e-6, err_msg=name)
 
 
 EAGER = {"bias", "mask", "mask-float", "mask-and-bias", "keys-grown-by-bias", "kv-length-0"}

@@ -86,7 +86,7 @@ def test_bad_settings(options, error, message):
     [
         ({"ANYATTENTION_IMPLEMENTATION": "tiled"}, "tiled None"),
         ({"ANYATTENTION_ENGINES": "sdpa, cudnn"}, "exact ('sdpa', 'cudnn')"),
-        ({"ANYATTENTION_ENGINES": "-sdpa,-flex"}, "exact ('cudnn', 'tokamax', 'splash', 'mlx')"),
+        ({"ANYATTENTION_ENGINES": "-sdpa,-flex"}, "exact ('cudnn', 'tokamax', 'splash', 'mlx', 'onnx')"),
         ({"ANYATTENTION_IMPLEMENTATION": "flash"}, "ANYATTENTION_ENGINES: implementation='flash' is unknown"),
         ({"ANYATTENTION_ENGINES": "flash"}, "there is no engine 'flash'"),
     ],

@@ -15,7 +15,7 @@ from anyattention_conformance.usual import Usual
 
 Array = Any
 #: The engines of anyattention's own, by library; entry points add those of other packages.
-ENGINES = {"jax": ("cudnn", "tokamax", "splash"), "torch": ("sdpa", "flex"), "mlx": ("mlx",)}
+ENGINES = {"jax": ("cudnn", "tokamax", "splash"), "torch": ("sdpa", "flex"), "mlx": ("mlx",), "ndonnx": ("onnx",)}
 
 
 class Served(NamedTuple):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 
 import anyattention as aa
 from anyattention import masks
@@ -115,3 +116,61 @@ with anyattention.config(implementation="tiled"):
 assert "_compiled" not in str(jax.make_jaxpr(program)(x))
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+# --- exported programs ---
+
+SINKS = jnp.asarray([0.5, -1.0])
+WORDS = {
+    "scale": {"scale": 0.3},
+    "soft cap": {"logits_soft_cap": 1.5},
+    "sinks": {"sinks": SINKS},
+    "all": {"scale": -0.3, "logits_soft_cap": 1.5, "sinks": SINKS, "mask": masks.LocalMask(2, 1), "is_causal": True},
+}
+
+
+@pytest.mark.needs("flatbuffers")
+@pytest.mark.parametrize(("implementation", "axes"), [(None, "batch, length, 2, 4"), ("tiled", "batch, 5, 2, 4")])
+def test_exported_programs_have_every_word(implementation, axes):
+    """At other batches and, but for tiled, lengths; with the gradient of the query."""
+
+    def every(x):
+        def loss(x):
+            found = [
+                aa.dot_product_attention(x, x, x, **call, implementation=implementation) for call in WORDS.values()
+            ]
+            return sum((y**2).sum() for y in found), found
+
+        gradient, found = jax.grad(loss, has_aux=True)(x)
+        return [gradient, *found]
+
+    shape = export.symbolic_shape(axes)
+    program = export.export(jax.jit(every))(jax.ShapeDtypeStruct(shape, jnp.float32))
+    program = export.deserialize(program.serialize(vjp_order=0))
+    for sizes in ((2, 5), (3, 5 if implementation == "tiled" else 9)):
+        x = np.random.default_rng(1).standard_normal((*sizes, 2, 4), dtype=np.float32)
+        for found, wanted in zip(program.call(x), formulas(x), strict=True):
+            np.testing.assert_allclose(found, wanted, atol=3e-6 * max(1.0, np.abs(wanted).max()))
+
+
+def formulas(x):
+    """The same in float64."""
+
+    def one(x, call):
+        length, call = x.shape[1], {"scale": 0.5, **call}
+        logits = jnp.einsum("bqhd,bkhd->bhqk", x, x) * call["scale"]
+        if (cap := call.get("logits_soft_cap")) is not None:
+            logits = cap * jnp.tanh(logits / cap)
+        i, j = np.arange(length)[:, None], np.arange(length)
+        logits = jnp.where((i - 2 <= j) & (j <= i) | ("mask" not in call), logits, -1e30)
+        weights = jnp.exp(logits)
+        total = weights.sum(-1, keepdims=True)
+        if "sinks" in call:
+            total = total + jnp.exp(jnp.asarray(SINKS, "float64"))[:, None, None]
+        return jnp.einsum("bhqk,bkhd->bqhd", weights / total, x)
+
+    with jax.enable_x64(True):
+        x = jnp.asarray(x, "float64")
+        found = [one(x, call) for call in WORDS.values()]
+        gradient = jax.grad(lambda x: sum((one(x, call) ** 2).sum() for call in WORDS.values()))(x)
+        return [np.asarray(y) for y in (gradient, *found)]

@@ -154,3 +154,111 @@ def test_onnx(call):
     np.testing.assert_allclose(found, Attend("exact", call)(x), atol=1e-5)
     with pytest.raises(NotImplementedError, match="'tiled' cannot serve this call: ONNX lacks the operator"):
         torch.onnx.export(Attend("tiled", call), (x,), io.BytesIO(), dynamo=False)
+
+
+DRAWN = np.random.default_rng(0)
+ARRAYS = {
+    "query": DRAWN.standard_normal((2, 40, 4, 8)),
+    "key": DRAWN.standard_normal((2, 50, 2, 8)),
+    "value": DRAWN.standard_normal((2, 50, 2, 5)),
+    "bias": DRAWN.standard_normal((4, 1, 50)),
+    "mask": DRAWN.random((2, 1, 40, 50)) > 0.4,
+    "sinks": DRAWN.standard_normal(4),
+    "lengths": np.array([30, 0]),
+}
+ARRAYS = {name: torch.asarray(x if x.dtype.kind in "bi" else x.astype("float32")) for name, x in ARRAYS.items()}
+EVERY = {  # options of a call, of the arrays
+    "heads": lambda given: {},
+    "causal": lambda given: {"is_causal": True},
+    "scale": lambda given: {"scale": 0.3},
+    "soft cap": lambda given: {"logits_soft_cap": 1.5},
+    "sinks": lambda given: {"sinks": given["sinks"]},
+    "bias": lambda given: {"bias": given["bias"]},
+    "mask": lambda given: {"mask": given["mask"]},
+    "window": lambda given: {"mask": masks.LocalMask(3, 1)},
+    "lengths": lambda given: {"mask": masks.LengthMask(given["lengths"])},
+    "fully masked rows": lambda given: {"mask": masks.CausalMask(-2)},
+    "all": lambda given: {
+        **{"is_causal": True, "scale": 0.3, "logits_soft_cap": 1.5},
+        **{name: given[name] for name in ("bias", "mask", "sinks")},
+    },
+}
+
+
+class Every(torch.nn.Module):
+    """All these calls in one program, since each export takes seconds."""
+
+    def __init__(self, implementation):
+        super().__init__()
+        self.implementation = implementation
+
+    def forward(self, query, key, value, bias, mask, sinks, lengths):
+        given = {"bias": bias, "mask": mask, "sinks": sinks, "lengths": lengths}
+        arrays = [query, key, value]
+        found = [F(*arrays, implementation=self.implementation, **options(given)) for options in EVERY.values()]
+        alone = [x[0] for x in (query[:, :, :2], key, value)]  # no grouped heads, no batch
+        return (*found, F(*alone, implementation=self.implementation))
+
+
+def cut(q_length, kv_length):
+    """The arrays at other lengths."""
+    sizes = {40: q_length, 50: kv_length}
+    return {name: x[tuple(slice(sizes.get(size)) for size in x.shape)].clone() for name, x in ARRAYS.items()}
+
+
+LENGTHS = {"q_length": torch.export.Dim("q_length", min=3), "kv_length": torch.export.Dim("kv_length", min=3)}
+DYNAMIC = {
+    name: {
+        axis: LENGTHS[{40: "q_length", 50: "kv_length"}[size]] for axis, size in enumerate(x.shape) if size in (40, 50)
+    }
+    for name, x in ARRAYS.items()
+}
+
+
+def right(given):
+    wide = {name: x.double() if x.is_floating_point() else x for name, x in given.items()}
+    return Every("exact")(**wide)
+
+
+@pytest.mark.parametrize("implementation", ["exact", "tiled"])
+def test_export_of_every_word(implementation):
+    program = torch.export.export(Every(implementation), (), ARRAYS, dynamic_shapes=DYNAMIC).module()
+    for given in (ARRAYS, cut(7, 9), cut(13, 5)):
+        for found, wanted in zip(program(**given), right(given), strict=True):
+            torch.testing.assert_close(found.double(), wanted, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.needs("onnxscript")
+@pytest.mark.filterwarnings(
+    "ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning"
+)  # PyTorch's and onnxscript's own
+@pytest.mark.parametrize("implementation", [None, "tiled"])
+def test_onnx_of_every_word(implementation):
+    """At any lengths, for which None is exact. Tiled is an operator in an exported program, which ONNX lacks."""
+    module, more = Every(implementation).eval(), {"dynamic_shapes": DYNAMIC}
+    if implementation == "tiled":
+        module, more = torch.export.export(module, (), ARRAYS, **more), {}
+        assert "attend_by_tiles" in str(module.graph)
+        model = torch.onnx.export(module, dynamo=True, verbose=False)
+    else:
+        model = torch.onnx.export(module, kwargs=ARRAYS, dynamo=True, verbose=False, **more)
+    check(model.model_proto.SerializeToString())
+
+
+@traced
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_onnx_of_every_word_by_a_trace():
+    """PyTorch's older way; None is exact there too."""
+    axes = {name: {axis: str(dim) for axis, dim in dims.items()} for name, dims in DYNAMIC.items()}
+    options, file = {"input_names": list(ARRAYS), "dynamic_axes": axes, "dynamo": False}, io.BytesIO()
+    torch.onnx.export(Every(None).eval(), tuple(ARRAYS.values()), file, opset_version=18, **options)
+    check(file.getvalue())
+
+
+def check(model):
+    """At the lengths of the example and others."""
+    session = onnxruntime.InferenceSession(model)
+    for given in (ARRAYS, cut(7, 9), cut(13, 5)):
+        outputs = session.run(None, {x.name: given[x.name].numpy() for x in session.get_inputs()})
+        for found, wanted in zip(outputs, right(given), strict=True):
+            np.testing.assert_allclose(found, wanted, atol=2e-6, rtol=1e-5)

@@ -2,5 +2,7 @@
 
 from anyattention.extend import Backend
 from anyattention_backends.ndonnx.arrays import NDonnxArrays, xp
+from anyattention_backends.ndonnx.attention import OnnxAttention
 
 backend = Backend(xp, NDonnxArrays)
+backend.engines = (OnnxAttention(),)

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 from anyattention._src import dtypes
 from anyattention._src.errors import ShapeError
 from anyattention._src.interfaces import Backend, unknown
-from anyattention._src.positions import causal
 from anyattention._src.rules import Bias, ByRule, CausalMask, Lowering, Mask, added, as_mask, visible
 from anyattention._src.structure import Structure, structure
 
@@ -127,16 +126,17 @@ class Call:
 
     def lowering(self, head_axes: int = 1) -> Lowering:
         """What a mask or bias by rule is lowered to for this call."""
-        query, origin = self.operands.query, self.operands.origin
-        return Lowering(
-            self.backend.arrays, self.batch, self.lengths, query, origin, heads=query.shape[-2], head_axes=head_axes
-        )
+        (query, key, *_), origin = self.operands, self.operands.origin
+        arrays, heads = self.backend.arrays, query.shape[-2]
+        return Lowering(arrays, self.batch, self.lengths, query, origin, key, heads, head_axes)
 
     def added(self) -> Array:
         """The bias as an array or a scalar, broadcastable to ``[batch..., heads, q_length, kv_length]``."""
         bias, arrays = self.operands.bias, self.backend.arrays
         if not isinstance(bias, Bias):
             return bias
+        if any(map(unknown, self.lengths)):
+            raise ValueError(f"the bias by rule {bias} needs known lengths: pass an array, as to_array makes it")
         to = self.lowering()
         terms, dtype = bias.terms(to), bias.dtype(arrays, self.options.dtype)
         wide = dtypes.promote(dtype, "float32")
@@ -197,7 +197,7 @@ def make_call(backend: Backend, operands: Operands, dtype: Any, asked: dict[str,
         if bias is not None and not getattr(bias, "shape", True) and name not in dtypes.NARROW:
             bias = _in_32_bits(backend, bias)
     if asked.pop("is_causal", False):
-        mask = _with_causality(backend, query, key, mask)
+        mask = CausalMask() if mask is None else CausalMask() & as_mask(mask)
     if sinks is not None:
         _check_sinks(backend, sinks, query)
     operands = Operands(query, key, value, bias, mask, dropout_key, origin, sinks)
@@ -260,14 +260,6 @@ def _check_einsums(asked: dict[str, Any]) -> bool:
     if one and ("precision" in asked or "einsum_dot_general" in asked):
         raise ValueError("precision/einsum_dot_general and einsum overrides are mutually exclusive: pass one of them")
     return bool(one or ("einsum_dot_general" in asked and "weights_only" not in asked))
-
-
-def _with_causality(backend: Backend, query: Array, key: Array, mask: Any) -> Any:
-    """The mask and causality; by rule, but for lengths that are not known yet."""
-    if unknown(query.shape[-3]) or unknown(key.shape[-3]):
-        triangle = causal(backend.arrays, query, key)
-        return triangle if mask is None else backend.arrays.truth(mask) & triangle
-    return CausalMask() if mask is None else CausalMask() & as_mask(mask)
 
 
 def _check_shapes(query: Array, key: Array, value: Array | None, grouped: bool) -> None:

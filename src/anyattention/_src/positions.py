@@ -16,12 +16,3 @@ def positions(arrays: Arrays, x: Array, axis: int = -1) -> Array:
         ones = xp.ones_like(x, dtype=xp.int32)
         return xp.cumulative_sum(ones, axis=-1, dtype=xp.int32) - 1
     return xp.arange(length, dtype=xp.int32, **arrays.beside(x))
-
-
-def causal(arrays: Arrays, query: Array, key: Array) -> Array:
-    """True where the key's position is at most the query's: ``[q_length, kv_length]``.
-
-    Lengths known at run time only are counted there, which keeps the batch axes, and one head.
-    """
-    rows, columns = (positions(arrays, x, axis=-3) for x in (query, key))
-    return arrays.xp.expand_dims(rows, axis=-1) >= arrays.xp.expand_dims(columns, axis=-2)

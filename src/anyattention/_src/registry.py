@@ -24,7 +24,7 @@ from anyattention._src.rules import ByRule
 
 Array = Any
 #: The project's own engines, each a vendor's kernel for "fused".
-ENGINES = ("cudnn", "tokamax", "splash", "sdpa", "flex", "mlx")
+ENGINES = ("cudnn", "tokamax", "splash", "sdpa", "flex", "mlx", "onnx")
 EXACT = Exact()
 
 

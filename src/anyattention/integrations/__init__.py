@@ -1,7 +1,7 @@
 """Our attention in models of other packages, through their own extension points: a module for each package.
 
-A module here may import the package that it serves, when it is called and not before. Nothing else of anyattention
-imports a framework.
+Nothing else of anyattention imports a framework. `huggingface` does so when it is called; `keras` and `equinox` when
+they are imported, as ``import anyattention.integrations.keras``.
 """
 
 from anyattention.integrations import huggingface

@@ -80,7 +80,10 @@ def attention_weights(call: Call) -> Array:
 
     if sinks is not None:
         logits, sinks = arrays.join(logits, sinks)
-        sinks = backend.xp.broadcast_to(sinks, (*logits.shape[:-1], 1))
+        if call.has_unknown_sizes:
+            sinks, _ = backend.xp.broadcast_arrays(sinks, logits[..., :1])
+        else:
+            sinks = backend.xp.broadcast_to(sinks, (*logits.shape[:-1], 1))
         logits = backend.xp.concat((logits, sinks), axis=-1)
 
     if options.force_fp32_for_softmax and dtype != "float32":

@@ -7,6 +7,7 @@ from typing import Any
 from anyattention._src.blocks import Sizes
 from anyattention._src.errors import ShapeError
 from anyattention._src.interfaces import Arrays, unknown
+from anyattention._src.positions import positions
 from anyattention._src.rules.by_rule import shown
 
 Array = Any
@@ -89,8 +90,9 @@ class Lowering:
 
     Of biases also the parameters, which are numbers of heads, ``[num_heads, *, 1]``.
 
-    `origin` is the position of the call's first query and key in the whole, of which the call may be a shard. `heads`
-    is their number, None where that is not known; `head_axes` are two in a block of grouped heads.
+    `like` is the query; it and `key` are counted where lengths are known at run time only. `origin` is the position of
+    the call's first query and key in the whole, of which the call may be a shard. `heads` is their number, None where
+    that is not known; `head_axes` are two in a block of grouped heads.
     """
 
     def __init__(
@@ -100,11 +102,12 @@ class Lowering:
         lengths: Sizes,
         like: Any,
         origin: Any = None,
+        key: Any = None,
         heads: int | None = None,
         head_axes: int = 1,
     ) -> None:
-        self.arrays, self.batch, self.lengths, self.like, self.origin = arrays, batch, lengths, like, origin or (0, 0)
-        self.heads, self.head_axes = heads, head_axes
+        self.arrays, self.batch, self.lengths, self.like, self.key = arrays, batch, lengths, like, key
+        self.origin, self.heads, self.head_axes = origin or (0, 0), heads, head_axes
         self.operands: list[Array] = []
         self.parameters: list[Array] = []
         #: Of each array of the rule, in order, what it has become, ("operands" or "parameters", number); None of
@@ -142,6 +145,11 @@ class Lowering:
             self.sources.append(None)
         elif band is not None:
             offset += band.offset
+        if unknown(length):
+            x = positions(self.arrays, self.like if axis == -2 else self.key, axis=-3)
+            x = xp.expand_dims(x, axis=-1 if axis == -2 else -2)
+            x = x + min(max(offset, -(2**30)), 2**30) if offset else x
+            return self.add(x if more is None else x + more)
         if isinstance(first, int) and more is None:
             start = offset + first
             start = start if abs(start) < 2**30 else min(max(start, -(2**31)), 2**31 - length)  # sees all or nothing
@@ -183,13 +191,13 @@ class Lowering:
         batch, sizes = tuple(x.shape), (1, 1)
         if axis is not None:
             length = self.lengths[axis]
-            if not batch or batch[-1] != length:
+            if not batch or not (batch[-1] == length or unknown(batch[-1]) or unknown(length)):
                 which = "q_length" if axis == -2 else "kv_length"
                 raise ShapeError(f"{what} has shape {batch}, but {which} is {length}")
             batch, sizes = batch[:-1], (length, 1) if axis == -2 else (1, length)
         if self.batch is not None:
             pairs = zip(reversed(batch), reversed(self.batch), strict=False)
-            if len(batch) > len(self.batch) or not all(a == b or a == 1 for a, b in pairs):
+            if len(batch) > len(self.batch) or not all(a in (b, 1) or unknown(a) or unknown(b) for a, b in pairs):
                 where = f"the batch axes {self.batch} of query"
                 raise ShapeError(f"{what} has shape {tuple(x.shape)}, which does not fit {where}")
         return (*batch, 1, *sizes)

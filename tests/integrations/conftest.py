@@ -1,0 +1,3 @@
+"""A script is no test."""
+
+collect_ignore = ["keras_answers.py"]
