@@ -157,6 +157,11 @@ def _add_conform(one: argparse.ArgumentParser) -> None:
         "--words` lists the words; what it answers in another way goes under [[differs]] in a claims file",
     )
     held.add_argument(
+        "--supports",
+        metavar="WORD,...",
+        help="what the target has and Flax lacks, such as scale,'soft cap',sinks: it is asked for these as well",
+    )
+    held.add_argument(
         "--oracle",
         choices=("auto", "golden", "live"),
         default="auto",

@@ -9,13 +9,14 @@ from typing import Any
 
 from anyattention_conformance import claims, report_html, report_terminal, report_text, suite, targets
 from anyattention_conformance.adapters import ADAPTERS, FOLDER, OURS
+from anyattention_conformance.case import BEYOND
 from anyattention_conformance.cases import CASES
 from anyattention_conformance.claims import Claims
 from anyattention_conformance.drafts import Draft
 from anyattention_conformance.results import ALL, Report
 from anyattention_conformance.suite import Run
 from anyattention_conformance.targets import Outcome, TargetError
-from anyattention_conformance.words import USED, WORDS, ClaimError, nearest, words
+from anyattention_conformance.words import USED, WORDS, ClaimError, beyond, nearest, words
 from anyattention_conformance.workers import Recipe, Workers
 
 CONFORMS, DIFFERS, FAILED = 0, 1, 2  # exit status
@@ -25,8 +26,9 @@ def conform(options: argparse.Namespace) -> int:
     """Certify a target."""
     name, library, declared = _target(options)
     declared = _declared(options, declared)
-    chosen = suite.runs(options.tier, declared.contract, options.only, options.dtype)
+    chosen = suite.runs(options.tier, declared.contract, options.only, options.dtype, declared.supports)
     if not chosen:
+        _advise(suite.runs(options.tier, declared.contract, options.only, options.dtype, BEYOND))
         meant = (
             nearest(options.only[0], {name for case in CASES for name in (case.id, case.group)}) if options.only else ""
         )
@@ -133,11 +135,20 @@ def _declared(options: argparse.Namespace, declared: Claims) -> Claims:
     if options.unsupported:
         more = words(word.strip() for word in options.unsupported.split(","))
         declared = replace(declared, unsupported=declared.unsupported | more)
+    if options.supports:
+        more = beyond(word.strip() for word in options.supports.split(","))
+        declared = replace(declared, supports=declared.supports | more)
     if options.contract:
         declared = replace(declared, contract=options.contract)
     if options.scope or options.only:  # who names cases asks about them all
         declared = replace(declared, scope=options.scope or ALL)
     return declared
+
+
+def _advise(chosen: list[Run]) -> None:
+    """ClaimError if there are cases, but all need what the target does not declare to support."""
+    if needed := sorted({word for run in chosen for word in run.case.beyond}):
+        raise ClaimError(f"these cases need what Flax lacks: pass --supports {','.join(map(repr, needed))}")
 
 
 def _check_files(options: argparse.Namespace) -> None:
