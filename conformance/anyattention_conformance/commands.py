@@ -96,9 +96,8 @@ def mutants(options: argparse.Namespace) -> int:
 def cases(options: argparse.Namespace) -> int:
     """List the cases, or the words for what a target may not support."""
     if options.words:
-        for word in WORDS:
-            if word in USED:
-                _say(f"{word:26} {WORDS[word]}")
+        for word in filter(USED.__contains__, WORDS):
+            _say(f"{word:26} {'beyond Flax, for --supports: ' if word in BEYOND else ''}{WORDS[word]}")
         return CONFORMS
     _say(f"{'case':32} {'group':14} {'tier':6} {'dtypes':26} {'needs':40} corner, because")
     for case in CASES:
@@ -148,7 +147,9 @@ def _declared(options: argparse.Namespace, declared: Claims) -> Claims:
 def _advise(chosen: list[Run]) -> None:
     """ClaimError if there are cases, but all need what the target does not declare to support."""
     if needed := sorted({word for run in chosen for word in run.case.beyond}):
-        raise ClaimError(f"these cases need what Flax lacks: pass --supports {','.join(map(repr, needed))}")
+        raise ClaimError(
+            f"these cases need what Flax lacks ({', '.join(needed)}): declare with --supports what there is"
+        )
 
 
 def _check_files(options: argparse.Namespace) -> None:

@@ -99,7 +99,8 @@ def reproduce(
             print(f"{name} =\n{x!r}" if hasattr(x, "shape") else f"{name} = {x!r}")  # noqa: T201
         outcome, flax = target.run(*run), suite.oracle_for(contract).answer(run.case, dtype)
         print(f"returned {outcome.kind} {outcome.message}\n{outcome.output!r}")  # noqa: T201
-        print(f"Flax\n{flax if isinstance(flax, str) else flax.output!r}")  # noqa: T201
+        whose = "the reference" if run.case.beyond else "Flax"
+        print(f"{whose}\n{flax if isinstance(flax, str) else flax.output!r}")  # noqa: T201
     return report
 
 

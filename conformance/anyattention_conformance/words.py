@@ -59,7 +59,9 @@ def words(names: Iterable[str]) -> frozenset[str]:
     """The words of what is unsupported. ClaimError for others."""
     found = frozenset(names)
     if beyond := sorted(found & BEYOND):
-        raise ClaimError(f"{beyond[0]!r} is beyond Flax, and asked only of what supports it: leave it out")
+        raise ClaimError(
+            f"{beyond[0]!r} is beyond Flax, and asked only where it is declared as supported: leave it out"
+        )
     if unknown := sorted(found - FLAX_HAS):
         meant = nearest(unknown[0], FLAX_HAS)
         raise ClaimError(
