@@ -36,11 +36,11 @@ def conform(options: argparse.Namespace) -> int:
     _check_files(options)
     oracle = suite.oracle_for(declared.contract, options.oracle)
     workers = Workers(Recipe(targets.load, (name, library)), options.time_limit, options.jobs)
-    outcomes: list[tuple[Run, Outcome]] = []
+    probing, outcomes = suite.probing(declared.supports), list[tuple[Run, Outcome]]()
 
     def kept() -> Iterator[tuple[Run, Outcome]]:
-        for run, outcome in workers([*suite.PROBES, *chosen]):
-            if run not in suite.PROBES:
+        for run, outcome in workers([*probing, *chosen]):
+            if run not in probing:
                 outcomes.append((run, outcome))
             yield run, outcome
 

@@ -55,7 +55,9 @@ class Expected(NamedTuple):
     usual: tuple[Answer, Answer] | None
 
 
-PROBES = [Run(case, "float32", False) for case in probes.CALLS]
+def probing(supports: frozenset[str]) -> list[Run]:
+    """The runs that show known mistakes."""
+    return [Run(case, "float32", False) for case in probes.calls(supports)]
 
 
 def runs(
@@ -287,7 +289,7 @@ def certify(
     judge, found, start = Judge(oracle, claims), {}, time.perf_counter()
     probed: dict[str, list[Outcome]] = {}
     for run, outcome in progress(outcomes, len(chosen)):
-        if run.case in probes.CALLS:
+        if run.case in (*probes.CALLS, *probes.BEYOND_CALLS):
             probed.setdefault(run.case.id, []).append(outcome)
         else:
             found[run.case.id, run.dtype] = judge.results(run, outcome)
@@ -313,7 +315,8 @@ def certify(
 
 def certify_here(target: Target, chosen: list[Run], **options: Any) -> Report:
     """Certify a target in this process, with the options of `certify`."""
-    outcomes = ((run, target.run(*run)) for run in (*PROBES, *chosen))
+    supports = (options.get("claims") or Claims()).supports
+    outcomes = ((run, target.run(*run)) for run in (*probing(supports), *chosen))
     report = certify(target.name, target.framework.name, outcomes, chosen, **options)
     return replace(report, **target.about)
 

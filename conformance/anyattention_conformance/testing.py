@@ -139,7 +139,7 @@ class AttentionConformance:
         declared = cls._declared()
         target = _target(cls.target, cls.framework)
         answers: dict[str, list[Any]] = {}
-        for run in suite.PROBES:
+        for run in suite.probing(declared.supports):
             answers.setdefault(run.case.id, []).append(target.run(*run))
         diagnosis = "".join(f"{x.cause}\n{x.mend}\n" for x in probes.diagnose(answers))
         return target, Judge(suite.oracle_for(declared.contract), declared), diagnosis
