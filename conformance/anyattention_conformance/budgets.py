@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from anyattention_conformance.truth import truth
+from anyattention_conformance.truth import column, served, truth
 
 Array = Any
 EPS = {"bfloat16": 2.0**-7, "float16": 2.0**-10, "float32": 2.0**-23, "float64": 2.0**-52}
@@ -78,7 +78,8 @@ def c2(actual: Array, expected: Array, arguments: dict[str, Any], dtype: str) ->
 
     Per row, ``abs(ours - Flax) <= eps (1 + kappa) max_d sum_k w abs(v)``, with
     ``kappa = max_k (sum_d abs(q_d k_d) / sqrt(depth) + abs(bias))`` and eps of the compute dtype; NaN in the same
-    places.
+    places. A scale takes the place of ``1 / sqrt(depth)``. A soft cap changes nothing: its slope is at most one. A sink
+    is a logit, which is given: it counts where it is the maximum that is subtracted from all.
     """
     if problem := _kind(actual, expected) or same_nan(actual, expected):
         return problem
@@ -170,12 +171,16 @@ def _kind(actual: Array, expected: Array) -> Comparison | None:
 
 def _allowance(arguments: dict[str, Any], dtype: str) -> Array:
     """``(1 + kappa) max_d sum_k w abs(v)``, ``[..., q_length, heads, 1]``, in float64."""
-    query, key = (np.swapaxes(arguments[name].astype(np.float64), -2, -3) for name in ("query", "key"))
+    query, key = (arguments[name].astype(np.float64) for name in ("query", "key"))
+    query, key = (np.swapaxes(x, -2, -3) for x in (query, served(query, key)))
+    scale = arguments.get("scale")
+    factor = 1.0 / max(query.shape[-1], 1) ** 0.5 if scale is None else abs(float(scale))
     bias = np.asarray(arguments.get("bias", 0.0), np.float64)
     with np.errstate(all="ignore"):
-        terms = np.abs(query) @ np.abs(np.swapaxes(key, -1, -2)) / max(query.shape[-1], 1) ** 0.5
+        terms = np.abs(query) @ np.abs(np.swapaxes(key, -1, -2)) * factor
         terms = np.nan_to_num(terms + np.abs(bias), nan=0.0, posinf=0.0)
-    kappa = np.swapaxes(np.max(terms, axis=-1, keepdims=True, initial=0.0), -2, -3)
+    kappa = np.maximum(np.max(terms, axis=-1, keepdims=True, initial=0.0), column(arguments.get("sinks")))
+    kappa = np.swapaxes(kappa, -2, -3)
     rate = 0.0 if arguments.get("deterministic", False) else arguments.get("dropout_rate", 0.0)
     spread = truth(arguments | {"dropout_rate": 0.0}, dtype)[1].output
     with np.errstate(all="ignore"):  # at rate 1 the quotient is infinite; so is Flax's answer

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from anyattention_conformance.positions import dense
+
 Array = Any
 Edit = tuple[str, Any, Any]  # array, index, value; "min" is the smallest finite number of the compute dtype
 ALL = ("float32", "bfloat16", "float16")
@@ -19,6 +21,16 @@ LARGE = 30.0  # the scale of a query up to which the attentions of other librari
 KEY = (0, 7)  # raw key data of every dropout
 # Each key's value is a unit vector: the output is the weights.
 ONE_HOT: tuple[Edit, ...] = (("value", ..., 0.0), *(("value", (..., k, slice(None), k), 1.0) for k in range(5)))
+
+# The arguments that Flax lacks, with the word for each. They and grouped heads are asked of those that declare them.
+ARGUMENTS = {
+    "scale": "scale",
+    "logits_soft_cap": "soft cap",
+    "sinks": "sinks",
+    "offset": "offsets",
+    "window": "window",
+}
+BEYOND = frozenset({*ARGUMENTS.values(), "grouped heads"})
 
 # What makes a case a corner, and why: a word of `Case.needs`, a group, or what `Case._marks` finds. On all other cases
 # PyTorch's, MLX's, Keras's, Transformers', JAX's and flax.nnx's attentions have Flax's numbers, and declare nothing.
@@ -45,6 +57,9 @@ CORNERS = {
     "force_fp32_for_softmax": "few models ask for a softmax in float32",
     "dropout rate 1": "no model drops every weight",
     "few axes": "bias and mask of ordinary models have axes for queries and keys",
+    "no usual scale": "models scale by a positive number",
+    "no usual sinks": "sinks of ordinary models are no larger than their logits",
+    "sinks of each query": "models have one sink for each head",
     "other numbers": "masks of ordinary models hold zeros and ones",
 }
 
@@ -56,6 +71,7 @@ class Case:
     `also` gives arrays a dtype other than the case's; `compute` is what Flax then computes in, where it is another one.
     `edits` are made after the draw. `error` is what Flax raises. `extra` adds to `needs` what shapes do not show.
     `exact`: no order of summation changes the answer; targets that claim Flax's steps have its bits in 16-bit dtypes.
+    `sinks` is a shape; `offset` an integer, or an array of integers as a NumPy scalar or a tuple: see `positions.seen`.
     `moot`: Flax's answer depends on its compiler, so that only targets which claim its very steps are asked.
     """
 
@@ -68,6 +84,9 @@ class Case:
     bias: tuple[int, ...] | None = None
     mask: tuple[int, ...] | None = None
     mask_dtype: str = "bool"
+    sinks: tuple[int, ...] | None = None
+    offset: Any = None
+    window: tuple[int, int] | None = None
     scale: float = 1.0  # of query
     bias_scale: float = 1.0
     edits: tuple[Edit, ...] = ()
@@ -121,7 +140,10 @@ class Case:
             "bias and mask": self.bias is not None and self.mask is not None,
             "per-head dropout": not self.broadcast_dropout,
         }
-        found |= dict(self.options)
+        found |= {ARGUMENTS.get(name, name): x is not None and x is not False for name, x in self._given.items()}
+        found |= {"grouped heads": not self.error and self.query[-2] != self.key[-2]}
+        found |= {"sinks of each query": self.sinks is not None and len(self.sinks) > 1}
+        found |= {"offset of each entry": np.ndim(self.offset) > 0}
         found |= {"non-boolean mask": self.mask is not None and self.mask_dtype != "bool"}
         found |= {"no batch": len(self.query) == 3, "several batch dimensions": len(self.query) > 4}
         found |= {"value depth": self._value[-1] != self.query[-1], "empty": 0 in (*self.query, *self._value)}
@@ -130,6 +152,16 @@ class Case:
         found |= {"mixed dtypes": any(name != "bias" for name, _ in self.also), "depth 0": not self.query[-1]}
         found |= {"bool inputs": "bool" in self.dtypes, "integer inputs": "int32" in self.dtypes}
         return frozenset({name for name, value in found.items() if value} | set(self.extra))
+
+    @property
+    def _given(self) -> dict[str, Any]:
+        """The arguments beside those that shapes give."""
+        return dict(self.options) | {"sinks": self.sinks, "offset": self.offset, "window": self.window}
+
+    @cached_property
+    def beyond(self) -> frozenset[str]:
+        """What it needs that Flax lacks."""
+        return self.needs & BEYOND
 
     @cached_property
     def corner(self) -> str:
@@ -140,13 +172,19 @@ class Case:
     def _marks(self) -> frozenset[str]:
         """The words of `CORNERS` that may hold: what the case needs, its group, and what neither shows."""
         drawn = not {"query", "key"} & {name for name, *_ in self.edits}
+        scales = [abs(x) for name, x in self.options if name == "scale"]
         found = {
             "double precision": "float64" in self.dtypes,
             "few axes": any(x is not None and len(x) < 2 for x in (self.bias, self.mask)),
             "other numbers": self.mask_dtype != "bool" and any(name == "mask" for name, *_ in self.edits),
-            "huge logits": max(self.scale, self.bias_scale) > LARGE or not drawn,
+            "rounding": self.exact,
+            "huge logits": max(self.scale, self.bias_scale, *scales) > LARGE or not drawn,
             "hidden rows": self.mask is not None and (self.mask[-1:] == (1,) or any(map(_hides_rows, self.edits))),
+            "no usual scale": self._given.get("scale", 1.0) <= 0,
+            "no usual sinks": any(name == "sinks" and abs(value) > LARGE for name, _, value in self.edits),
         }
+        if self.offset is not None or self.window is not None:
+            found["hidden rows"] = not dense(self.inputs(self.dtypes[0]))["mask"].any(axis=-1).all()
         return self.needs | {self.group} | {word for word, holds in found.items() if holds}
 
     @property
@@ -180,7 +218,7 @@ class Case:
     def inputs(self, dtype: str = "float32", bias_dtype: str | None = None) -> dict[str, Any]:
         """The arguments, as NumPy arrays and Python values, by their names in Flax's signature."""
         random = np.random.default_rng(self.seed)
-        dtypes = dict.fromkeys(("query", "key", "value", "bias"), dtype) | dict(self.also)
+        dtypes = dict.fromkeys(("query", "key", "value", "bias", "sinks"), dtype) | dict(self.also)
         dtypes["bias"] = bias_dtype or dtypes["bias"]
         shapes = {"query": self.query, "key": self.key, "value": self._value}
         scales = {"query": self.scale, "bias": self.bias_scale}
@@ -190,6 +228,8 @@ class Case:
         for name, shape in shapes.items():
             x = np.asarray(random.standard_normal(shape) * scales.get(name, 1.0))
             arguments[name] = x > 0 if dtypes[name] == "bool" else np.rint(3 * x) if "int" in dtypes[name] else x
+        if self.sinks is not None:
+            arguments["sinks"] = random.standard_normal(self.sinks)
         if self.mask is not None:
             mask = np.asarray(random.random(self.mask) < 0.6)
             if mask.ndim and mask.shape[-1] > 1:
@@ -206,6 +246,10 @@ class Case:
                 "dropout_rng": np.asarray(KEY, dtype=np.uint32),
                 "broadcast_dropout": self.broadcast_dropout,
             }
+        if self.offset is not None:
+            arguments["offset"] = self.offset if type(self.offset) is int else np.asarray(self.offset, np.int32)
+        if self.window is not None:
+            arguments["window"] = self.window
         return arguments | dict(self.options)
 
     def cotangent(self, shape: tuple[int, ...], dtype: Any) -> Array:

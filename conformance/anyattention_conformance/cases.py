@@ -6,6 +6,7 @@ from itertools import product
 from typing import Any
 
 from anyattention_conformance.case import ONE_HOT, Case, Edit
+from anyattention_conformance.cases_beyond import BEYOND_CASES
 
 INF, NAN = float("inf"), float("nan")
 ROW_0, KEY_0 = (..., 0, slice(None)), (..., 0)  # of a mask or a bias
@@ -297,4 +298,4 @@ def _full() -> Iterator[Case]:
             yield Case(name, "dropout", **shapes, dropout=0.5, broadcast_dropout=broadcast)
 
 
-CASES = FORMS + CORNERS + ERRORS + tuple(replace(case, smoke="") for case in _full())
+CASES = FORMS + CORNERS + ERRORS + tuple(replace(case, smoke="") for case in _full()) + BEYOND_CASES

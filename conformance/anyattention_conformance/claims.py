@@ -4,6 +4,7 @@
 title = "torch SDPA"
 contract = "C3"                       # C1, C2 or C3; what the numbers are held to
 scope = "ordinary"                    # which failures count: those of ordinary calls, or of "all", corners too
+supports = ["scale", "sinks"]         # what it has that Flax lacks, and is asked for
 unsupported = ["dropout", "growth"]   # for what it raises, or has no parameter: words of `anyattention cases --words`
 
 [meaning]                             # where its definition of attention differs
@@ -29,10 +30,10 @@ from anyattention_conformance.case import Case
 from anyattention_conformance.cases import CASES
 from anyattention_conformance.results import ORDINARY, SCOPES
 from anyattention_conformance.truth import FLAX, Meaning
-from anyattention_conformance.words import ClaimError, nearest, words
+from anyattention_conformance.words import ClaimError, beyond, nearest, words
 
 CONTRACTS = ("C1", "C2", "C3")
-QUANTITIES = {"query": "dq", "key": "dk", "value": "dv", "bias": "dbias"}
+QUANTITIES = {"query": "dq", "key": "dk", "value": "dv", "bias": "dbias", "sinks": "dsinks"}
 DTYPES = frozenset(dtype for case in CASES for dtype in case.dtypes)
 
 
@@ -67,13 +68,14 @@ class Claims:
     """What a target declares; without any it is Flax's attention, whole, by contract C3, in ordinary calls.
 
     `unsupported` has words for what the target raises, or has no parameter for. For what it answers in another way than
-    Flax there is `differs`.
+    Flax there is `differs`. `supports` has words for what Flax lacks: only what supports them is asked for them.
     """
 
     title: str = ""
     contract: str = "C3"
     scope: str = ORDINARY
     unsupported: frozenset[str] = frozenset()
+    supports: frozenset[str] = frozenset()
     meaning: Meaning = FLAX
     differs: tuple[Difference, ...] = ()
 
@@ -117,7 +119,7 @@ def read(path: Path) -> Claims:
 
 def parse(data: dict[str, Any]) -> Claims:
     """The claims in the data of a file."""
-    _known(data, ("title", "contract", "scope", "unsupported", "meaning", "differs"), "a claim")
+    _known(data, ("title", "contract", "scope", "supports", "unsupported", "meaning", "differs"), "a claim")
     meaning = data.get("meaning", {})
     _known(meaning, ("fill", "empty"), "a meaning")
     contract = data.get("contract", "C3")
@@ -141,6 +143,7 @@ def parse(data: dict[str, Any]) -> Claims:
         contract=contract,
         scope=data.get("scope", ORDINARY),
         unsupported=words(data.get("unsupported", [])),
+        supports=beyond(data.get("supports", [])),
         meaning=Meaning(fill=_fill(meaning.get("fill", FLAX.fill)), empty=float(meaning.get("empty", FLAX.empty))),
         differs=tuple(differs),
     )

@@ -47,6 +47,7 @@ EXAMPLES = {
         "anyattention conform mine.py:attention --only mask --only 'lengths-*'",
         "anyattention conform mine.py:attention --write-claims mine.toml  # then check them",
         "anyattention conform mine.py:attention --claims mine.toml --tier full",
+        "anyattention conform mine.py:attention --supports scale,sinks",
         "anyattention conform --library array_api_strict",
     ),
     "report": ("anyattention report one.json other.json --html page.html",),
@@ -105,7 +106,9 @@ def _parser() -> argparse.ArgumentParser:
     many.add_argument("files", nargs="+", type=Path, metavar="JSON", help="a file that `conform --json` wrote")
     many.add_argument("--html", type=Path, metavar="FILE", help="write a page (default: print a table)")
     listed = add("cases", commands.cases, "list the cases, each with its group, and why it is a corner if it is one")
-    listed.add_argument("--words", action="store_true", help="list the words of --unsupported, each with its meaning")
+    listed.add_argument(
+        "--words", action="store_true", help="list the words of --unsupported and --supports, each with its meaning"
+    )
     add("mutants", commands.mutants, "test the suite itself: it has to reject over a hundred wrong attentions")
     machine = add("doctor", commands.doctor, "examine this machine: what serves attention, is it right", DOCTOR)
     machine.add_argument("--html", type=Path, metavar="FILE", help="write a page with time and memory against length")
@@ -155,6 +158,11 @@ def _add_conform(one: argparse.ArgumentParser) -> None:
         metavar="WORD,...",
         help="what the target raises at, or lacks a parameter for, such as bias,dropout; `anyattention cases "
         "--words` lists the words; what it answers in another way goes under [[differs]] in a claims file",
+    )
+    held.add_argument(
+        "--supports",
+        metavar="WORD,...",
+        help="what the target has and Flax lacks, such as scale,'soft cap',sinks: it is asked for these as well",
     )
     held.add_argument(
         "--oracle",

@@ -9,13 +9,14 @@ from typing import Any
 
 from anyattention_conformance import claims, report_html, report_terminal, report_text, suite, targets
 from anyattention_conformance.adapters import ADAPTERS, FOLDER, OURS
+from anyattention_conformance.case import BEYOND
 from anyattention_conformance.cases import CASES
 from anyattention_conformance.claims import Claims
 from anyattention_conformance.drafts import Draft
 from anyattention_conformance.results import ALL, Report
 from anyattention_conformance.suite import Run
 from anyattention_conformance.targets import Outcome, TargetError
-from anyattention_conformance.words import USED, WORDS, ClaimError, nearest, words
+from anyattention_conformance.words import USED, WORDS, ClaimError, beyond, nearest, words
 from anyattention_conformance.workers import Recipe, Workers
 
 CONFORMS, DIFFERS, FAILED = 0, 1, 2  # exit status
@@ -25,8 +26,9 @@ def conform(options: argparse.Namespace) -> int:
     """Certify a target."""
     name, library, declared = _target(options)
     declared = _declared(options, declared)
-    chosen = suite.runs(options.tier, declared.contract, options.only, options.dtype)
+    chosen = suite.runs(options.tier, declared.contract, options.only, options.dtype, declared.supports)
     if not chosen:
+        _advise(suite.runs(options.tier, declared.contract, options.only, options.dtype, BEYOND))
         meant = (
             nearest(options.only[0], {name for case in CASES for name in (case.id, case.group)}) if options.only else ""
         )
@@ -34,11 +36,11 @@ def conform(options: argparse.Namespace) -> int:
     _check_files(options)
     oracle = suite.oracle_for(declared.contract, options.oracle)
     workers = Workers(Recipe(targets.load, (name, library)), options.time_limit, options.jobs)
-    outcomes: list[tuple[Run, Outcome]] = []
+    probing, outcomes = suite.probing(declared.supports), list[tuple[Run, Outcome]]()
 
     def kept() -> Iterator[tuple[Run, Outcome]]:
-        for run, outcome in workers([*suite.PROBES, *chosen]):
-            if run not in suite.PROBES:
+        for run, outcome in workers([*probing, *chosen]):
+            if run not in probing:
                 outcomes.append((run, outcome))
             yield run, outcome
 
@@ -94,9 +96,8 @@ def mutants(options: argparse.Namespace) -> int:
 def cases(options: argparse.Namespace) -> int:
     """List the cases, or the words for what a target may not support."""
     if options.words:
-        for word in WORDS:
-            if word in USED:
-                _say(f"{word:26} {WORDS[word]}")
+        for word in filter(USED.__contains__, WORDS):
+            _say(f"{word:26} {'beyond Flax, for --supports: ' if word in BEYOND else ''}{WORDS[word]}")
         return CONFORMS
     _say(f"{'case':32} {'group':14} {'tier':6} {'dtypes':26} {'needs':40} corner, because")
     for case in CASES:
@@ -133,11 +134,22 @@ def _declared(options: argparse.Namespace, declared: Claims) -> Claims:
     if options.unsupported:
         more = words(word.strip() for word in options.unsupported.split(","))
         declared = replace(declared, unsupported=declared.unsupported | more)
+    if options.supports:
+        more = beyond(word.strip() for word in options.supports.split(","))
+        declared = replace(declared, supports=declared.supports | more)
     if options.contract:
         declared = replace(declared, contract=options.contract)
     if options.scope or options.only:  # who names cases asks about them all
         declared = replace(declared, scope=options.scope or ALL)
     return declared
+
+
+def _advise(chosen: list[Run]) -> None:
+    """ClaimError if there are cases, but all need what the target does not declare to support."""
+    if needed := sorted({word for run in chosen for word in run.case.beyond}):
+        raise ClaimError(
+            f"these cases need what Flax lacks ({', '.join(needed)}): declare with --supports what there is"
+        )
 
 
 def _check_files(options: argparse.Namespace) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from datetime import date
 
-from anyattention_conformance.case import Case
+from anyattention_conformance.case import BEYOND, Case
 from anyattention_conformance.claims import DTYPES, Claims, Difference
 from anyattention_conformance.oracles import Oracle
 from anyattention_conformance.report_text import clean
@@ -26,8 +26,10 @@ class Draft:
     """The claims, and why each was made."""
 
     def __init__(self, claims: Claims, outcomes: Outcomes, oracle: Oracle) -> None:
-        self.outcomes, self.oracle = outcomes, oracle
-        self.claims = replace(claims, scope=ALL)
+        supports = claims.supports - _never_answered(outcomes)
+        self.outcomes = [(run, x) for run, x in outcomes if run.case.beyond <= supports]
+        self.oracle = oracle
+        self.claims = replace(claims, scope=ALL, supports=supports)
         self.why: dict[str, str] = {}  # of a word
         self.claims = replace(self.claims, unsupported=self.claims.unsupported | self._words())
         if self.claims.meaning == FLAX:
@@ -55,7 +57,7 @@ class Draft:
         found: set[str] = set()
         while left:
             covers: dict[str, set[tuple[str, str]]] = {}
-            for word in sorted({word for run, _ in calls for word in (*run.case.needs, run.dtype)}):
+            for word in sorted({word for run, _ in calls for word in (*run.case.needs, run.dtype)} - BEYOND):
                 asked = [(run, x) for run, x in calls if word in run.case.needs | {run.dtype}]
                 if all(x.kind in NO_ANSWER for _, x in asked):
                     covers[word] = {(run.case.id, run.dtype) for run, _ in asked} & left
@@ -107,6 +109,8 @@ class Draft:
         yield f"title = {_text(claims.title or name)}"
         yield f"contract = {_text(claims.contract)}"
         yield f"scope = {_text(claims.scope)}  # every failure counts, corners too"
+        if claims.supports:
+            yield f"supports = [{', '.join(map(_text, sorted(claims.supports)))}]  # what it has that Flax lacks"
         if claims.unsupported:
             yield "unsupported = [  # what it raises at, or has no parameter for"
             for word in sorted(claims.unsupported):
@@ -128,6 +132,12 @@ class Draft:
                 if values := getattr(difference, key):
                     yield f"{key} = [{', '.join(map(_text, values))}]"
             yield f"because = {_text(difference.because)}"
+
+
+def _never_answered(outcomes: Outcomes) -> frozenset[str]:
+    """The words beyond Flax of which the target answers no call."""
+    asked = {word for run, _ in outcomes for word in run.case.beyond}
+    return frozenset(asked - {word for run, x in outcomes if x.kind not in NO_ANSWER for word in run.case.beyond})
 
 
 def _text(x: str) -> str:

@@ -25,7 +25,7 @@ def record(path: Path, old: Golden | None = None) -> None:
     about["runs"], live, arrays = {}, Live(), {}
     if old is not None and [old.about[name] for name in ("flax", "jax")] != [about["flax"], about["jax"]]:
         old = None
-    for case in CASES:
+    for case in (case for case in CASES if not case.beyond):
         for dtype in case.dtypes:
             answer: Answer | str | None = None
             if old is not None:

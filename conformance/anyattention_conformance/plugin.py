@@ -21,6 +21,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--attention-scope", choices=SCOPES, help="which failures count: of ordinary calls (default), or all"
     )
     group.addoption("--attention-claims", metavar="FILE", help="what differs on purpose, in TOML")
+    group.addoption("--attention-supports", default="", metavar="WORD,...", help="what it has that Flax lacks")
     group.addoption("--attention-unsupported", default="", metavar="WORD,...", help="what the target raises at")
 
 
@@ -34,6 +35,7 @@ def pytest_configure(config: pytest.Config) -> None:
     suite.tier, suite.contract = option("--attention-tier"), option("--attention-contract")
     suite.scope = option("--attention-scope")
     suite.claims = option("--attention-claims")
-    suite.unsupported = tuple(filter(None, (x.strip() for x in option("--attention-unsupported").split(","))))
+    for name in ("unsupported", "supports"):
+        setattr(suite, name, tuple(filter(None, (x.strip() for x in option(f"--attention-{name}").split(",")))))
     named = config.args if config.args_source is pytest.Config.ArgsSource.ARGS else []
     config.args = [*named, str(Path(plugin_suite.__file__))]

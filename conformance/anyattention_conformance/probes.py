@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
+from anyattention_conformance import beyond, variants_beyond
 from anyattention_conformance.budgets import EPS
 from anyattention_conformance.case import Case
 from anyattention_conformance.reference import Array, Attention, wide
@@ -31,6 +32,7 @@ from anyattention_conformance.variants import (
 # The cases in the order of the diagnosis. Of each row the first that is explained ends it.
 STAGES = ((PLAIN, SQUARE), (MASK, FLOAT_MASK), (BIAS,), (CAUSAL,))
 CALLS = (PLAIN, *(case for stage in STAGES for case in stage), WEIGHTS)  # the first twice: is there one answer?
+BEYOND_CALLS = tuple(case for stage in variants_beyond.STAGES for case in stage)
 RIGHT = {CAUSAL.id: (AlwaysCausal,)}
 RANDOM = Diagnosis(
     "random",
@@ -44,13 +46,18 @@ DROPS = Diagnosis(
 )
 
 
+def calls(supports: frozenset[str]) -> tuple[Case, ...]:
+    """What is asked, of Flax's words and of those that the target supports beside them."""
+    return (*CALLS, *(case for case in BEYOND_CALLS if case.beyond <= supports))
+
+
 def diagnose(answers: Mapping[str, list[Outcome]]) -> list[Diagnosis]:
-    """What explains the answers to `CALLS`, given by case id; nothing if they are right, or wrong in unknown ways."""
+    """What explains the answers to `calls`, given by case id; nothing if they are right, or wrong in unknown ways."""
     outputs = {name: [x.output for x in outcomes if x.kind == "answer"] for name, outcomes in answers.items()}
     if len(plain := outputs.get(PLAIN.id, [])) == 2 and not (_same(*plain) or _near(*plain)):
         return [RANDOM]
     found: list[Variant] = []
-    for stage in STAGES:
+    for stage in (*STAGES, *variants_beyond.STAGES):
         for case in stage:
             if outputs.get(case.id) and (more := _explained(case, outputs[case.id][0], found)):
                 found += more
@@ -77,8 +84,9 @@ def _answer(case: Case, mistakes: Iterable[type[Attention]]) -> Array | None:
     arguments.pop("is_causal", None)
     kinds = tuple(dict.fromkeys(mistakes))
     kinds = tuple(x for x in kinds if not any(issubclass(y, x) for y in kinds if y is not x))
+    base = beyond.Attention if case.beyond else Attention
     try:
-        return type("Wrong", (*kinds, Attention), {})()(**arguments)
+        return type("Wrong", (*kinds, base), {})()(**arguments)
     except (AssertionError, ValueError):  # shapes that do not fit, read in this way
         return None
 

@@ -6,6 +6,7 @@ bits by way of float32, as XLA does. The gradients are written out: the same ste
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -85,21 +86,23 @@ class Attention:
         A gradient has the shape and the (floating-point) dtype of its array; that of a bias not given is None.
         """
         call = self.run(Call(**arguments))
+        return call.output, partial(self.pulled_back, call, arguments)
 
-        def pullback(cotangent: Array) -> tuple[Array, Array, Array, Array | None]:
-            with np.errstate(all="ignore"):
-                cotangent = wide(cotangent)
-                dlogits = self.softmax_gradient(call, self.weights_gradient(call, cotangent))
-                if call.mask is not None:
-                    dlogits = self.fill_gradient(call, dlogits)
-                return (
-                    reduced(self.query_gradient(call, dlogits), arguments["query"]),
-                    reduced(self.key_gradient(call, dlogits), arguments["key"]),
-                    reduced(self.value_gradient(call, cotangent), arguments["value"]),
-                    None if call.bias is None else reduced(self.bias_gradient(call, dlogits), call.bias),
-                )
-
-        return call.output, pullback
+    def pulled_back(
+        self, call: Call, arguments: dict[str, Any], cotangent: Array
+    ) -> tuple[Array, Array, Array, Array | None]:
+        """The gradients, of a call that has run."""
+        with np.errstate(all="ignore"):
+            cotangent = wide(cotangent)
+            dlogits = self.softmax_gradient(call, self.weights_gradient(call, cotangent))
+            if call.mask is not None:
+                dlogits = self.fill_gradient(call, dlogits)
+            return (
+                reduced(self.query_gradient(call, dlogits), arguments["query"]),
+                reduced(self.key_gradient(call, dlogits), arguments["key"]),
+                reduced(self.value_gradient(call, cotangent), arguments["value"]),
+                None if call.bias is None else reduced(self.bias_gradient(call, dlogits), call.bias),
+            )
 
     def run(self, call: Call) -> Call:
         """All steps forward."""

@@ -157,6 +157,10 @@ def about(report: Report) -> list[str]:
     found = [f"{report.tier} tier", f"contract {report.contract}", f"against {report.oracle}", report.date]
     if report.selection:
         found[0] += f", selection of {count_of(report.cases, 'case')}: {', '.join(report.selection)}"
+    if report.supports:
+        found.append(f"beyond Flax: {', '.join(report.supports)}")
+    if more := [x for x in report.offers if x not in report.supports]:
+        found.append(f"not asked: {', '.join(more)}, which --supports asks for")
     if report.inferred:
         found.append(f"framework {report.framework}, inferred: {report.inferred}")
     found += [f"{name} {version}" for name, version in report.versions.items()]

@@ -125,6 +125,8 @@ class Report:
     scope: str = ALL
     inferred: str = ""  # why this framework; empty if it was asked for
     diagnosis: list[Diagnosis] = field(default_factory=list)  # the surest first
+    supports: list[str] = field(default_factory=list)  # words for what Flax lacks, and the target was asked for
+    offers: list[str] = field(default_factory=list)  # those that its parameters show
 
     @property
     def ordinary(self) -> Part:

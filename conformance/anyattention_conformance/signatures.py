@@ -7,12 +7,23 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from anyattention_conformance.case import ARGUMENTS
+from anyattention_conformance.positions import dense
 from anyattention_conformance.truth import NAMES
 
 Parameters = tuple[inspect.Parameter, ...]
 ARRAYS = NAMES[:3]
-FLAX = (*NAMES, "mask", "broadcast_dropout", "dropout_rng", "dropout_rate", "deterministic", "dtype", "precision")
+FLAX = (*NAMES[:4], "mask", "broadcast_dropout", "dropout_rng", "dropout_rate", "deterministic", "dtype", "precision")
+# Names that others give to what Flax lacks, and the word for it in longer names.
+OTHER_NAMES = {
+    "scale": ("scaling", "softmax_scale", "sm_scale"),
+    "logits_soft_cap": ("softcap", "soft_cap", "attn_logits_soft_cap"),
+    "sinks": ("s_aux", "learnable_sink"),
+    "offset": ("causal_offset", "query_offset", "q_offset"),
+    "window": ("window_size",),
+}
 RENAMED = {"mask": "mask", "bias": "bias", "dropout_rate": "dropout"}  # parameters that others give longer names
+RENAMED |= {"scale": "scal", "logits_soft_cap": "cap", "sinks": "sink", "offset": "offset", "window": "window"}
 LAYERS = ("forward", "call")  # what layers of PyTorch and Keras call
 NOT_TAKEN = re.compile(r"(unexpected|unknown|invalid|no) keyword argument", re.IGNORECASE)
 
@@ -39,7 +50,7 @@ class Signature:
         if not NOT_TAKEN.search(said):
             return []
         unseen = self._unseen(arguments)
-        return unseen if "no keyword arguments" in said else [x for x in unseen if f"'{x}'" in said]
+        return unseen if "no keyword arguments" in said else [x for x in unseen if f"'{self._own_name(x)}'" in said]
 
     def advice(self, missing: list[str]) -> tuple[str, str] | None:
         """Cause and mend, if arguments that it does not take seem to have other names: mask and attn_mask."""
@@ -60,9 +71,29 @@ class Signature:
         names = [x.name for x in self.parameters if x.name not in FLAX]
         return next((x for x in names if word in x.lower()), "")
 
+    def fitted(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The arguments with an offset and a window in the mask, where it has a parameter for this one alone."""
+        names = _names(self.parameters)
+        asked = [x for x in ("offset", "window") if arguments.get(x) is not None]
+        takes_any = any(x.kind is x.VAR_KEYWORD for x in self.parameters)
+        if "mask" in names and not takes_any and not any(self._own_name(x) in names for x in asked):
+            return dense(arguments)
+        return arguments
+
+    @property
+    def offers(self) -> list[str]:
+        """The words for what Flax lacks, and the function has parameters for."""
+        names = _names(self.parameters)
+        return [word for name, word in ARGUMENTS.items() if self._own_name(name) in names]
+
+    def _own_name(self, name: str) -> str:
+        """What its parameter for this argument is called."""
+        names = _names(self.parameters)
+        return next((x for x in (name, *OTHER_NAMES.get(name, ())) if x in names), name)
+
     def call(self, function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         """Call a function: with names, but for what has a place alone."""
-        named = dict(arguments)
+        named = {self._own_name(name): x for name, x in arguments.items()}
         by_name = {x.name for x in self.parameters if x.kind is x.KEYWORD_ONLY}
         placed = [named.pop(x) for x in _order(self.parameters) if self.by_place and x not in by_name]
         nameless = [x for x in self.parameters if x.kind is x.POSITIONAL_ONLY]
@@ -74,7 +105,8 @@ class Signature:
         return function(*placed, **named)
 
     def _unseen(self, arguments: dict[str, Any]) -> list[str]:
-        return [x for x in arguments if x not in {*_names(self.parameters), *ARRAYS}]
+        names = {*_names(self.parameters), *ARRAYS}
+        return [x for x in arguments if self._own_name(x) not in names]
 
 
 def read(function: Callable[..., Any]) -> Signature:

@@ -1,5 +1,6 @@
 """The suite: every case through a target, each answer against the oracle, by contract and claims."""
 
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -11,7 +12,7 @@ import numpy as np
 
 from anyattention_conformance import budgets, probes
 from anyattention_conformance.budgets import Comparison, c2, c3, other_meaning
-from anyattention_conformance.case import Case
+from anyattention_conformance.case import ARGUMENTS, Case
 from anyattention_conformance.cases import CASES
 from anyattention_conformance.claims import QUANTITIES, Claims
 from anyattention_conformance.frameworks import quiet
@@ -34,6 +35,7 @@ from anyattention_conformance.truth import FLAX, Answer, truth
 Array = Any
 NO_VJP = "no attribute `vjp`"
 TIERS = ("smoke", "full")
+CONTRACTS = ("C1", "C2", "C3")
 
 
 class Run(NamedTuple):
@@ -53,18 +55,29 @@ class Expected(NamedTuple):
     usual: tuple[Answer, Answer] | None
 
 
-PROBES = [Run(case, "float32", False) for case in probes.CALLS]
+def probing(supports: frozenset[str]) -> list[Run]:
+    """The runs that show known mistakes."""
+    return [Run(case, "float32", False) for case in probes.calls(supports)]
 
 
-def runs(tier: str, contract: str = "C3", only: Iterable[str] = (), dtypes: Iterable[str] = ()) -> list[Run]:
-    """What a tier asks for; `only` are patterns of case ids or names of groups, which it then does not limit."""
-    only, dtypes = tuple(only), tuple(dtypes)
+def runs(
+    tier: str,
+    contract: str = "C3",
+    only: Iterable[str] = (),
+    dtypes: Iterable[str] = (),
+    supports: Iterable[str] = (),
+) -> list[Run]:
+    """What a tier asks for; `only` are patterns of case ids or names of groups, which it then does not limit.
+
+    What Flax lacks is asked for where `supports` has all words that a case needs of it.
+    """
+    only, dtypes, supports = tuple(only), tuple(dtypes), frozenset(supports)
     return [
         Run(case, dtype, gradients)
         for case in CASES
         if not only or any(fnmatchcase(case.id, x) or case.group == x for x in only)
         for dtype, gradients in case.runs("full" if only else tier)
-        if (not dtypes or dtype in dtypes) and (not case.moot or contract != "C3")
+        if (not dtypes or dtype in dtypes) and (not case.moot or contract != "C3") and case.beyond <= supports
     ]
 
 
@@ -89,7 +102,7 @@ class Judge:
     def results(self, run: Run, outcome: Outcome) -> list[Result]:
         """The verdict on every quantity of one run."""
         with quiet():
-            found = [self._answered(run, x) for x in self._results(run, outcome)]
+            found = [_of_whom(run, self._answered(run, x)) for x in self._results(run, outcome)]
         self._watch(run, found)
         return found
 
@@ -122,9 +135,11 @@ class Judge:
                 yield replace(result, verdict=UNSUPPORTED)
             else:
                 if outcome.kind == "missing":
+                    flax_has = [name for name in outcome.names if name not in ARGUMENTS]
                     if not case.corner or self.claims.scope == ALL:
-                        self.lacking |= {_word(name) for name in outcome.names}
-                    result = replace(result, message=f"{outcome.message}, and does not declare it unsupported")
+                        self.lacking |= set(map(_word, flax_has))
+                    why = "and does not declare it unsupported" if flax_has else "which it is declared to support"
+                    result = replace(result, message=f"{outcome.message}, {why}")
                 yield self._declared(result, run)
             return
         expected = self._expected(run, flax, gradients and outcome.gradients is not None)
@@ -194,10 +209,12 @@ class Judge:
             by["C2"] = c2(actual, wanted, run.case.inputs(run.dtype), dtype)
         else:
             by["C2"] = budgets.same_nan(actual, wanted) or by["C3"]
+        if run.case.beyond:  # Flax has no bits here
+            by["C1"] = by["C2"]
         comparison = by[self.claims.contract]
         if not comparison.message and run.case.shows_weights and name == "output":
             comparison = _same_zeros(actual, flax) or comparison
-        met = next((contract for contract in ("C1", "C2", "C3") if not by[contract].message), "")
+        met = next((contract for contract in CONTRACTS[bool(run.case.beyond) :] if not by[contract].message), "")
         result = replace(
             result,
             verdict=CONFORMS if not comparison.message else BUG,
@@ -272,7 +289,7 @@ def certify(
     judge, found, start = Judge(oracle, claims), {}, time.perf_counter()
     probed: dict[str, list[Outcome]] = {}
     for run, outcome in progress(outcomes, len(chosen)):
-        if run.case in probes.CALLS:
+        if run.case in (*probes.CALLS, *probes.BEYOND_CALLS):
             probed.setdefault(run.case.id, []).append(outcome)
         else:
             found[run.case.id, run.dtype] = judge.results(run, outcome)
@@ -283,6 +300,7 @@ def certify(
         contract=claims.contract,
         tier=tier,
         selection=list(selection),
+        supports=sorted(claims.supports),
         scope=claims.scope,
         oracle=oracle.name,
         date=date.today().isoformat(),
@@ -297,7 +315,8 @@ def certify(
 
 def certify_here(target: Target, chosen: list[Run], **options: Any) -> Report:
     """Certify a target in this process, with the options of `certify`."""
-    outcomes = ((run, target.run(*run)) for run in (*PROBES, *chosen))
+    supports = (options.get("claims") or Claims()).supports
+    outcomes = ((run, target.run(*run)) for run in (*probing(supports), *chosen))
     report = certify(target.name, target.framework.name, outcomes, chosen, **options)
     return replace(report, **target.about)
 
@@ -313,6 +332,13 @@ def _undeclared(words: set[str]) -> list[Diagnosis]:
 def _word(name: str) -> str:
     """The word of a claim for a parameter."""
     return "dropout" if "dropout" in name or name == "deterministic" else name
+
+
+def _of_whom(run: Run, result: Result) -> Result:
+    """A result whose message names the reference where this stands for Flax."""
+    if not run.case.beyond:
+        return result
+    return replace(result, message=re.sub(r"\bFlax\b", "the reference", result.message))
 
 
 def _same_zeros(actual: Array, flax: Array) -> Comparison | None:

@@ -79,7 +79,8 @@ class Target:
     @property
     def about(self) -> dict[str, Any]:
         """What it runs on, as far as a report has it."""
-        return {"framework": self.framework.name, "inferred": self.inferred, "versions": self.framework.versions}
+        found = {"framework": self.framework.name, "inferred": self.inferred, "versions": self.framework.versions}
+        return found | {"offers": self.signature.offers}
 
     def run(self, case: Case, dtype: str, gradients: bool) -> Outcome:
         """Call the function on one case.
@@ -103,7 +104,7 @@ class Target:
     def _run(self, case: Case, dtype: str, gradients: bool) -> Outcome:
         if not case.available(dtype):
             return Outcome("missing", "NumPy has no bfloat16")
-        arguments = case.inputs(dtype)
+        arguments = self.signature.fitted(case.inputs(dtype))
         if missing := self.signature.missing(arguments):
             advice = self.signature.advice(missing)
             return Outcome("missing", f"takes no {' and no '.join(missing)}", advice=advice, names=tuple(missing))

@@ -12,12 +12,13 @@ from typing import Any, ClassVar
 
 from anyattention_conformance import claims as declarations
 from anyattention_conformance import probes, report_terminal, suite, targets
+from anyattention_conformance.case import BEYOND
 from anyattention_conformance.claims import Claims, Difference
 from anyattention_conformance.oracles import OracleError
 from anyattention_conformance.results import ALL, BUG, NOT_RUN, ORDINARY, UNSUPPORTED, Report, Result
 from anyattention_conformance.suite import Judge, Run
 from anyattention_conformance.targets import Target, TargetError
-from anyattention_conformance.words import ClaimError, words
+from anyattention_conformance.words import ClaimError, beyond, words
 
 Function = Callable[..., Any]
 Differs = Iterable[Difference | Mapping[str, Any]]
@@ -33,6 +34,7 @@ def assert_matches_flax(
     scope: str | None = None,
     claims: Claims | Path | str | None = None,
     unsupported: Iterable[str] = (),
+    supports: Iterable[str] = (),
     differs: Differs = (),
     only: Iterable[str] = (),
     dtypes: Iterable[str] = (),
@@ -49,6 +51,8 @@ def assert_matches_flax(
             else "ordinary", and with `only` all.
         claims: what differs on purpose, or the TOML file that says so.
         unsupported: words for what the function raises at, or has no parameter for, such as "dropout".
+        supports: words for what the function has and Flax lacks, such as "scale", "soft cap", "sinks": it is asked
+            for these as well.
         differs: answers that differ on purpose, as `Difference` or as an entry of the file: ``{"cases": ["depth-0"],
             "because": "no heads are that flat"}``.
         only: patterns of case ids, or case groups.
@@ -58,8 +62,8 @@ def assert_matches_flax(
     only, dtypes = tuple(only), tuple(dtypes)
     try:
         target = _target(function, framework)
-        declared = _claims(claims, contract, unsupported, differs, scope or (ALL if only else None))
-        chosen = suite.runs(tier, declared.contract, only, dtypes)
+        declared = _claims(claims, contract, unsupported, supports, differs, scope or (ALL if only else None))
+        chosen = suite.runs(tier, declared.contract, only, dtypes, declared.supports)
         tier = "full" if only else tier
         report = suite.certify_here(target, chosen, claims=declared, tier=tier, selection=(*only, *dtypes))
     except IMPOSSIBLE as error:  # the frames are the kit's own, and the sentence says it all
@@ -80,10 +84,13 @@ def reproduce(
 
     With `inputs` the arguments and both outputs are printed as well.
     """
-    chosen = [run for run in suite.runs("full", "C1", [case], [dtype]) if run.case.id == case]
+    chosen = [run for run in suite.runs("full", "C1", [case], [dtype], BEYOND) if run.case.id == case]
     if not chosen:
         raise ValueError(f"there is no case {case!r} in {dtype}; `anyattention cases` lists them")
-    target, declared = _target(function, framework), Claims(contract=contract, scope=ALL)
+    target, declared = (
+        _target(function, framework),
+        Claims(contract=contract, scope=ALL, supports=chosen[0].case.beyond),
+    )
     report = suite.certify_here(target, chosen, claims=declared, tier="full", selection=(case, dtype))
     print(report_terminal.to_short(report))  # noqa: T201
     if inputs:
@@ -92,7 +99,8 @@ def reproduce(
             print(f"{name} =\n{x!r}" if hasattr(x, "shape") else f"{name} = {x!r}")  # noqa: T201
         outcome, flax = target.run(*run), suite.oracle_for(contract).answer(run.case, dtype)
         print(f"returned {outcome.kind} {outcome.message}\n{outcome.output!r}")  # noqa: T201
-        print(f"Flax\n{flax if isinstance(flax, str) else flax.output!r}")  # noqa: T201
+        whose = "the reference" if run.case.beyond else "Flax"
+        print(f"{whose}\n{flax if isinstance(flax, str) else flax.output!r}")  # noqa: T201
     return report
 
 
@@ -117,11 +125,12 @@ class AttentionConformance:
     scope: ClassVar[str | None] = None
     claims: ClassVar[Claims | Path | str | None] = None
     unsupported: ClassVar[Iterable[str]] = ()
+    supports: ClassVar[Iterable[str]] = ()
     differs: ClassVar[Differs] = ()
 
     @classmethod
     def _declared(cls) -> Claims:
-        return _claims(cls.claims, cls.contract, cls.unsupported, cls.differs, cls.scope)
+        return _claims(cls.claims, cls.contract, cls.unsupported, cls.supports, cls.differs, cls.scope)
 
     @classmethod
     @cache
@@ -130,7 +139,7 @@ class AttentionConformance:
         declared = cls._declared()
         target = _target(cls.target, cls.framework)
         answers: dict[str, list[Any]] = {}
-        for run in suite.PROBES:
+        for run in suite.probing(declared.supports):
             answers.setdefault(run.case.id, []).append(target.run(*run))
         diagnosis = "".join(f"{x.cause}\n{x.mend}\n" for x in probes.diagnose(answers))
         return target, Judge(suite.oracle_for(declared.contract), declared), diagnosis
@@ -145,7 +154,7 @@ class AttentionConformance:
                 declared = cls._declared()
             except IMPOSSIBLE as error:
                 raise pytest.Collector.CollectError(str(error)) from None
-            chosen = suite.runs(cls.tier, declared.contract)
+            chosen = suite.runs(cls.tier, declared.contract, supports=declared.supports)
             metafunc.parametrize("attention_run", chosen, ids=[f"{run.case.id}-{run.dtype}" for run in chosen])
 
     def test_case(self, attention_run: Run) -> None:
@@ -175,7 +184,7 @@ class AttentionConformance:
             pytest.fail(str(error), pytrace=False)
         declared = judge.claims
         fresh = Judge(judge.oracle, declared)
-        for run in suite.runs(self.tier, declared.contract):
+        for run in suite.runs(self.tier, declared.contract, supports=declared.supports):
             if declared.concerns(run.case, run.dtype):
                 fresh.results(run, target.run(*run))
         if fresh.problems:  # an assert would be gone under python -O
@@ -195,6 +204,7 @@ def _claims(
     claims: Claims | Path | str | None,
     contract: str | None,
     unsupported: Iterable[str],
+    supports: Iterable[str],
     differs: Differs,
     scope: str | None,
 ) -> Claims:
@@ -204,6 +214,7 @@ def _claims(
     return replace(
         declared,
         unsupported=declared.unsupported | words(unsupported),
+        supports=declared.supports | beyond(supports),
         differs=(*declared.differs, *more),
         contract=contract or declared.contract,
         scope=scope or declared.scope,

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+from anyattention_conformance.case import BEYOND
 from anyattention_conformance.cases import CASES
 
 WORDS = {
@@ -37,8 +38,17 @@ WORDS = {
     "bool bias": "a boolean bias: true adds one",
     "bool inputs": "boolean query, key and value",
     "integer inputs": "integer query, key and value",
+    "sinks of each query": "sinks with more axes than that of the heads",
+    "offset of each entry": "an offset for each batch entry, in an array",
+    "scale": "a number that the query is multiplied with, in place of the division by the root of the depth",
+    "soft cap": "cap * tanh(logits / cap) in place of the logits, before bias and mask",
+    "sinks": "a logit for each head, [num_heads], that has a part in the softmax and no value",
+    "offsets": "the position of the first query: query i sees key j where j <= i + offset; a number or [batch]",
+    "window": "(left, right): query i sees key j where i + offset - left <= j <= i + offset + right",
+    "grouped heads": "keys and values with fewer heads than the query, each for several of its heads in a row",
 }
 USED = frozenset({"gradients"} | {x for case in CASES for x in (*case.dtypes, *case.needs)})  # those that cases need
+FLAX_HAS = USED - BEYOND
 
 
 class ClaimError(ValueError):
@@ -48,11 +58,25 @@ class ClaimError(ValueError):
 def words(names: Iterable[str]) -> frozenset[str]:
     """The words of what is unsupported. ClaimError for others."""
     found = frozenset(names)
-    if unknown := sorted(found - USED):
-        meant = nearest(unknown[0], USED)
+    if beyond := sorted(found & BEYOND):
+        raise ClaimError(
+            f"{beyond[0]!r} is beyond Flax, and asked only where it is declared as supported: leave it out"
+        )
+    if unknown := sorted(found - FLAX_HAS):
+        meant = nearest(unknown[0], FLAX_HAS)
         raise ClaimError(
             f"{unknown[0]!r} is not something to support{meant}; `anyattention cases --words` lists all words"
         )
+    return found
+
+
+def beyond(names: Iterable[str]) -> frozenset[str]:
+    """The words of what is supported beyond Flax. ClaimError for others."""
+    found = frozenset(names)
+    if unknown := sorted(found - BEYOND):
+        meant = nearest(unknown[0], BEYOND)
+        known = ", ".join(sorted(BEYOND))
+        raise ClaimError(f"{unknown[0]!r} is nothing that Flax lacks and cases ask for{meant}: {known}")
     return found
 
 

@@ -6,6 +6,7 @@ import time
 
 import numpy as np
 
+from anyattention_conformance import beyond
 from anyattention_conformance.reference import attention
 
 number = 3
@@ -78,6 +79,11 @@ def misspelt(query, key, value):
     if len({x.shape for x in (query, key, value)}) > 2:
         raise ShapeErorr("no")  # noqa: F821  the mistake
     return attention(query, key, value)
+
+
+def scaled(query, key, value, softmax_scale=None, s_aux=None):
+    """Right with a scale, wrong with sinks, which it ignores."""
+    return beyond.attention(query, key, value, scale=softmax_scale)
 
 
 def refuses_all(query, key, value):

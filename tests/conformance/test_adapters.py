@@ -36,7 +36,7 @@ def outcomes(name):
     """What an adapter did with every run of the full tier."""
     adapter = ADAPTERS[name]
     workers = Workers(Recipe(targets.load, (adapter.target, adapter.framework)))
-    return list(workers(suite.runs("full")))
+    return list(workers(suite.runs("full", supports=read(name).supports)))
 
 
 def judged(name, declared, of=lambda run: True):

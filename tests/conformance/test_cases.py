@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from anyattention_conformance import CASES, FORMS, Case
-from anyattention_conformance.case import lowest, numpy_dtype
+from anyattention_conformance.case import BEYOND, lowest, numpy_dtype
 
 RUNS = [(case, dtype) for case in CASES if case.smoke for dtype in case.dtypes]
 
@@ -70,6 +70,43 @@ def test_needs():
     assert Case("x", dropout=0.5, broadcast_dropout=False).needs == {"dropout", "per-head dropout"}
     assert Case("x", query=(3, 2, 4), key=(5, 2, 4), v_depth=6).needs == {"no batch", "value depth"}
     assert Case("x", key=(2, 0, 2, 4), options=(("dtype", "float16"),)).needs == {"empty", "dtype"}
+
+
+def test_needs_beyond_flax():
+    assert Case("x", options=(("scale", 0.0),)).needs == Case("x", options=(("scale", 0.0),)).beyond == {"scale"}
+    assert Case("x", options=(("logits_soft_cap", 2.0),), bias=(2, 1, 3, 5)).beyond == {"soft cap"}
+    assert Case("x", sinks=(2, 2, 1)).needs == {"sinks", "sinks of each query"}
+    assert Case("x", offset=(0, 3), window=(1, 0)).needs == {"offsets", "offset of each entry", "window"}
+    assert Case("x", offset=0).needs == Case("x", offset=np.int32(2)).needs == {"offsets"}
+    assert Case("x", query=(2, 3, 4, 4)).needs == {"grouped heads"}
+    assert not Case("x", query=(2, 3, 3, 4), error="AssertionError").beyond
+    assert {word for case in CASES for word in case.beyond} == BEYOND
+
+
+def test_offsets_are_given_as_models_have_them():
+    assert type(Case("x", offset=1).inputs()["offset"]) is int
+    offset = Case("x", offset=np.int32(1)).inputs()["offset"]
+    assert (offset.shape, offset.dtype) == ((), np.int32)
+    offset = Case("x", offset=((0,), (3,))).inputs()["offset"]
+    assert (offset.shape, offset.dtype) == ((2, 1), np.int32)
+
+
+def test_corners_beyond_flax():
+    corners = {case.id: case.corner for case in CASES if case.beyond}
+    ordinary = {
+        "scale",
+        "soft-cap",
+        "sinks",
+        "sinks-and-mask",
+        "grouped-all",
+        "offset",
+        "offset-decode",
+        "window-offset",
+    }
+    assert not any(corners[name] for name in ordinary)
+    assert corners["scale-0"] == corners["scale-negative"] == "models scale by a positive number"
+    assert "no larger than their logits" in corners["sinks-low"]
+    assert "leaves each query a key" in corners["offset-negative"] == corners["offset-at-both-ends"]
 
 
 def test_ordinary_calls_and_corners():

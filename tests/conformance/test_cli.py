@@ -12,6 +12,7 @@ import pytest
 
 import anyattention
 from anyattention_conformance import words
+from anyattention_conformance.case import BEYOND
 
 SAMPLES = Path(__file__).with_name("samples.py")
 PACKAGES = ("anyattention", "anyattention_backends", "anyattention_conformance")
@@ -119,6 +120,9 @@ def test_a_framework_that_cannot_be_inferred_has_to_be_named():
         (["--unsupported", "drop out"], "'drop out' is not something to support (did you mean 'dropout'"),
         (["--only", "no such case"], "no case is chosen"),
         (["--only", "msak"], "no case is chosen (did you mean 'mask'"),
+        (["--supports", "sink"], "'sink' is nothing that Flax lacks and cases ask for (did you mean 'sinks'"),
+        (["--unsupported", "sinks"], "'sinks' is beyond Flax, and asked only where it is declared as supported"),
+        (["--only", "soft-cap"], "these cases need what Flax lacks (soft cap): declare with --supports what there is"),
         (["--framework", "no_such_library"], "cannot be imported"),
         (["--library", "no_such_library"], "cannot be imported"),
     ],
@@ -297,11 +301,30 @@ def test_the_version():
     assert conform("--version").stdout == f"anyattention {anyattention.__version__}\n"
 
 
+def test_what_flax_lacks_is_asked_where_it_is_declared(tmp_path):
+    """And under the names that a parameter has; what is not declared is offered."""
+    where = tmp_path / "x.json"
+    arguments = ("conform", f"{SAMPLES}:scaled", "--dtype", "float32", "--unsupported", "bias,mask,dropout")
+    done = conform(*arguments)
+    assert done.returncode == 0, done.stdout
+    assert "not asked: scale, sinks, which --supports asks for" in " ".join(done.stdout.split())
+    done = conform(*arguments, "--supports", "scale, sinks", "--json", where)
+    assert done.returncode == 1
+    text = " ".join(done.stdout.split())
+    assert "beyond Flax: scale, sinks" in text
+    assert "BUG sinks sinks" in text
+    assert "the reference's" in text
+    report = json.loads(where.read_text())
+    assert report["supports"] == report["offers"] == ["scale", "sinks"]
+    assert {x["verdict"] for x in report["results"] if x["group"] == "scale"} == {"conforms", "unsupported"}
+
+
 def test_words_have_meanings():
     lines = conform("cases", "--words").stdout.splitlines()
     assert len(lines) == len(words.USED)
     assert "the parameter mask" in next(x for x in lines if x.startswith("mask "))
     assert set(words.WORDS) == words.USED
+    assert sum("beyond Flax, for --supports: " in x for x in lines) == len(BEYOND)
 
 
 def test_lists():

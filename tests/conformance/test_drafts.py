@@ -6,7 +6,7 @@ import tomllib
 import numpy as np
 import pytest
 
-from anyattention_conformance import Claims, Golden, suite, targets
+from anyattention_conformance import Claims, Golden, beyond, suite, targets
 from anyattention_conformance.claims import parse
 from anyattention_conformance.drafts import Draft
 from anyattention_conformance.reference import attention
@@ -61,6 +61,18 @@ def test_an_ordinary_mistake_is_not_hidden():
     text = Draft(Claims(), outcomes(inverted), GOLDEN).to_toml("mine", "smoke")
     assert "# check: ORDINARY calls, so this is probably a mistake to mend" in text
     assert "# check: ORDINARY" not in Draft(Claims(), outcomes(plain), GOLDEN).to_toml("mine", "smoke")
+
+
+def test_what_is_beyond_flax_and_never_answered_is_dropped():
+    def scaled(query, key, value, bias=None, mask=None, scale=None):
+        return beyond.attention(query, key, value, bias, mask, scale=scale)
+
+    target, supports = targets.make(scaled, "numpy"), frozenset({"scale", "sinks"})
+    found = [(run, target.run(*run)) for run in suite.runs("smoke", supports=supports)]
+    text = Draft(Claims(supports=supports), found, GOLDEN).to_toml("mine", "smoke")
+    claims = parse(tomllib.loads(text))
+    assert claims.supports == {"scale"}
+    assert "sinks" not in text
 
 
 def test_what_was_declared_stays():

@@ -1,12 +1,18 @@
 """The suite bites: every mutant is rejected where it must be, and the right attention is accepted."""
 
+from dataclasses import replace
+
 import pytest
 
 from anyattention_conformance import CASES, suite, targets, teeth
+from anyattention_conformance.beyond import Attention
+from anyattention_conformance.beyond import attention as reference
+from anyattention_conformance.case import BEYOND
 from anyattention_conformance.claims import Claims
 from anyattention_conformance.mutants import MUTANTS
 from anyattention_conformance.reference import attention
 
+SINGLE = BEYOND  # each word has a mutant that a case of this word alone must find
 pytestmark = pytest.mark.needs("ml_dtypes")  # some mutants are caught in bfloat16 alone
 
 
@@ -31,3 +37,11 @@ def test_every_trap_has_a_mutant():
     assert {mutant.row for mutant in MUTANTS} >= set(range(1, 33))
     assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS) >= 30
     assert {mutant.group for mutant in MUTANTS} <= {case.group for case in CASES} | {"gradients"}
+
+
+def test_every_word_beyond_flax_has_mutants_and_a_case_for_each():
+    beyond = [mutant for mutant in MUTANTS if isinstance(mutant.attention, Attention)]
+    assert {case.beyond for case in CASES if case.id in {x.case for x in beyond}} >= {frozenset({x}) for x in SINGLE}
+    assert all(mutant.case for mutant in beyond)
+    right = teeth.score(replace(beyond[0], attention=reference))
+    assert not right.caught  # nothing is wrong with it

@@ -5,7 +5,7 @@ import functools
 import pytest
 
 import anyattention
-from anyattention_conformance import Claims, Golden, suite, targets
+from anyattention_conformance import Claims, Golden, beyond, suite, targets
 from anyattention_conformance.reference import attention
 from anyattention_conformance.targets import TargetError
 
@@ -330,3 +330,67 @@ def test_modules_and_compiled_functions_conform():
     for function in (Module().forward, decorated(anyattention.dot_product_attention)):
         report = certify(jax.jit(function), ("mask-and-bias", "batches-differ"), "jax")
         assert {x.verdict for x in report.results} == {"conforms"}, report.failures
+
+
+# --- what Flax lacks ---
+
+
+def certify_beyond(function, supports, *only, framework="numpy"):
+    """The report on outputs in float32 of cases that a word is asked for alone."""
+    chosen = suite.runs("full", only=only, dtypes=["float32"], supports=supports)
+    chosen = [run._replace(gradients=False) for run in chosen if not run.case.needs & {"mask", "bias", "dropout"}]
+    claims = Claims(supports=frozenset(supports), unsupported=frozenset())
+    assert chosen
+    return suite.certify_here(targets.make(function, framework), chosen, claims=claims, oracle=GOLDEN)
+
+
+@pytest.mark.parametrize("name", ["scale", "scaling", "softmax_scale", "sm_scale"])
+def test_parameters_for_what_flax_lacks_have_many_names(name):
+    code = f"def function(query, key, value, *, {name}=None): return call(query, key, value, scale={name})"
+    made = {"call": beyond.attention}
+    exec(code, made)
+    assert certify_beyond(made["function"], ["scale"], "scale*").conforms
+    assert targets.make(made["function"], "numpy").signature.offers == ["scale"]
+
+
+def test_each_is_given_by_its_own_name():
+    def function(q, k, v, *, softcap=None, s_aux=None, **rest):
+        return beyond.attention(q, k, v, logits_soft_cap=softcap, sinks=s_aux, **rest)
+
+    words = ["soft cap", "sinks", "scale", "grouped heads"]
+    assert certify_beyond(function, words, "soft-cap*", "sinks*", "grouped-*").conforms
+    by_place = certify_beyond(lambda q, k, v, scale, /: beyond.attention(q, k, v, scale=scale), ["scale"], "scale")
+    assert by_place.conforms
+
+
+def test_an_offset_goes_to_what_takes_one_and_into_the_mask_of_others():
+    seen = []
+
+    def takes(query, key, value, mask=None, causal_offset=None):
+        seen.append((mask is None, causal_offset))
+        return beyond.attention(query, key, value, mask=mask, offset=causal_offset)
+
+    def masks(query, key, value, mask=None):
+        seen.append((mask is None, None))
+        return plain(query, key, value, mask=mask)
+
+    def takes_neither(query, key, value):
+        return plain(query, key, value)
+
+    assert certify_beyond(takes, ["offsets"], "offset", "offset-of-each-entry").conforms
+    assert [x[0] for x in seen[-2:]] == [True, True]
+    assert (seen[-2][1], seen[-1][1].tolist()) == (1, [0, 3])
+    assert certify_beyond(masks, ["offsets", "window"], "offset", "offset-of-each-entry", "window*").conforms
+    assert seen[-1] == (False, None)
+    (failure,) = certify_beyond(takes_neither, ["offsets"], "offset").failures
+    assert failure.message == "takes no offset, which it is declared to support"
+
+
+def test_gradients_of_sinks_come_from_a_fifth_place():
+    def function(query, key, value, learnable_sink=None):
+        return beyond.attention(query, key, value, sinks=learnable_sink)
+
+    function.vjp = beyond.attention.vjp
+    runs = suite.runs("full", only=["sinks"], dtypes=["float32"], supports=["sinks"])
+    run = next(run for run in runs if run.case.id == "sinks")
+    assert targets.make(function, "numpy").run(*run).gradients.keys() == {"query", "key", "value", "sinks"}

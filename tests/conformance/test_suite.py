@@ -81,6 +81,28 @@ def test_the_contract_met_is_said():
     assert {x.contract for x in report.results if x.dtype == "bfloat16" and x.quantity == "output"} == {"C3"}
 
 
+def test_what_flax_lacks_is_asked_of_those_that_declare_it():
+    assert not any(run.case.beyond for run in suite.runs("full"))
+    asked = {run.case.id: run.case.beyond for run in suite.runs("full", supports=["scale"]) if run.case.beyond}
+    assert "scale-0" in asked
+    assert set(asked.values()) == {frozenset({"scale"})}
+    with pytest.raises(ClaimError, match="did you mean 'soft cap'"):
+        parse({"supports": ["softcap"]})
+    assert parse({"supports": ["soft cap"]}).supports == {"soft cap"}
+
+
+def test_what_is_declared_to_be_supported_must_be_there():
+    def plain(query, key, value):
+        return attention(query, key, value)
+
+    supports = frozenset({"scale"})
+    runs = suite.runs("smoke", only=["scale"], supports=supports)[:1]
+    report = suite.certify_here(targets.make(plain, "numpy"), runs, claims=Claims(supports=supports), oracle=GOLDEN)
+    (failure,) = report.failures
+    assert failure.message == "takes no scale, which it is declared to support"
+    assert not report.diagnosis
+
+
 def test_claims():
     zero = Changed(lambda x: np.zeros_like(x))
     assert certify(zero, ["plain"], differs=(Difference("always zero", ("plain",)),)).conforms

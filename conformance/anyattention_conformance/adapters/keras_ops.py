@@ -19,11 +19,14 @@ def on(backend: str) -> Callable[..., Array]:
         raise ImportError(f"keras runs on {keras.config.backend()} in this process, not on {backend}")
     broadcast_to = importlib.import_module("jax.numpy" if backend == "jax" else backend).broadcast_to
 
-    def attention(query: Array, key: Array, value: Array, bias: Array = None, mask: Array = None) -> Array:
+    def attention(
+        query: Array, key: Array, value: Array, bias: Array = None, mask: Array = None, *, scale: float | None = None
+    ) -> Array:
         """Attention over ``[batch..., length, heads, depth]``."""
         batch = query.shape[:-3]
         bias, mask = (one_batch_of_logits(x, batch, broadcast_to) for x in (bias, mask))
-        output = keras.ops.dot_product_attention(*one_batch(query, key, value), bias=bias, mask=mask)
+        arrays = one_batch(query, key, value)  # its attn_logits_soft_cap is for TPUs alone, and refused elsewhere
+        output = keras.ops.dot_product_attention(*arrays, bias=bias, mask=mask, scale=scale)
         return batches(output, batch)
 
     return attention

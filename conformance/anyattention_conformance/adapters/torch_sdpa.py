@@ -9,7 +9,9 @@ from anyattention_conformance.adapters.layouts import adds_only, masks_only
 Array = Any
 
 
-def attention(query: Array, key: Array, value: Array, bias: Array = None, mask: Array = None) -> Array:
+def attention(
+    query: Array, key: Array, value: Array, bias: Array = None, mask: Array = None, *, scale: float | None = None
+) -> Array:
     """Attention over ``[batch..., length, heads, depth]``."""
     bias, mask = adds_only(bias), masks_only(mask)
     if bias is not None and mask is not None:
@@ -17,4 +19,6 @@ def attention(query: Array, key: Array, value: Array, bias: Array = None, mask: 
     else:
         attn_mask = bias if mask is None else mask
     query, key, value = (x.transpose(-2, -3) for x in (query, key, value))
-    return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask).transpose(-2, -3)
+    options = {"scale": scale, "enable_gqa": query.shape[-3] != key.shape[-3]}
+    output = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, **options)
+    return output.transpose(-2, -3)

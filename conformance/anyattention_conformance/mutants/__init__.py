@@ -3,7 +3,7 @@
 Each is right wherever its mistake has no part, so that it takes a case of its group to catch it.
 """
 
-from anyattention_conformance.mutants import dropout, logits, masks, rounding  # noqa: F401  they register
+from anyattention_conformance.mutants import beyond, dropout, logits, masks, rounding  # noqa: F401  they register
 from anyattention_conformance.mutants.register import REGISTERED, Mutant
 
 MUTANTS = tuple(REGISTERED)
