@@ -109,7 +109,7 @@ class TorchTiles(Tiles):
     def no_tiles(self, call: Call, by_rule: bool = False) -> str:
         if not (torch.compiler.is_compiling() or compat.is_traced()):
             return ""
-        if getattr(call.operands.mask, "calls", False):
+        if getattr(call.operands.mask, "functions", ()):
             return (
                 "in a trace it is one operator, which takes tensors but no function of masks.Rule: join other masks, "
                 "pass the array of to_array, or implementation='exact'"

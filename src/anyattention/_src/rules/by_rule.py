@@ -72,10 +72,13 @@ class ByRule:
         return found
 
     @property
-    def calls(self) -> bool:
-        """Whether a function of the caller's is part of it."""
-        values = [(field.name, getattr(self, field.name)) for field in fields(self)]
-        return any(name == "function" or (isinstance(x, ByRule) and x.calls) for name, x in values)
+    def functions(self) -> list[Callable[..., Any]]:
+        """The functions of the caller's that are part of it."""
+        found: list[Callable[..., Any]] = []
+        for field in fields(self):
+            x = getattr(self, field.name)
+            found += [x] if field.name == "function" else x.functions if isinstance(x, ByRule) else []
+        return found
 
     def with_arrays(
         self: Self, function: Callable[[Array], Array], dense: Callable[[Array], Array] | None = None
