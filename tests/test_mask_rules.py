@@ -1,11 +1,18 @@
 """Masks by a function of positions, against Flax with the dense mask that each denotes."""
 
+import functools
+import io
+
+import array_api_strict
 import jax
 import jax.numpy as jnp
+import ndonnx
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from flax import linen
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import anyattention as aa
 from anyattention._src.registry import backend_of
@@ -162,3 +169,91 @@ def test_integers_that_jax_has_not():
     with pytest.raises(TypeError, match=r"key_arrays\[0\] of Rule.* beyond 32 bits"):
         aa.dot_product_attention(jnp.asarray(QUERY), KEY, VALUE, mask=mask)
     aa.dot_product_attention(QUERY, KEY, VALUE, mask=mask)
+
+
+@pytest.mark.parametrize("how", ["a closure", "partial"])
+def test_a_function_that_holds_a_traced_array(how):
+    """Exact has it, tiled would not compile; None takes exact."""
+
+    @functools.partial(jax.jit, static_argnames="implementation")
+    def call(times, implementation=None):
+        def late(i, j, times=None):
+            return (held if times is None else times)[..., j] > 0.3
+
+        held = times if how == "a closure" else None
+        function = late if how == "a closure" else functools.partial(late, times=times)
+        arrays = map(jnp.asarray, (QUERY, KEY, VALUE))
+        return aa.dot_product_attention(*arrays, mask=Rule(function), implementation=implementation)
+
+    expected = linen.dot_product_attention(QUERY, KEY, VALUE, mask=KEY_TIMES[0] > 0.3)
+    np.testing.assert_allclose(call(KEY_TIMES[0]), expected, rtol=0, atol=2e-6)
+    with pytest.raises(NotImplementedError, match="holds an array that JAX traces: pass it as query_arrays"):
+        call(KEY_TIMES[0], implementation="tiled")
+
+
+# --- programs of PyTorch, other libraries, threads ---
+
+
+class Attend(torch.nn.Module):
+    def __init__(self, implementation):
+        super().__init__()
+        self.implementation = implementation
+
+    def forward(self, query, key, value, ti, tj):
+        mask = Rule(near, (ti,), (tj,)) & CausalMask(9)
+        return aa.dot_product_attention(query, key, value, mask=mask, implementation=self.implementation)
+
+
+PROGRAMS = {
+    "compile": lambda attend, arrays: torch.compile(attend, backend="eager"),
+    "export": lambda attend, arrays: torch.export.export(attend, arrays).module(),
+    "make_fx": lambda attend, arrays: make_fx(attend)(*arrays),
+}
+
+
+@pytest.mark.parametrize("make", PROGRAMS.values(), ids=PROGRAMS)
+def test_programs_of_pytorch_have_it_in_exact_alone(make):
+    arrays = tuple(torch.asarray(x) for x in (QUERY, KEY, VALUE, QUERY_TIMES, KEY_TIMES))
+    expected = linen.dot_product_attention(QUERY, KEY, VALUE, mask=NEAR & (ROW + 9 >= COLUMN))
+    for implementation in ("exact", None):
+        torch._dynamo.reset()
+        found = make(Attend(implementation), arrays)(*arrays)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6)
+    with pytest.raises(NotImplementedError, match=r"takes tensors but no function of masks.Rule: .* to_array, or impl"):
+        make(Attend("tiled"), arrays)(*arrays)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*legacy TorchScript:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*feature will be removed:DeprecationWarning")
+def test_onnx():
+    arrays = tuple(torch.asarray(x) for x in (QUERY, KEY, VALUE, QUERY_TIMES, KEY_TIMES))
+    file = io.BytesIO()
+    torch.onnx.export(Attend(None), arrays, file, dynamo=False)
+    session = onnxruntime.InferenceSession(file.getvalue())
+    names = [x.name for x in session.get_inputs()]
+    (found,) = session.run(None, {name: x.numpy() for name, x in zip(names, arrays, strict=True)})
+    expected = linen.dot_product_attention(QUERY, KEY, VALUE, mask=NEAR & (ROW + 9 >= COLUMN))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("xp", [array_api_strict, ndonnx], ids=["array_api_strict", "ndonnx"])
+def test_other_libraries(xp):
+    expected = linen.dot_product_attention(QUERY, KEY, VALUE, mask=NEAR & (ROW + 9 >= COLUMN))
+    query, key, value, ti, tj = map(xp.asarray, (QUERY, KEY, VALUE, QUERY_TIMES, KEY_TIMES))
+    for implementation in ("exact", "tiled") if xp is array_api_strict else ("exact",):
+        mask = Rule(near, (ti,), (tj,)) & CausalMask(xp.asarray(np.array([9, 9])))
+        found = aa.dot_product_attention(query, key, value, mask=mask, implementation=implementation)
+        found = found.unwrap_numpy() if xp is ndonnx else np.asarray(found)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6)
+
+
+def test_threads_of_numpy_call_it(monkeypatch):
+    """An error in one of them is the caller's."""
+    monkeypatch.setattr(type(backend_of(QUERY).tiles), "sizes", lambda self, block, ruled: (8, 8))
+    x = RANDOM.standard_normal((2, 256, 2, 8), dtype=np.float32)
+    mask = Rule(lambda i, j: i % 7 != j % 5)
+    found = aa.dot_product_attention(x, x, x, mask=mask, implementation="tiled")
+    dense = np.arange(256)[:, None] % 7 != np.arange(256) % 5
+    np.testing.assert_allclose(found, linen.dot_product_attention(x, x, x, mask=dense), rtol=0, atol=2e-6)
+    with pytest.raises(ZeroDivisionError):
+        aa.dot_product_attention(x, x, x, mask=Rule(lambda i, j: 1 // 0), implementation="tiled")

@@ -97,6 +97,8 @@ class JAXTiles(Tiles):
             found = [(name, axes_of(x, -3)) for name, x in zip(("query", "key"), call.operands[:2], strict=True)]
             sharded = [f"the length of {name} is sharded over {', '.join(axes)}" for name, axes in found if axes]
             return f"{' and '.join(sharded)}, and each device would compute all of it" if sharded else ""
+        if any(isinstance(x, jax.core.Tracer) for f in getattr(call.operands.mask, "functions", ()) for x in _held(f)):
+            return "a function of masks.Rule holds an array that JAX traces: pass it as query_arrays or key_arrays"
         if any(is_symbol(n) for n in call.lengths):
             return "lengths are symbols of jax.export, and tiles have fixed sizes"
         (key, dropout), heads = (call.operands.dropout_key, call.options.dropout), call.operands.query.shape[-2]
@@ -152,6 +154,12 @@ def _checked(forward: Function, tiling: Any, block: Block) -> Array:
 @_checked.defjvp  # type: ignore[untyped-decorator]
 def _(forward: Function, tiling: Any, primals: tuple[Block], tangents: tuple[Block]) -> Any:
     return jax.jvp(lambda block: _compiled(forward, tiling, block)[0], primals, tangents)
+
+
+def _held(function: Callable[..., Any]) -> list[Any]:
+    """What a function has from the function around it, or from `partial`."""
+    cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    return [*cells, *getattr(function, "args", ()), *getattr(function, "keywords", {}).values()]
 
 
 def _few(x: Array, y: Array) -> bool:

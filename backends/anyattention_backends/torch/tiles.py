@@ -133,7 +133,7 @@ class TorchTiles(Tiles):
         if not (torch.compiler.is_compiling() or compat.is_traced()):
             return ""
         for rules, rule in (("masks", call.operands.mask), ("biases", call.operands.bias)):
-            if getattr(rule, "calls", False):
+            if getattr(rule, "functions", ()):
                 return (
                     f"in a trace it is one operator, which takes tensors but no function of {rules}.Rule: join other "
                     f"{rules}, pass the array of to_array, or implementation='exact'"

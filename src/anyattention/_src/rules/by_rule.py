@@ -86,13 +86,14 @@ class ByRule:
         return found
 
     @property
-    def calls(self) -> bool:
-        """Whether a function of the caller's is part of it."""
-        if hasattr(self, "function"):
-            return True
-        values = [getattr(self, field.name) for field in fields(self)]
-        parts = [part for x in values for part in (x if isinstance(x, tuple) else (x,))]
-        return any(isinstance(x, ByRule) and x.calls for x in parts)
+    def functions(self) -> list[Callable[..., Any]]:
+        """The functions of the caller's that are part of it."""
+        found: list[Callable[..., Any]] = []
+        for field in fields(self):
+            x = getattr(self, field.name)
+            for part in x if isinstance(x, tuple) else (x,):
+                found += [part] if field.name == "function" else part.functions if isinstance(part, ByRule) else []
+        return found
 
     def with_arrays(
         self: Self, function: Callable[[Array], Array], dense: Callable[[Array], Array] | None = None

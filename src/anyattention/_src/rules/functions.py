@@ -25,8 +25,8 @@ class Rule(Mask):
             whose function and arrays are the same objects. JAX traces it anew if it is another object, as a lambda is
             that stands within a loop or a function that is called again.
         query_arrays: a tuple of arrays ``[batch..., q_length]``, of any dtype.
-        key_arrays: a tuple of arrays ``[batch..., kv_length]``. Pass arrays here that JAX traces; a function may not
-            have them from elsewhere.
+        key_arrays: a tuple of arrays ``[batch..., kv_length]``. Arrays that JAX traces or `vmap` maps have to come this
+            way: tiled refuses a function that has them from elsewhere.
 
     Raises:
         TypeError: no function, or no tuples of arrays; in a call, a function that returns no array.
