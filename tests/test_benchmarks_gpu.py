@@ -270,7 +270,7 @@ def test_cases_by_rule(gpu, name):
     tasks = [x for x in correctness.tasks(name, quick=False) if isinstance(x.case, correctness.rules.Ruled)]
     device = correctness.make("torch", pretend=True)
     found = {f"{x.case.id} {x.dtype}": correctness.verdict(judge, x, device.run(*x)) for x in tasks}
-    assert len(found) == len(correctness.rules.CASES) + (12 if name == "sdpa" else 0)
+    assert len(found) == len(correctness.rules.CASES) + (14 if name == "sdpa" else 0)
     assert {run: x for run, x in found.items() if x["verdict"] not in ("conforms", "refused")} == {}
     conforming = {run.split()[0] for run, x in found.items() if x["verdict"] == "conforms"}
     if name == "tiled":

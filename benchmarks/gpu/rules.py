@@ -1,6 +1,6 @@
 """Calls as they are in use, which the kit lacks: masks by rule, queries that see nothing, biases that stand for masks.
 
-Of lengths that kernels divide into several tiles.
+Of lengths that kernels divide into several tiles; and dropout, of depths that FlexAttention takes.
 """
 
 from collections.abc import Callable
@@ -88,6 +88,9 @@ def _cases() -> tuple[Ruled, ...]:
         *(Ruled(f"rule-{name}", "rules", **common, rule=name) for name in MASKS),
         Ruled("rule-causal-bias", "rules", **common, **rows, rule="causal"),
         Ruled("rule-lengths-bias", "rules", **common, **keys, rule="lengths"),
+        Ruled("rule-causal-dropout", "dropout", **common, dropout=0.1, rule="causal"),
+        Ruled("rule-lengths-dropout", "dropout", **common, dropout=0.5, rule="lengths-of-both"),
+        Ruled("dropout-heads", "dropout", **common, dropout=0.1, broadcast_dropout=False),
         Ruled("low-bias", "low biases", **low, edits=(PADDING,)),
         Ruled("low-bias-rows", "low biases", **low, edits=(PADDING, PADDED_ROWS)),
         Ruled("low-bias-lengths", "low biases", **low, edits=(PADDING, PADDED_ROWS), rule="lengths"),
@@ -102,6 +105,7 @@ IN_ALL_DTYPES = (
     "rule-lengths",
     "rule-segments",
     "rule-causal-bias",
+    "rule-lengths-dropout",
     "low-bias-rows",
     "low-bias-lengths",
 )

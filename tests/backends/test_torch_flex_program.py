@@ -183,6 +183,16 @@ def test_hidden_nan(on_cpu):
         assert output[1].isnan().all()
 
 
+def test_values_of_fully_masked_rows_have_a_gradient_of_16_bits(on_cpu):
+    """Each row has the mean of what is kept: in a closed form, within four roundings of the largest."""
+    query, key, value, doutput = (draw(seed, 1, 128, 1, 16).bfloat16().requires_grad_() for seed in range(4))
+    output = fused(query, key, value, mask=LengthMask(torch.tensor([0])), **DROPOUT)
+    (dvalue,) = torch.autograd.grad(output, value, doutput)
+    keep = torch.as_tensor(np.array(aa.random.bernoulli(DROPOUT["dropout_rng"], 0.5, (128, 128))), dtype=torch.float64)
+    right = torch.einsum("qk,bqhd->bkhd", keep / 64, doutput.double())
+    torch.testing.assert_close(dvalue.double(), right, rtol=0, atol=2.0**-6 * right.abs().max().item())
+
+
 # --- keep bits ---
 
 

@@ -141,7 +141,7 @@ def _with_dropout(x: Given, query: Tensor, key: Tensor, value: Tensor) -> Tensor
         share = share * (beside if seen is None else torch.where(seen, beside, x.share))
     output = output.float() * share + zeros[..., :1]  # without which PyTorch cannot compile the gradient (2.11, 2.13)
     if x.keys is not None and seen is not None:  # NaN and infinity in values that no query sees are in the mean
-        spoiled = (x.value.reshape(-1, *x.value.shape[-3:]).transpose(1, 2) - value).sum(dim=2, keepdim=True)
+        spoiled = (x.value.reshape(-1, *x.value.shape[-3:]).transpose(1, 2) - value).detach().sum(dim=2, keepdim=True)
         spoiled = spoiled.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
         output = torch.where(seen, output, output + spoiled)
     return output.to(value.dtype)
