@@ -643,6 +643,24 @@ def test_compiled():
     assert_alike(computed(made, "anyattention", inputs | {"use_cache": False}, seen, program), expected)
 
 
+def test_compiled_dropout():
+    """The generator draws the same keys in a program, and the program drops what it does outside of one."""
+    made, (ids, *_) = model("Llama", num_hidden_layers=1, attention_dropout=0.3), given("Llama", 24, False).values()
+    made.set_attn_implementation("anyattention")
+    program = torch.compile(made.train(), backend="aot_eager", fullgraph=True)
+
+    def output(function, seed):
+        torch.manual_seed(seed)
+        return function(ids, use_cache=False).logits
+
+    try:
+        expected = output(made, 0)
+        torch.testing.assert_close(output(program, 0), expected, atol=1e-5, rtol=0)
+        assert not torch.allclose(output(program, 1), expected, atol=1e-2)
+    finally:
+        made.eval()
+
+
 # --- names and versions ---
 
 
