@@ -38,6 +38,11 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def clock() -> float:
+    """Seconds; on one core those of this process, which others on the machine hardly change."""
+    return time.process_time() if cores() == 1 else time.perf_counter()
+
+
 def inputs(case: Case) -> tuple[list[np.ndarray], np.ndarray]:
     """Query, key and value in float32, and how many keys each batch entry has."""
     random = np.random.default_rng(0)
@@ -206,7 +211,6 @@ def measure(case: Case, framework: str, what: str) -> dict[str, Any]:
         eps = 2.0**-7 if case.dtype == "bfloat16" else 2.0**-23
         if not figures["error"] <= 32 * eps * np.abs(expected).max():
             return figures | {"wrong": True}
-    clock = time.process_time if cores() == 1 else time.perf_counter  # on one core, that of the process
     times: list[float] = []
     while not times or (sum(times) < SECONDS and len(times) < 200):
         start = clock()

@@ -15,6 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 CPU_RUN = ROOT / "benchmarks" / "results" / "2026-11-24.json"
+MODELS_RUN = ROOT / "benchmarks" / "results" / "2026-11-27.json"
 GPU_RUNS = sorted((ROOT / "benchmarks" / "results").glob("gpu-*.json"))  # by date
 NAMES = {"numpy": "NumPy", "jax": "JAX", "torch": "PyTorch", "mlx": "MLX", "ndonnx": "ndonnx"}
 TABLES: dict[str, Callable[[], str]] = {}
@@ -193,6 +194,17 @@ def speed_on_cpu() -> Rows:
 def memory_on_cpu() -> Rows:
     """Peak memory of the committed run on CPU, in MiB."""
     yield from _on_cpu(lambda figures: f"{figures['peak_mib']:,.0f}" if "seconds" in figures else "–")
+
+
+@table
+def speed_of_models() -> Rows:
+    """Milliseconds and MiB of the attention of today's models, beside Transformers' own."""
+    names = [name for name in CONTESTANTS if name.startswith("anyattention")] + ["Transformers eager"]
+    titles = [CONTESTANTS.get(name, "`eager`") for name in names]
+    yield "model, length", *titles, *(f"{title}, MiB" for title in titles[-2:])
+    for case, results in json.loads(MODELS_RUN.read_text())["results"].items():
+        found = [results[name] for name in names]
+        yield case, *map(_milliseconds, found), *(f"{figures['peak_mib']:,.0f}" for figures in found[-2:])
 
 
 def _on_gpu(only: str) -> Rows:

@@ -413,3 +413,23 @@ def test_a_traced_scale_is_refused():
     q, k, v = arrays()
     with pytest.raises(TypeError, match="scale must be a number, known when the call is made"):
         jax.jit(lambda s: aa.dot_product_attention(jnp.asarray(q), k, v, scale=s))(0.5)
+
+
+def test_keys_that_an_array_hides_are_not_computed(monkeypatch):
+    """Of a window whose offset is an array, the logits of less than a third of all pairs."""
+    from anyattention_backends.torch.tiles import TorchTiles
+
+    pairs, logits = [], TorchTiles.logits
+
+    def counted(self, query, key, *rest):
+        pairs.append(query.shape[-2] * key.shape[-2])
+        return logits(self, query, key, *rest)
+
+    monkeypatch.setattr(TorchTiles, "logits", counted)
+    q, k, v = (torch.asarray(draw(i, (1, 2048, 1, 8))) for i in range(3))
+    found = {}
+    for name, offset in (("integer", 0), ("array", torch.zeros(1, dtype=torch.int32))):
+        mask = LocalMask(64, 0, offset)
+        found[name] = aa.dot_product_attention(q, k, v, mask=mask, implementation="tiled")
+    torch.testing.assert_close(found["array"], found["integer"])
+    assert sum(pairs) < 2 * 2048**2 / 3
