@@ -55,7 +55,8 @@ def dot_product_attention(
         query: ``[batch..., q_length, num_heads, depth]``; any number of batch axes, none included.
         key: ``[batch..., kv_length, num_heads, depth]``. The query may have a multiple of its heads.
         value: ``[batch..., kv_length, num_heads, v_depth]``.
-        bias: added to the logits; broadcastable with ``[batch..., num_heads, q_length, kv_length]``.
+        bias: added to the logits; an array broadcastable with ``[batch..., num_heads, q_length, kv_length]``, or by
+            rule, see `biases`.
         mask: truthy where a query may see a key, of any dtype; broadcastable like `bias`. A query that may see
             none gets the mean of all values.
         broadcast_dropout: one dropout mask for all batches and heads.
@@ -208,7 +209,9 @@ def dot_product_attention_vjp(
     Returns:
         The output, and the pullback: a function from the gradient of a loss by the output to its gradients by query,
         key, value and bias, and with sinks by these. Each has the shape and dtype of what it belongs to, those of
-        integers the compute dtype. That of the bias is None where the bias is None or a Python scalar.
+        integers the compute dtype. That of the bias is None where the bias is None or a Python scalar; of a bias by
+        rule it is a tuple of those of its arrays, as ``bias.arrays()`` has them, with None for what the library does
+        not differentiate.
 
     Raises:
         NotImplementedError: a call that tiled cannot serve, such as one of a complex dtype.
