@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import anyattention as aa
+from anyattention.biases import Alibi
 from anyattention.masks import LengthMask
 
 pytestmark = [  # PyTorch's own
@@ -152,11 +153,11 @@ def ours(library, dtype, words):
     *given, doutput = arrays(dtype)
     names = [name for name in ("sinks", "bias") if name in words]
     given = [*given, *(rounded(words[name], dtype) for name in names)]
-    options = {key: x for key, x in words.items() if key not in (*names, "lengths", "learned")}
+    options = {key: x for key, x in words.items() if key not in (*names, "lengths", "learned", "rule")}
 
     def call(put, *x):
         mask = LengthMask(put(words["lengths"])) if "lengths" in words else None
-        more = dict(zip(names, x[3:], strict=True))
+        more = dict(zip(names, x[3:], strict=True)) | ({"bias": words["rule"]} if "rule" in words else {})
         return aa.dot_product_attention(*x[:3], mask=mask, implementation="fused", **more, **options)
 
     if library == "jax":
@@ -200,10 +201,22 @@ def test_right_or_refused(engine, library, dtype, word):
     assert len(found) == len(right) - (library == "torch" and word == "a bias")
 
 
+@pytest.mark.parametrize(
+    ("library", "engine", "dtype"),
+    [(home, name, dtype) for name, (home, dtype) in ENGINES.items()],
+    indirect=["engine"],
+)
+def test_a_bias_by_rule_is_refused(engine, library, dtype):
+    with pytest.raises(NotImplementedError, match=f"{engine}: .*it has no bias by rule"):
+        ours(library, dtype, {"rule": Alibi(draw(1, HEADS))})
+
+
 def test_every_engine_is_here():
+    """But for that of ONNX, which has no gradients, and tests of its own."""
     from anyattention._src import registry
 
-    assert set(ENGINES) == set(registry.ENGINES) == set(REFUSED)
+    assert {*ENGINES, "onnx"} == set(registry.ENGINES)
+    assert set(ENGINES) == set(REFUSED)
 
 
 @pytest.mark.parametrize("word", WORDS)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import anyattention as aa
+from anyattention.biases import Alibi, Relative, Rule
 from anyattention.extend import Tiles
 from anyattention_conformance import FORMS, flax_answer, flax_attention, truth, within_c2, within_c3
 
@@ -176,3 +177,29 @@ def test_a_pullback_keeps_what_it_needs():
         seen.append(pullback(array_api_strict.asarray(X)))
     for actual, expected in zip(*seen, strict=True):
         np.testing.assert_array_equal(np.asarray(actual), np.asarray(expected))
+
+
+@pytest.mark.parametrize("implementation", ["exact", "tiled"])
+def test_biases_by_rule(xp, implementation, monkeypatch):
+    """As NumPy has them, which are held to float64, in tiles of other sizes."""
+    random = np.random.default_rng(0)
+    q, k, v = (random.standard_normal((2, n, 4, 8), dtype=np.float32) for n in (7, 11, 11))
+    slopes, table = np.float32([0.5, 0.2, -0.1, 0.0]), random.standard_normal((8, 4), dtype=np.float32)
+    times = random.standard_normal((2, 11), dtype=np.float32)
+
+    def bias(put):
+        rule = Rule(lambda i, j, t: 0.1 * t, key_arrays=(put(times),))
+        return Alibi(put(slopes), offset=put(np.array([2, 5]))) + Relative(put(table), max_distance=8) + rule
+
+    right, pullback = aa.dot_product_attention_vjp(q, k, v, bias=bias(np.asarray))
+    *_, gradients = pullback(right)
+    monkeypatch.setattr(Tiles, "sizes", lambda self, block, ruled: (2, 3))
+    arrays = [put(xp, x) for x in (q, k, v)]
+    found = aa.dot_product_attention(*arrays, bias=bias(lambda x: put(xp, x)), implementation=implementation)
+    np.testing.assert_allclose(np.asarray(found), right, atol=2e-6)
+    if implementation == "tiled":
+        output, pullback = aa.dot_product_attention_vjp(*arrays, bias=bias(lambda x: put(xp, x)))
+        for ours, theirs in zip(pullback(output)[3], gradients, strict=True):
+            assert (ours is None) == (theirs is None)
+            if ours is not None:
+                np.testing.assert_allclose(np.asarray(ours), theirs, atol=2e-5)

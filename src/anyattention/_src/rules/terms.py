@@ -125,10 +125,10 @@ def _basis(arrays: Arrays, term: Term, operands: Many, dtype: str) -> Array:
     bidirectional, thresholds = how
     ends = xp.asarray(thresholds, dtype=xp.int32, **arrays.beside(rows))[:, None]
     size = xp.abs(distances) if bidirectional else -distances
-    buckets = xp.sum(xp.astype(size >= ends, xp.int32), axis=-2, keepdims=True, dtype=xp.int32)
+    buckets = xp.sum(arrays.cast(size >= ends, "int32"), axis=-2, keepdims=True)
     one_way = len(thresholds) + 1
     if bidirectional:
-        buckets = buckets + xp.where(distances > 0, one_way, 0)
+        buckets = buckets + arrays.cast(distances > 0, "int32") * one_way
     all_buckets = xp.arange(one_way * (2 if bidirectional else 1), dtype=xp.int32, **arrays.beside(rows))
     return buckets == all_buckets[:, None]
 
