@@ -19,6 +19,7 @@ from anyattention_backends.jax.placement import axes_of, gathered, placed_as, wh
 
 class JAXTiles(Tiles):
     most_groups = 8  # each is a piece of program to compile
+    fuses = True
 
     def sizes(self, block: Block, ruled: bool) -> Sizes:
         """XLA does best with a whole row of keys, while it fits."""

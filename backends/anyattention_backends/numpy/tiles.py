@@ -75,6 +75,15 @@ class NumPyTiles(Tiles):
         np.multiply(tanh, tanh, out=tanh)
         return np.multiply(x, np.subtract(1.0, tanh, out=tanh), out=tanh)
 
+    def plus(self, x: Array, y: Array) -> Array:
+        larger = np.broadcast_shapes(x.shape, y.shape) != x.shape
+        return x + y if larger else np.add(x, y, out=x)
+
+    def along_diagonals(self, values: Array, rows: int, columns: int) -> Array:
+        """A view: to copy takes as long as to add."""
+        windows = np.lib.stride_tricks.sliding_window_view(values[..., 0, :], columns, axis=-1)
+        return windows[..., ::-1, :]
+
     def fill(self, x: Array, visible: Array, value: float) -> Array:
         np.copyto(x, value, where=~visible)
         return x

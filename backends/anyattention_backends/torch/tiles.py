@@ -119,6 +119,12 @@ class TorchTiles(Tiles):
             return super().uncap(x, tanh)
         return torch.addcmul(x, x, tanh.square_(), value=-1, out=tanh)
 
+    def plus(self, x: Array, y: Array) -> Array:
+        """In place where possible, unless the bias enlarges it."""
+        if not _is_plain(x, y) or torch.broadcast_shapes(x.shape, y.shape) != x.shape:
+            return x + y
+        return x.add_(y)
+
     def fill(self, x: Array, visible: Array, value: float) -> Array:
         """In place where possible, unless the mask enlarges it."""
         if not _is_plain(x, visible) or torch.broadcast_shapes(x.shape, visible.shape) != x.shape:
@@ -153,6 +159,8 @@ class TorchTiles(Tiles):
             return forward(tiling, block)
         if compat.is_traced():  # which has no Function in it, nor torch.func an operator's derivative
             return forward(tiling, block) if compat.differentiates() else operators.tiled(tiling, block)
+        if not compat.is_transformed():  # a bias that is fixed needs no gradient
+            tiling = tiling._replace(of_bias=any(x.requires_grad for x in (*block.pairs.bias, *block.parameters)))
         numbers = iter(range(len(arrays)))
         structure = tree_map(lambda _: next(numbers), block)
         return _Tiled.apply(How(forward, backward, tiling, structure), *arrays)
@@ -207,9 +215,9 @@ class How(NamedTuple):
         """The numbers of query, key, value and, if there are any, of those of the bias and of the sinks."""
         structure, axes = self.structure, self.tiling.bias_axes
         bias = [index for index, has in zip(structure.pairs.bias, axes, strict=True) if has is not None]
-        parameters = [index for index in structure.parameters if arrays[index].is_floating_point()]
+        bias += [index for index in structure.parameters if arrays[index].is_floating_point()]
         sinks = [] if structure.pairs.sinks is None else [structure.pairs.sinks]
-        return [structure.rows[0], *structure.columns, *bias, *parameters, *sinks]
+        return [structure.rows[0], *structure.columns, *(bias if self.tiling.of_bias else []), *sinks]
 
     def gradients(self, results: Sequence[Array], given: Sequence[Array]) -> list[Array]:
         """Of those, from that of the output, of a partial that of the total, and the arrays; no autocast counts."""

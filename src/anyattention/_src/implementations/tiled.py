@@ -89,6 +89,8 @@ def prepare(call: Call) -> tuple[Tiling, Block]:
         sinks = arrays.cast(sinks, wide)
     lengths, to, by, mask = call.lengths, call.lowering(), call.lowering(1 if group is None else 2), as_mask(mask)
     expression = None if mask is None else mask.lower(to)
+    if arrays.inspects(query) and origin is None:
+        by.reach = _reach(call)
     terms = () if bias is None else bias.terms(by)
     guests = (*to.operands, *by.operands, *by.parameters, *([] if sinks is None else [sinks]))
     rank = max(x.ndim for x in (query, *guests)) + (group is not None)
@@ -110,6 +112,13 @@ def prepare(call: Call) -> tuple[Tiling, Block]:
     block = Block((q,), (k, v), pairs, parameters, shown=shown)
     ruled = mask if origin is None and options.dropout is None and call.backend.tiles.most_groups else None
     return tiling(call.backend, options, wide, expression, terms, block, ruled), block
+
+
+def _reach(call: Call) -> tuple[int, int]:
+    """Between which numbers ``j - i`` is for keys j that some query i may see, by the lengths and the mask's band."""
+    (rows, columns), mask = call.lengths, call.structure
+    first = 1 - rows if mask.left is None else max(1 - rows, -mask.left)
+    return first, columns - 1 if mask.right is None else min(columns - 1, mask.right)
 
 
 def _shown(call: Call, key: Array, value: Array, group: int | None) -> Array | None:

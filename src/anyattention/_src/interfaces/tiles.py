@@ -18,6 +18,8 @@ class TileSteps:
 
     power_unit = 1.0
     """What exponents are multiplied by before `power`."""
+    fuses = False
+    """Whether steps by element become one with their neighbours, so that they take no pass over memory."""
 
     def __init__(self, arrays: Arrays) -> None:
         self.arrays, self.xp = arrays, arrays.xp
@@ -73,6 +75,22 @@ class TileSteps:
     def uncap(self, x: Array, tanh: Array) -> Array:
         """``x * (1 - tanh ** 2)``, the gradient of a cap; may overwrite `tanh`."""
         return x * (1.0 - tanh * tanh)
+
+    def plus(self, x: Array, y: Array) -> Array:
+        """``x + y``; may overwrite `x`, of logits."""
+        return x + y
+
+    def along_diagonals(self, values: Array, rows: int, columns: int) -> Array:
+        """``[..., rows, columns]`` with ``values[..., 0, column - row + rows - 1]``, of ``rows + columns - 1`` values.
+
+        It may be a view, in which numbers share their memory.
+        """
+        if rows == 1:
+            return values
+        lead, size, reshape = values.shape[:-2], rows + columns - 1, self.xp.reshape
+        flat = reshape(self.xp.broadcast_to(values, (*lead, rows, size)), (*lead, rows * size))
+        # In rows of a size less by one, each row moves on by one.
+        return reshape(flat[..., rows - 1 : rows * size - 1], (*lead, rows, size - 1))[..., :columns]
 
     def fill(self, x: Array, visible: Array, value: float) -> Array:
         """`x` where visible, else the value; may overwrite `x`."""

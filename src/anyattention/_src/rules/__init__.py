@@ -15,7 +15,7 @@ from anyattention._src.rules.masks import (
     conjunction,
     is_band,
 )
-from anyattention._src.rules.terms import Term, added, differentiable, gradients
+from anyattention._src.rules.terms import Term, added, bound, differentiable, gradients
 
 __all__ = [
     "Alibi",
@@ -37,6 +37,7 @@ __all__ = [
     "added",
     "as_bias",
     "as_mask",
+    "bound",
     "conjunction",
     "differentiable",
     "gradients",

@@ -102,7 +102,10 @@ class Alibi(Bias):
     def terms(self, to: Lowering) -> tuple[Term, ...]:
         slopes = to.parameter(self, "slopes", "[num_heads]")
         rows, columns = to.position(-2, 0, self), to.position(-1)
-        return (("alibi", rows, columns, slopes, self.symmetric),)
+        reach = to.reach
+        if reach is not None:
+            reach = (reach[0] - self.offset, reach[1] - self.offset) if isinstance(self.offset, int) else None
+        return (("alibi", rows, columns, slopes, self.symmetric, reach),)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -108,6 +108,8 @@ class Lowering:
     ) -> None:
         self.arrays, self.batch, self.lengths, self.like, self.key = arrays, batch, lengths, like, key
         self.origin, self.heads, self.head_axes = origin or (0, 0), heads, head_axes
+        #: Between which numbers ``j - i`` is for all keys j that some query i may see; None where that is not known.
+        self.reach: tuple[int, int] | None = None
         self.operands: list[Array] = []
         self.parameters: list[Array] = []
         #: Of each array of the rule, in order, what it has become, ("operands" or "parameters", number); None of

@@ -1,6 +1,7 @@
 """What biases by rule are to a tile: terms that are added to its logits, and the gradients of what they are made of.
 
-A bias of distances has one value for each diagonal of a tile, so that a tile takes ``rows + columns - 1`` of them.
+A bias of distances has one value for each diagonal of a tile, so that a tile takes ``rows + columns - 1`` of them, see
+`Tiles.along_diagonals`.
 """
 
 from collections.abc import Sequence
@@ -15,32 +16,61 @@ from anyattention._src.rules.lowering import called
 
 Array = Any
 # A name, and numbers of operands and parameters, or what is static: ("array", operand),
-# ("alibi", rows, columns, slopes, symmetric), ("relative", rows, columns, table, bidirectional, thresholds),
+# ("alibi", rows, columns, slopes, symmetric, range of distances),
+# ("relative", rows, columns, table, bidirectional, thresholds),
 # ("rule", function, rows, columns, operands, heads, axes of heads).
 Term = tuple[Any, ...]
 Many = Sequence[Array]
 
 
-def added(backend: Backend, terms: Sequence[Term], operands: Many, parameters: Many, dtype: str) -> Array:
-    """What is added to the logits of a tile, in this dtype, broadcastable to them.
+def added(
+    backend: Backend, terms: Sequence[Term], operands: Many, parameters: Many, dtype: str, unit: float = 1.0
+) -> Array:
+    """What is added to the logits of a tile, in this dtype and unit, broadcastable to them.
 
     Operands are those of the tile, ``[lead..., rows or 1, columns or 1]``; parameters have the lead axes alone, slopes
     as ``[lead..., 1, 1]``, and tables as ``[lead..., num_buckets, 1]``.
     """
-    cast = backend.arrays.cast
+    cast, xp = backend.arrays.cast, backend.xp
 
     def term_of(term: Term) -> Array:
         name, *numbers = term
         if name == "array":
-            return cast(operands[numbers[0]], dtype)
+            x = cast(operands[numbers[0]], dtype)
+            return x if unit == 1.0 else x * unit
         if name == "rule":
-            return _of_function(backend, term, operands, dtype)
-        rows, columns, parameter, *_ = numbers
-        basis = _basis(backend.arrays, term, operands, dtype)
-        values = _times(backend.xp, name, basis, cast(parameters[parameter], dtype))
-        return along_diagonals(backend.xp, values, operands[rows].shape[-2], operands[columns].shape[-1])
+            x = _of_function(backend, term, operands, dtype)
+            return x if unit == 1.0 else x * unit
+        rows, columns = operands[numbers[0]], operands[numbers[1]]
+        parameter = cast(parameters[numbers[2]], dtype)
+        parameter = parameter if unit == 1.0 else parameter * unit
+        if name == "alibi" and backend.tiles.fuses:
+            return _signed(xp, columns - rows, numbers[3], dtype, cast) * parameter
+        values = _times(xp, name, _basis(backend.arrays, term, operands, dtype), parameter)
+        return backend.tiles.along_diagonals(values, rows.shape[-2], columns.shape[-1])
 
     return reduce(add, map(term_of, terms))
+
+
+def bound(backend: Backend, terms: Sequence[Term], operands: Many, parameters: Many) -> Array | None:
+    """What no bias that is visible exceeds, ``[lead..., 1, 1]``; None where it would take as long as the logits."""
+    xp, found = backend.xp, None
+    for term in terms:
+        if term[0] == "array":
+            x = operands[term[1]]
+            if 1 not in x.shape[-2:]:
+                return None
+            most = xp.max(xp.abs(x), axis=(-2, -1), keepdims=True)
+        elif term[0] == "relative":
+            most = xp.max(xp.abs(parameters[term[3]]), axis=(-2, -1), keepdims=True)
+        elif term[0] == "alibi" and term[-1] is not None:
+            slopes, (symmetric, (first, last)) = parameters[term[3]], term[4:]
+            ends = (-max(-first, last), 0) if symmetric else (first, last)
+            most = xp.maximum(slopes * ends[0], slopes * ends[1])
+        else:
+            return None
+        found = most if found is None else found + most
+    return found
 
 
 def gradients(
@@ -88,15 +118,6 @@ def thresholds(buckets: int, max_distance: int) -> tuple[int, ...]:
 vars(thresholds)["_dynamo_marked_constant"] = True  # numbers beyond 64 bits, which torch.compile does not take
 
 
-def along_diagonals(xp: Any, values: Array, rows: int, columns: int) -> Array:
-    """``[..., rows, columns]`` with ``values[..., 0, column - row + rows - 1]``, of ``rows + columns - 1`` values."""
-    if rows == 1:
-        return values
-    lead, size = values.shape[:-2], rows + columns - 1  # in rows of this size less one each row moves on by one
-    flat = xp.reshape(xp.broadcast_to(values, (*lead, rows, size)), (*lead, rows * size))
-    return xp.reshape(flat[..., rows - 1 : rows * size - 1], (*lead, rows, size - 1))[..., :columns]
-
-
 def sums_of_diagonals(xp: Any, x: Array) -> Array:
     """``[..., 1, rows + columns - 1]``: what `along_diagonals` takes apart, summed."""
     *lead, rows, columns = x.shape
@@ -120,8 +141,7 @@ def _basis(arrays: Arrays, term: Term, operands: Many, dtype: str) -> Array:
     count = xp.arange(rows.shape[-2] + columns.shape[-1] - 1, dtype=xp.int32, **arrays.beside(rows))
     distances = columns[..., :1] - rows[..., -1:, :] + count
     if name == "alibi":
-        (symmetric,) = how
-        return arrays.cast(-xp.abs(distances) if symmetric else distances, dtype)
+        return _signed(xp, distances, how[0], dtype, arrays.cast)
     bidirectional, thresholds = how
     ends = xp.asarray(thresholds, dtype=xp.int32, **arrays.beside(rows))[:, None]
     size = xp.abs(distances) if bidirectional else -distances
@@ -131,6 +151,11 @@ def _basis(arrays: Arrays, term: Term, operands: Many, dtype: str) -> Array:
         buckets = buckets + arrays.cast(distances > 0, "int32") * one_way
     all_buckets = xp.arange(one_way * (2 if bidirectional else 1), dtype=xp.int32, **arrays.beside(rows))
     return buckets == all_buckets[:, None]
+
+
+def _signed(xp: Any, distances: Array, symmetric: bool, dtype: str, cast: Any) -> Array:
+    """What a slope is multiplied by."""
+    return cast(-xp.abs(distances) if symmetric else distances, dtype)
 
 
 def _times(xp: Any, name: str, basis: Array, parameter: Array) -> Array:

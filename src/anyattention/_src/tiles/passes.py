@@ -23,13 +23,14 @@ from anyattention._src.blocks import Block, Group, Sizes, cut_columns, everythin
 from anyattention._src.call import Options
 from anyattention._src.hidden import unspoiled
 from anyattention._src.interfaces import Backend
-from anyattention._src.rules import Expression, Mask, Term, added, differentiable, gradients, visible
+from anyattention._src.rules import Expression, Mask, Term, added, bound, differentiable, gradients, visible
 from anyattention._src.tiles.partials import Partial, finish, finish_some, finite, merge, of_hidden, of_sinks
 
 Array = Any
 # Of query, key, value, the operands and the parameters of the bias, and sinks.
 Gradients = tuple[Array, Array, Array, tuple[Array | None, ...], tuple[Array | None, ...], Array | None]
 BOUND = 20.0  # exp(20) is 5e8: sums over any length, times values, stay in the range of float32
+LEAST = 1e-30  # of a total: what is lost of it below the range of float32, 1e-38, does not count
 
 
 class Tiling(NamedTuple):
@@ -49,6 +50,7 @@ class Tiling(NamedTuple):
     # Shortcuts, which are right where every row sees a key: see `_sound`.
     skip: bool  # leave out what is hidden
     bounded: bool = False  # take exp of logits as they are
+    of_bias: bool = True  # backward: whether the bias has a gradient
 
     @property
     def keep_prob(self) -> Any:
@@ -188,8 +190,8 @@ def tile_logits(tiling: Tiling, tile: Block, visible: Array | None, forward: boo
         logits = logits if cap * tiling.unit == 1.0 else logits / (cap * tiling.unit)
         logits, tanh = tiles.cap(logits, cap * unit, not forward)
     if tiling.terms:
-        bias = added(tiling.backend, tiling.terms, tile.pairs.bias, tile.parameters, tiling.dtype)
-        logits = logits + (bias * unit if tiling.bounded else bias)
+        bias = added(tiling.backend, tiling.terms, tile.pairs.bias, tile.parameters, tiling.dtype, unit)
+        logits = tiles.plus(logits, bias)
     masked = visible is not None and not tiling.bounded
     logits = tiles.fill(logits, visible, tiling.fill) if masked else logits
     if tiling.bounded or not forward:
@@ -220,7 +222,7 @@ def _sound(tiling: Tiling, state: Partial) -> bool:
     """Whether the shortcuts that were taken were right for all rows."""
     if tiling.bounded:
         xp = tiling.backend.xp
-        return tiling.backend.arrays.surely((state.total > 0.0) & xp.isfinite(state.output), True)
+        return tiling.backend.arrays.surely((state.total > LEAST) & xp.isfinite(state.output), True)
     return _sees(tiling, state.base)
 
 
@@ -232,20 +234,15 @@ def _sees(tiling: Tiling, base: Array) -> bool:
 def with_bounds(tiling: Tiling, block: Block) -> Block:
     """The block with what bounds its logits by Cauchy and Schwarz, if values can be looked at.
 
-    Norms of queries, ``[lead..., rows, 1]``; of keys the largest, of a bias the largest size, and of values beside a
-    mask the sum of norms, which says whether all are finite: ``[lead..., 1, 1]``. A bias by rule, or with rows and
-    columns, is not looked at.
+    Norms of queries, ``[lead..., rows, 1]``; of keys the largest, what no bias exceeds, and of values beside a mask the
+    sum of norms, which says whether all are finite: ``[lead..., 1, 1]``.
     """
     (query, *_), (key, value), xp, norms = *block[:2], tiling.backend.xp, tiling.backend.tiles.norms
     if not tiling.backend.arrays.inspects(query):
         return block
     rows, columns = (norms(x)[..., None] for x in (query, key))
     columns = xp.max(columns, axis=-2, keepdims=True)
-    size = None
-    if all(term[0] == "array" for term in tiling.terms) and (True, True) not in tiling.bias_axes:
-        for x in block.pairs.bias:
-            largest = xp.max(xp.abs(x), axis=(-2, -1), keepdims=True)
-            size = largest if size is None else size + largest
+    size = bound(tiling.backend, tiling.terms, block.pairs.bias, block.parameters)
     values = None if tiling.expression is None else xp.sum(norms(value), axis=-1)[..., None, None]
     return block._replace(pairs=block.pairs._replace(bounds=(rows, columns, size, values)))
 
@@ -281,7 +278,8 @@ def backward(
     """
     backend, sinks = tiling.backend, block.pairs.sinks
     bias = _those(tiling, block.pairs.bias, lambda axes: True)
-    parameters = tuple([x if "float" in backend.arrays.dtype_name(x) else None for x in block.parameters])
+    real = [tiling.of_bias and "float" in backend.arrays.dtype_name(x) for x in block.parameters]
+    parameters = tuple([x if has else None for x, has in zip(block.parameters, real, strict=True)])
     wanted = (block.rows[0], *block.columns, bias, parameters, sinks)
     if block.empty:
         return tree_map(backend.xp.zeros_like, wanted)
@@ -289,7 +287,7 @@ def backward(
     pairs = block.pairs._replace(statistics=(base, total, dtotal))
     whole = block._replace(rows=(block.rows[0], doutput, output), pairs=pairs)
     by_row, summed = (_those(tiling, bias, lambda axes, rows=rows: axes[0] is rows) for rows in (True, False))
-    like = (block.rows[0], by_row, sinks), (*block.columns, summed, block.parameters)
+    like = (block.rows[0], by_row, sinks), (*block.columns, summed, parameters)
     draw = partial(threefry.keep_at, backend.xp, tiling.keep_prob)
     results = backend.tiles.map_rows(partial(pull_back, tiling), whole, (everything(block),), tiling.sizes, like, draw)
     (dquery, dbias_rows, dsinks), (dkey, dvalue, dbias, dparameters) = results
@@ -301,7 +299,7 @@ def backward(
 def _those(tiling: Tiling, bias: Any, are: Any) -> tuple[Any, ...]:
     """What belongs to those operands of the bias, integers apart, of whose axes something holds; else None."""
     pairs = zip(bias, tiling.bias_axes, strict=True)
-    return tuple([x if axes is not None and are(axes) else None for x, axes in pairs])
+    return tuple([x if tiling.of_bias and axes is not None and are(axes) else None for x, axes in pairs])
 
 
 def prologue(tiling: Tiling, block: Block) -> Block:
@@ -371,9 +369,9 @@ def pull_tile(tiling: Tiling, state: Any, tile: Block) -> tuple[Any, tuple[Array
 
 def _of_bias(tiling: Tiling, tile: Block, dlogits: Array) -> tuple[tuple[Array | None, ...], tuple[Array | None, ...]]:
     """The gradients of the operands and the parameters of the bias of a tile, in their shapes."""
-    if not tiling.terms:
-        return (), ()
     xp, operands = tiling.backend.xp, tile.pairs.bias
+    if not (tiling.terms and tiling.of_bias):
+        return (None,) * len(operands), (None,) * len(tile.parameters)
     of_operands, of_parameters = gradients(tiling.backend, tiling.terms, operands, dlogits, tiling.dtype)
     return (
         tuple([sum_to(xp, of_operands[n], x.shape) if n in of_operands else None for n, x in enumerate(operands)]),
