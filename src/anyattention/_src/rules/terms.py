@@ -35,10 +35,11 @@ def added(backend: Backend, terms: Sequence[Term], operands: Many, parameters: M
             return cast(operands[numbers[0]], dtype)
         if name == "rule":
             return _of_function(backend, term, operands, dtype)
-        rows, columns, parameter, *_ = numbers
-        basis = _basis(backend.arrays, term, operands, dtype)
-        values = _times(backend.xp, name, basis, cast(parameters[parameter], dtype))
-        return along_diagonals(backend.xp, values, operands[rows].shape[-2], operands[columns].shape[-1])
+        rows, columns, parameter = operands[numbers[0]], operands[numbers[1]], cast(parameters[numbers[2]], dtype)
+        if 0 in (rows.shape[-2], columns.shape[-1]):  # there are no diagonals
+            return parameter[..., :1, :] * cast(columns - rows, dtype)
+        values = _times(backend.xp, name, _basis(backend.arrays, term, operands, dtype), parameter)
+        return along_diagonals(backend.xp, values, rows.shape[-2], columns.shape[-1])
 
     return reduce(add, map(term_of, terms))
 
