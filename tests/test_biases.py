@@ -352,6 +352,34 @@ def test_what_is_no_bias(bias, error, sentence):
         aa.dot_product_attention(*qkv(), bias=bias())
 
 
+@pytest.mark.parametrize("lengths", [(0, 3), (3, 0), (0, 0), (0, 1)])
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_no_queries_or_no_keys(library, lengths):
+    """Which once raised in exact: there are no diagonals, and no positions to ask a function for its heads."""
+    put, sizes = LIBRARIES[library], (2, lengths[0], 4, 16)
+    q, k = (put(np.zeros((2, length, 4, 16), np.float32)) for length in lengths)
+    for offset in (2, OFFSETS):
+        bias = Alibi(put(SLOPES), offset=offset) + Relative(put(TABLE), offset=offset)
+        bias = bias + Rule(lambda i, j: like(OF_HEADS, i) * (j - i))
+        for implementation in ("exact", "tiled", None):
+            output = aa.dot_product_attention(q, k, k, bias=bias, implementation=implementation)
+            assert tuple(output.shape) == sizes
+            assert not np.asarray(output).any()
+        assert tuple(aa.dot_product_attention_weights(q, k, bias=bias).shape) == (2, 4, *lengths)
+        assert tuple(bias.parts[0].to_array(*lengths).shape)[-2:] == lengths
+
+
+@pytest.mark.parametrize("implementation", ["exact", "tiled"])
+def test_a_function_of_one_head(implementation):
+    """What it returns has an axis for the heads, of size one, as it says for more of them."""
+    q, k, v = (x[:, :, :1] for x in qkv())
+    bias = 0.01 * distances()[0]
+    found = aa.dot_product_attention(
+        q, k, v, bias=Rule(lambda i, j: 0.01 * np.ones((1, 1, 1)) * (j - i)), implementation=implementation
+    )
+    np.testing.assert_allclose(found, aa.dot_product_attention(q, k, v, bias=np.float32(bias)), rtol=0, atol=2e-6)
+
+
 def test_a_bias_is_no_mask():
     with pytest.raises(TypeError, match=r"bias by rule Alibi.*: pass it as bias"):
         aa.dot_product_attention(*qkv(), mask=Alibi(SLOPES))

@@ -70,6 +70,23 @@ def test_within_c3_or_refused(case, dtype):
         assert not problem, f"gradient of {name}: {problem}"
 
 
+@pytest.mark.parametrize("scale", [0.0, -0.3])
+@pytest.mark.parametrize("implementation", ["fused", None])
+def test_a_scale_that_is_not_positive(implementation, scale):
+    """The kernel multiplies by it the minus infinity of what is causally hidden too, and returns NaN."""
+    arrays = [normal(2, 40, 2, 16, seed=seed).requires_grad_() for seed in range(3)]
+    cotangent = normal(2, 40, 2, 16, seed=3)
+
+    def results(given, implementation):
+        output = aa.dot_product_attention(*given, is_causal=True, scale=scale, implementation=implementation)
+        return output, *torch.autograd.grad(output, given, cotangent.to(output.dtype))
+
+    found = results(arrays, implementation)
+    expected = results([x.detach().double().requires_grad_() for x in arrays], "exact")
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=2e-6)
+
+
 # --- what the smoke cases lack ---
 
 HIDDEN = torch.rand(2, 1, 5, 7, generator=torch.Generator().manual_seed(0)) > 0.5

@@ -82,6 +82,8 @@ class SDPA(TorchKernel):
             shown = bias if shown is None else torch.where(shown, bias, -torch.inf)
         if not query.stride(-1) == key.stride(-1) == value.stride(-1) == 1:
             query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+        if scale <= 0.0:  # it scales what is causally hidden too, minus infinity: NaN
+            query, scale = query * scale, 1.0
         four = [query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)]
         grouped = {"enable_gqa": True} if query.shape[2] != key.shape[2] else {}  # a symbol is no bool
         options = {"attn_mask": shown, "is_causal": causal, "scale": scale, **grouped}

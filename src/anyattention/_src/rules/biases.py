@@ -194,8 +194,6 @@ class Rule(Bias):
 
     def _heads(self, to: Lowering, numbers: tuple[int, ...]) -> int | None:
         """An operand that tells the heads of a tile, if the function makes something else for each."""
-        if 0 in to.lengths:
-            return None
         found = of_function(to.arrays, self.function, [to.operands[n][..., :1, :1] for n in numbers], to.heads)
         if found.ndim < 3 or found.shape[-3] == 1:
             return None

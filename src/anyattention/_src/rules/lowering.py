@@ -53,6 +53,9 @@ def called(arrays: Arrays, function: Any, given: Sequence[Array], whole: Sequenc
     if not hasattr(x, "shape"):
         raise TypeError(f"the function {shown(function)} of a rule must return an array, got {x!r}")
     shape, rank = tuple(x.shape), len(whole)
+    if len(shape) > rank and all(size == 1 for size in shape[: len(shape) - rank]):  # of one head, or one batch entry
+        shape = shape[len(shape) - rank :]
+        x = arrays.xp.reshape(x, shape)
     pairs = zip(reversed(shape), reversed(whole), strict=False)
     if len(shape) > rank or not all(a in (1, b) or unknown(a) or unknown(b) for a, b in pairs):
         raise ShapeError(

@@ -44,6 +44,8 @@ def added(
         rows, columns = operands[numbers[0]], operands[numbers[1]]
         parameter = cast(parameters[numbers[2]], dtype)
         parameter = parameter if unit == 1.0 else parameter * unit
+        if 0 in (rows.shape[-2], columns.shape[-1]):  # there are no diagonals
+            return parameter[..., :1, :] * cast(columns - rows, dtype)
         if name == "alibi" and backend.tiles.fuses:
             return _signed(xp, columns - rows, numbers[3], dtype, cast) * parameter
         values = _times(xp, name, _basis(backend.arrays, term, operands, dtype), parameter)
