@@ -15,7 +15,7 @@ from anyattention._src.rules.masks import (
     conjunction,
     is_band,
 )
-from anyattention._src.rules.terms import Term, added, differentiable, gradients
+from anyattention._src.rules.terms import Term, gradients_of_terms, operands_with_gradients, sum_of_terms
 
 __all__ = [
     "Alibi",
@@ -34,13 +34,13 @@ __all__ = [
     "Relative",
     "SegmentMask",
     "Term",
-    "added",
     "as_bias",
     "as_mask",
     "conjunction",
-    "differentiable",
-    "gradients",
+    "gradients_of_terms",
     "is_band",
+    "operands_with_gradients",
     "short",
+    "sum_of_terms",
     "visible",
 ]
