@@ -142,6 +142,10 @@ class SegmentMask(Mask):
         query_ids: integers ``[batch..., q_length]``.
         kv_ids: integers ``[batch..., kv_length]``.
 
+    Raises:
+        TypeError: in a call, ids that are no integers.
+        ShapeError: in a call, ids of another length, or that do not fit the batch axes of the query.
+
     Examples:
         >>> import numpy as np
         >>> ids = np.array([0, 0, 1])
@@ -181,6 +185,10 @@ class LengthMask(Mask):
     Args:
         kv_lengths: integers ``[batch...]``.
         query_lengths: integers ``[batch...]``; None for queries of full length.
+
+    Raises:
+        TypeError: in a call, lengths that are no integers.
+        ShapeError: in a call, lengths that do not fit the batch axes of the query.
 
     Examples:
         >>> import numpy as np
