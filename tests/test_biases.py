@@ -300,6 +300,38 @@ def test_second_derivatives_on_pytorch():
         torch.testing.assert_close(tiled, exact, rtol=1e-9, atol=1e-9 * float(exact.abs().max()))
 
 
+def test_integers_that_jax_has_not():
+    """An offset beyond 32 bits is as far as these reach, in every library; of other integers JAX would lose digits."""
+    far, ages = np.array([2**40]), np.full(KV_LENGTH, 2**40)
+    bias = Relative(TABLE, offset=far) + Relative(TABLE, offset=-far)
+    np.testing.assert_allclose(call(*map(jnp.asarray, qkv()), bias, False), call(*qkv(), bias, False), atol=2e-6)
+    for bias in (Rule(lambda i, j, a: a * 1.0, (), (ages,)), Alibi(SLOPES) + Alibi(np.full(4, 2**40))):
+        with pytest.raises(TypeError, match=r"of (Rule|Alibi).* beyond 32 bits"):
+            call(*map(jnp.asarray, qkv()), bias, False)
+
+
+def test_a_function_that_holds_a_traced_array():
+    """Exact has it, tiled would not compile; None takes exact."""
+    q, k, v = map(jnp.asarray, qkv())
+
+    @functools.partial(jax.jit, static_argnames="implementation")
+    def attend(slope, implementation=None):
+        return call(q, k, v, Rule(lambda i, j: slope * (j - i)), False, implementation=implementation)
+
+    np.testing.assert_allclose(attend(0.1), call(*qkv(), Alibi(np.full(4, 0.1, "f4")), False), atol=2e-6)
+    with pytest.raises(NotImplementedError, match=r"a function of biases\.Rule holds an array that JAX traces"):
+        attend(0.1, implementation="tiled")
+
+
+def test_integers_have_no_gradient():
+    """Alone or beside others; a gradient of their dtype would be rounded to nothing."""
+    dense = np.arange(KV_LENGTH)
+    for bias, expected in ((dense, None), (Alibi(SLOPES) + dense, [(4,), None])):
+        output, pullback = aa.dot_product_attention_vjp(*qkv(), bias=bias)
+        found = pullback(output)[3]
+        assert (found if expected is None else [None if x is None else x.shape for x in found]) == expected
+
+
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_kernels_refuse(library):
     q, k, v = map(LIBRARIES[library], qkv())

@@ -342,14 +342,6 @@ def test_sinks_that_are_none_or_nothing():
         np.testing.assert_allclose(call(sinks=np.zeros(4, np.float32)), right, atol=2e-6)
 
 
-def test_numpys_sinks_beside_other_arrays():
-    sinks = draw(9, (4,))
-    wanted = aa.dot_product_attention(*arrays(), sinks=sinks)
-    for name in ("jax", "torch"):
-        found = aa.dot_product_attention(*map(LIBRARIES[name], arrays()), sinks=sinks)
-        np.testing.assert_allclose(np.asarray(found), wanted, atol=2e-6)
-
-
 @pytest.mark.parametrize(
     ("sinks", "kind", "message"),
     [
@@ -413,23 +405,3 @@ def test_a_traced_scale_is_refused():
     q, k, v = arrays()
     with pytest.raises(TypeError, match="scale must be a number, known when the call is made"):
         jax.jit(lambda s: aa.dot_product_attention(jnp.asarray(q), k, v, scale=s))(0.5)
-
-
-def test_keys_that_an_array_hides_are_not_computed(monkeypatch):
-    """Of a window whose offset is an array, the logits of less than a third of all pairs."""
-    from anyattention_backends.torch.tiles import TorchTiles
-
-    pairs, logits = [], TorchTiles.logits
-
-    def counted(self, query, key, *rest):
-        pairs.append(query.shape[-2] * key.shape[-2])
-        return logits(self, query, key, *rest)
-
-    monkeypatch.setattr(TorchTiles, "logits", counted)
-    q, k, v = (torch.asarray(draw(i, (1, 2048, 1, 8))) for i in range(3))
-    found = {}
-    for name, offset in (("integer", 0), ("array", torch.zeros(1, dtype=torch.int32))):
-        mask = LocalMask(64, 0, offset)
-        found[name] = aa.dot_product_attention(q, k, v, mask=mask, implementation="tiled")
-    torch.testing.assert_close(found["array"], found["integer"])
-    assert sum(pairs) < 2 * 2048**2 / 3

@@ -98,8 +98,11 @@ class JAXTiles(Tiles):
             found = [(name, axes_of(x, -3)) for name, x in zip(("query", "key"), call.operands[:2], strict=True)]
             sharded = [f"the length of {name} is sharded over {', '.join(axes)}" for name, axes in found if axes]
             return f"{' and '.join(sharded)}, and each device would compute all of it" if sharded else ""
-        if any(isinstance(x, jax.core.Tracer) for f in getattr(call.operands.mask, "functions", ()) for x in _held(f)):
-            return "a function of masks.Rule holds an array that JAX traces: pass it as query_arrays or key_arrays"
+        for rules, rule in (("masks", call.operands.mask), ("biases", call.operands.bias)):
+            if any(isinstance(x, jax.core.Tracer) for f in getattr(rule, "functions", ()) for x in _held(f)):
+                return (
+                    f"a function of {rules}.Rule holds an array that JAX traces: pass it as query_arrays or key_arrays"
+                )
         if any(is_symbol(n) for n in call.lengths):
             return "lengths are symbols of jax.export, and tiles have fixed sizes"
         (key, dropout), heads = (call.operands.dropout_key, call.options.dropout), call.operands.query.shape[-2]

@@ -88,10 +88,6 @@ class NumPyTiles(Tiles):
         np.copyto(x, value, where=~visible)
         return x
 
-    def span(self, visible: Array) -> tuple[int, int]:
-        columns = np.flatnonzero(visible.any(axis=tuple(range(visible.ndim - 1))))
-        return (int(columns[0]), int(columns[-1]) + 1) if len(columns) else (0, 0)
-
     def map_rows(
         self, function: OfTiles, block: Block, groups: Sequence[Group], sizes: Sizes, like: Pair, draw: Any = None
     ) -> Pair:

@@ -15,7 +15,8 @@ from torch import Tensor
 from anyattention._src import threefry
 from anyattention._src.blocks import Block, Pairs, leaves
 from anyattention._src.interfaces import OfTiles, Pair, Step
-from anyattention._src.tiles.passes import Tiling, backward, forward, tiling
+from anyattention._src.tiles.passes import backward, forward
+from anyattention._src.tiles.tiling import Tiling, tiling
 from anyattention.extend import Backend, Dropout, Options, Tiles
 from anyattention_backends.torch import compat, dtensors
 

@@ -208,10 +208,10 @@ def dot_product_attention_vjp(
 
     Returns:
         The output, and the pullback: a function from the gradient of a loss by the output to its gradients by query,
-        key, value and bias, and with sinks by these. Each has the shape and dtype of what it belongs to, those of
-        integers the compute dtype. That of the bias is None where the bias is None or a Python scalar; of a bias by
-        rule it is a tuple of those of its arrays, as ``bias.arrays()`` has them, with None for what the library does
-        not differentiate.
+        key, value and bias, and with sinks by these. Each has the shape and dtype of what it belongs to; of a query,
+        key or value of integers, the compute dtype. That of the bias is None where the bias is None, a Python scalar or
+        integers; of a bias by rule it is a tuple of those of its arrays, as ``bias.arrays()`` has them, with None for
+        integers and for what the library does not differentiate.
 
     Raises:
         NotImplementedError: a call that tiled cannot serve, such as one of a complex dtype.

@@ -85,7 +85,8 @@ def bias_of(backend: Backend, bias: Any, like: Array | None) -> Any:
     def number(x: Any) -> Array:
         return backend.arrays.adopt(x, like) if isinstance(x, list) else guest_of(backend, "bias", x, like)
 
-    return bias.with_arrays(number)
+    fitting = bias.within_32_bits(_is_wide) if backend.name == "jax" else bias
+    return fitting.with_arrays(number)
 
 
 def mask_of(backend: Backend, mask: Any, like: Array | None, key: Array | None = None) -> Any:

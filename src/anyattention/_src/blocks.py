@@ -33,7 +33,7 @@ class Pairs(NamedTuple):
     mask: Any = None  # see `rules.visible`
     counts: Any = None  # of the dropout bits, see `threefry.counts`
     statistics: Any = None  # backward only: base, total; then base, delta
-    bounds: Any = None  # of the logits, see `passes.with_bounds`; None where values cannot be looked at
+    bounds: Any = None  # of the logits, see `tiling.with_bounds`; None where values cannot be looked at
 
 
 class Block(NamedTuple):

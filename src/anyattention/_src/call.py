@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from anyattention._src import dtypes
 from anyattention._src.errors import ShapeError
 from anyattention._src.interfaces import Backend, unknown
-from anyattention._src.rules import Bias, ByRule, CausalMask, Lowering, Mask, added, as_mask, visible
+from anyattention._src.rules import Bias, ByRule, CausalMask, Lowering, Mask, as_mask, sum_of_terms, visible
 from anyattention._src.structure import Structure, structure
 
 Array = Any
@@ -140,7 +140,7 @@ class Call:
         to = self.lowering()
         terms, dtype = bias.terms(to), bias.dtype(arrays, self.options.dtype)
         wide = dtypes.promote(dtype, "float32")
-        return arrays.cast(added(self.backend, terms, to.operands, to.parameters, wide), dtype)
+        return arrays.cast(sum_of_terms(self.backend, terms, to.operands, to.parameters, wide), dtype)
 
     def visible(self, mask: Any) -> Array:
         """Where a mask lets a query see a key, bool, broadcastable to ``[batch..., heads, q_length, kv_length]``."""

@@ -26,8 +26,6 @@ Array = Any
 #: The project's own engines, each a vendor's kernel for "fused".
 ENGINES = ("cudnn", "tokamax", "splash", "sdpa", "flex", "mlx", "onnx")
 EXACT = Exact()
-
-
 #: The root modules of the array types of the project's own libraries.
 LIBRARIES = ("numpy", "jax", "jaxlib", "torch", "mlx", "ndonnx")
 _BY_TYPE: dict[type, Backend | None] = dict.fromkeys((type(None), bool, int, float, complex, list, tuple))
@@ -140,7 +138,8 @@ def engine_names() -> tuple[str, ...]:
 
 
 @cache
-def _load(library: str) -> tuple[Implementation, ...]:
+def _engines_of_packages(library: str) -> tuple[Implementation, ...]:
+    """The engines that other packages have for a library; one that cannot be imported refuses, and says why."""
     found: list[Implementation] = []
     for entry in _elsewhere():
         home, _, name = entry.name.partition(".")
@@ -157,7 +156,7 @@ def _load(library: str) -> tuple[Implementation, ...]:
 
 
 def _engines_elsewhere(library: str) -> tuple[Implementation, ...]:
-    return _load(library)
+    return _engines_of_packages(library)
 
 
 # As `torch.compiler.assume_constant_result` marks it: torch.compile cannot trace entry points, nor caches.

@@ -90,7 +90,7 @@ def attend(
         kwargs: what else the model passes on.
 
     Returns:
-        ``[batch, q_length, num_heads, v_depth]``, and the weights, of after dropout, or None.
+        ``[batch, q_length, num_heads, v_depth]``, and the weights after dropout, or None.
 
     Raises:
         NotImplementedError: a keyword that is not known to change nothing, or a window that cannot be placed.

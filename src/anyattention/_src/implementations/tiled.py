@@ -13,7 +13,8 @@ from anyattention._src.hidden import shown_keys
 from anyattention._src.implementations.base import OWN, Implementation
 from anyattention._src.interfaces import Arrays, permute
 from anyattention._src.rules import Bias, as_bias, as_mask
-from anyattention._src.tiles.passes import Gradients, Tiling, backward, forward, tiling
+from anyattention._src.tiles.passes import Gradients, backward, forward
+from anyattention._src.tiles.tiling import Tiling, tiling
 
 Array = Any
 
@@ -174,10 +175,11 @@ def _pair(xp: Any, x: Array, rank: int, group: int | None) -> Array:
 
 
 def _of_bias(call: Call, gradients: dict[str, tuple[Array | None, ...]]) -> Any:
-    """The gradient of an array; of a bias by rule a tuple of those of its arrays; None of no bias or a scalar."""
+    """The gradient of an array; of a bias by rule a tuple of those of its arrays; None of a scalar and of integers."""
     bias, arrays = call.operands.bias, call.backend.arrays
     if not isinstance(bias, Bias):
-        return _shaped(arrays, gradients["operands"][0], bias) if hasattr(bias, "shape") else None
+        gradient = gradients["operands"][0] if hasattr(bias, "shape") else None
+        return None if gradient is None else _shaped(arrays, gradient, bias)
     to = call.lowering()
     bias.terms(to)
     found: list[Array | None] = []

@@ -8,7 +8,7 @@ else has a folder in ``anyattention_backends``, with a file for each interface t
 from collections.abc import Callable
 from typing import Any
 
-from anyattention._src.interfaces.arrays import Arrays, Function, permute, place, unknown
+from anyattention._src.interfaces.arrays import Arrays, Function, is_floating, permute, place, unknown
 from anyattention._src.interfaces.steps import Steps
 from anyattention._src.interfaces.tiles import OfTiles, Pair, Step, Tiles, join_rows
 
@@ -21,6 +21,7 @@ __all__ = [
     "Step",
     "Steps",
     "Tiles",
+    "is_floating",
     "join_rows",
     "permute",
     "place",

@@ -153,6 +153,11 @@ class Arrays:
         return False
 
 
+def is_floating(arrays: Arrays, x: Array) -> bool:
+    """Whether the numbers of an array are real and floating, so that they may have a gradient."""
+    return "float" in arrays.dtype_name(x)
+
+
 def place(arrays: Arrays, x: Array, like: Array) -> Array:
     """The array beside another, on whose device it may not be yet."""
     device = arrays.beside(like).get("device")

@@ -125,8 +125,10 @@ class Tiles(TileSteps):
         return found
 
     def span(self, visible: Array) -> Sizes:
-        """The columns from the first to the last with something visible, where `Arrays.inspects`."""
-        return 0, visible.shape[-1]
+        """The columns from the first to the last with something visible; asked for where `Arrays.inspects`."""
+        some = self.xp.any(self.xp.reshape(visible, (-1, visible.shape[-1])), axis=0)
+        columns = self.xp.nonzero(some)[0]
+        return (int(columns[0]), int(columns[-1]) + 1) if columns.shape[0] else (0, 0)
 
     def map_rows(
         self, function: OfTiles, block: Block, groups: Sequence[Group], sizes: Sizes, like: Pair, draw: Any = None

@@ -15,7 +15,13 @@ from anyattention._src.rules.masks import (
     conjunction,
     is_band,
 )
-from anyattention._src.rules.terms import Term, added, bound, differentiable, gradients
+from anyattention._src.rules.terms import (
+    Term,
+    bound_of_terms,
+    gradients_of_terms,
+    operands_with_gradients,
+    sum_of_terms,
+)
 
 __all__ = [
     "Alibi",
@@ -34,14 +40,14 @@ __all__ = [
     "Relative",
     "SegmentMask",
     "Term",
-    "added",
     "as_bias",
     "as_mask",
-    "bound",
+    "bound_of_terms",
     "conjunction",
-    "differentiable",
-    "gradients",
+    "gradients_of_terms",
     "is_band",
+    "operands_with_gradients",
     "short",
+    "sum_of_terms",
     "visible",
 ]

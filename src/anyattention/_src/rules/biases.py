@@ -12,7 +12,7 @@ from anyattention._src.rules.by_rule import AnyArray, ByRule, shown
 from anyattention._src.rules.functions import check_function
 from anyattention._src.rules.lowering import Lowering
 from anyattention._src.rules.masks import Mask
-from anyattention._src.rules.terms import Term, added, of_function, thresholds
+from anyattention._src.rules.terms import Term, numbers_of, sum_of_terms, thresholds
 
 Array = Any
 
@@ -22,6 +22,7 @@ class Bias(ByRule):
     """A bias by rule, which is passed as ``bias=`` and joined by ``+`` with others and with arrays."""
 
     kind: ClassVar[str] = "bias"
+    _joint: ClassVar[str] = "bias + other"
 
     def terms(self, to: Lowering) -> tuple[Term, ...]:
         """What is added to the logits, over operands and parameters that are added to `to`."""
@@ -33,9 +34,9 @@ class Bias(ByRule):
 
     def __add__(self, other: "Bias | AnyArray | None") -> "Bias":
         """None, and the zero that `sum` starts with, are no bias."""
-        return (
-            self if other is None or (isinstance(other, int) and other == 0) else Sum((*_parts(self), *_parts(other)))
-        )
+        if other is None or (isinstance(other, int) and other == 0):
+            return self
+        return _Sum((*_parts(self), *_parts(other)))
 
     __radd__ = __add__
 
@@ -43,15 +44,6 @@ class Bias(ByRule):
         """The dtype of logits of this dtype with the bias: that of its numbers if they are wider."""
         names = [arrays.dtype_name(x) for x in self.arrays()]
         return reduce(dtypes.promote, [name for name in names if dtypes.is_inexact(name)], dtype)
-
-    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
-        raise TypeError(
-            f"{self} is no array: write `bias + other` to join it with another bias, or expand it with "
-            "to_array(q_length, kv_length)"
-        )
-
-    __array__ = __bool__ = __len__ = __iter__ = _refuse
-    ndim = property(_refuse)
 
     def to_array(self, q_length: int, kv_length: int) -> Array:
         """The bias expanded, ``[batch..., num_heads or 1, q_length, kv_length]``, float32 or wider.
@@ -68,7 +60,7 @@ class Bias(ByRule):
         to = Lowering(arrays, None, lengths, like)
         terms = bias.terms(to)
         dtype = bias.dtype(arrays, "float32")
-        full = arrays.run(like, added, backend, terms, to.operands, to.parameters, dtype)
+        full = arrays.run(like, sum_of_terms, backend, terms, to.operands, to.parameters, dtype)
         return backend.xp.broadcast_to(full, (*full.shape[:-2], *lengths))
 
 
@@ -194,7 +186,7 @@ class Rule(Bias):
 
     def _heads(self, to: Lowering, numbers: tuple[int, ...]) -> int | None:
         """An operand that tells the heads of a tile, if the function makes something else for each."""
-        found = of_function(to.arrays, self.function, [to.operands[n][..., :1, :1] for n in numbers], to.heads)
+        found = numbers_of(to.arrays, self.function, [to.operands[n][..., :1, :1] for n in numbers], to.heads)
         if found.ndim < 3 or found.shape[-3] == 1:
             return None
         heads = to.arrays.xp.arange(found.shape[-3], dtype=to.arrays.xp.int32, **to.arrays.beside(to.like))
@@ -202,7 +194,7 @@ class Rule(Bias):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Dense(Bias):
+class _Dense(Bias):
     """A dense bias beside others, broadcastable like `bias`."""
 
     array: Array
@@ -218,7 +210,7 @@ class Dense(Bias):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Sum(Bias):
+class _Sum(Bias):
     """Several biases."""
 
     parts: tuple[Bias, ...]
@@ -235,15 +227,15 @@ class Sum(Bias):
 
 def _parts(x: Any) -> tuple[Bias, ...]:
     if isinstance(x, Bias):
-        return x.parts if isinstance(x, Sum) else (x,)
+        return x.parts if isinstance(x, _Sum) else (x,)
     if isinstance(x, Mask):
         raise TypeError(f"a bias by rule joins other biases and arrays, got the mask by rule {x}: pass it as mask=")
     if isinstance(x, type) or not (hasattr(x, "shape") or hasattr(x, "__jax_array__")):
         got = f"the class {x.__name__}" if isinstance(x, type) else f"a {type(x).__name__}"
         raise TypeError(f"a bias by rule joins other biases and arrays, got {got}: pass an array")
-    return (Dense(x),)
+    return (_Dense(x),)
 
 
 def as_bias(x: Any) -> Any:
     """A dense bias as one by rule; None stays."""
-    return x if x is None or isinstance(x, Bias) else Dense(x)
+    return x if x is None or isinstance(x, Bias) else _Dense(x)

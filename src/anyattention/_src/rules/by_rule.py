@@ -54,7 +54,17 @@ class ByRule:
                 raise TypeError(f"{name} of {type(self).__name__} must be an integer{also}, got {kind}") from None
 
     kind: ClassVar[str] = ""  # of argument of a call
+    _joint: ClassVar[str] = ""  # how two of this kind are joined
     __array_ufunc__ = None  # so that NumPy leaves `array & mask` to us
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError(
+            f"{self} is no array: write `{self._joint}` to join it with another {self.kind}, or expand it with "
+            "to_array(q_length, kv_length)"
+        )
+
+    __array__ = __bool__ = __len__ = __iter__ = _refuse
+    ndim = property(_refuse)  # asked for by Flax's combine_masks, as in its decode path
 
     def __repr__(self) -> str:
         values = [getattr(self, field.name) for field in fields(self)]
@@ -119,6 +129,39 @@ class ByRule:
             if y is not x:
                 changed[name] = y
         return replace(self, **changed) if changed else self
+
+    def within_32_bits(self, is_wide: Callable[[Array], bool]) -> "ByRule":
+        """The same without integers beyond 32 bits, of which `is_wide` tells the arrays that have some.
+
+        Offsets become as large as 32 bits can tell: no array is longer. Dense masks and biases stay.
+
+        Raises:
+            TypeError: numbers, or what a function is given, of which JAX would keep the last 32 bits.
+        """
+        changed: dict[str, Any] = {}
+        for name in [field.name for field in fields(self) if field.name not in ("array", "function")]:
+            x = getattr(self, name)
+            if isinstance(x, ByRule):
+                changed[name] = x.within_32_bits(is_wide)
+            elif isinstance(x, tuple):
+                parts = enumerate(x)
+                changed[name] = tuple(
+                    p.within_32_bits(is_wide) if isinstance(p, ByRule) else self._narrow(f"{name}[{n}]", p, is_wide)
+                    for n, p in parts
+                )
+            elif name in self._offsets and is_wide(x):
+                changed[name] = x.clip(-(2**31), 2**31 - 1).astype("int32")
+            elif name in self._arrays:
+                self._narrow(name, x, is_wide)
+        return replace(self, **changed) if changed else self
+
+    def _narrow(self, name: str, x: Array, is_wide: Callable[[Array], bool]) -> Array:
+        if is_wide(x):
+            raise TypeError(
+                f"{name} of {self} has integers beyond 32 bits, which JAX has under jax_enable_x64 alone: pass smaller "
+                "ones, or an array of JAX's"
+            )
+        return x
 
 
 def _identity(x: Any) -> Any:

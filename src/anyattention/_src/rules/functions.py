@@ -60,10 +60,6 @@ class Rule(Mask):
         arrays = *to.along(self, "query_arrays", -2), *to.along(self, "key_arrays", -1)
         return "function", self.function, *positions, *arrays
 
-    def within_32_bits(self, is_wide: Callable[[Any], bool]) -> Mask:
-        refuse_wide(self, is_wide)
-        return self
-
 
 def check_function(rule: Any) -> None:
     """Raise TypeError unless a rule, in the making, has a function, and tuples or lists of arrays."""
@@ -80,14 +76,3 @@ def check_function(rule: Any) -> None:
             kind = f"array of shape {tuple(given.shape)}" if hasattr(given, "shape") else repr(given)
             raise TypeError(f"{field} of {name} must be a tuple of arrays, got {kind}: pass (array, ...)")
         object.__setattr__(rule, field, tuple(given))
-
-
-def refuse_wide(rule: Any, is_wide: Callable[[Any], bool]) -> None:
-    """Raise TypeError where an array has integers beyond 32 bits, of which JAX would keep the last 32."""
-    for field in ("query_arrays", "key_arrays"):
-        for n, x in enumerate(getattr(rule, field)):
-            if is_wide(x):
-                raise TypeError(
-                    f"{field}[{n}] of {rule} has integers beyond 32 bits, which JAX has under jax_enable_x64 alone: "
-                    "pass smaller ones, or an array of JAX's"
-                )

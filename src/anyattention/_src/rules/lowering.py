@@ -6,7 +6,7 @@ from typing import Any
 
 from anyattention._src.blocks import Sizes
 from anyattention._src.errors import ShapeError
-from anyattention._src.interfaces import Arrays, unknown
+from anyattention._src.interfaces import Arrays, is_floating, unknown
 from anyattention._src.positions import positions
 from anyattention._src.rules.by_rule import shown
 
@@ -43,10 +43,7 @@ def called(arrays: Arrays, function: Any, given: Sequence[Array], whole: Sequenc
     Raises:
         TypeError, ShapeError: a result that is no array, or of another shape.
     """
-    if whole is None:
-        rank = max(x.ndim for x in given)
-        shapes = [(1,) * (rank - x.ndim) + tuple(x.shape) for x in given]
-        whole = [next((size for size in sizes if size != 1), 1) for sizes in zip(*shapes, strict=True)]
+    whole = joint_shape(given) if whole is None else whole
     x = function(*given)
     if isinstance(x, bool | int | float) or type(x).__module__ == "numpy":
         x = arrays.adopt(x, given[0])
@@ -56,13 +53,25 @@ def called(arrays: Arrays, function: Any, given: Sequence[Array], whole: Sequenc
     if len(shape) > rank and all(size == 1 for size in shape[: len(shape) - rank]):  # of one head, or one batch entry
         shape = shape[len(shape) - rank :]
         x = arrays.xp.reshape(x, shape)
-    pairs = zip(reversed(shape), reversed(whole), strict=False)
-    if len(shape) > rank or not all(a in (1, b) or unknown(a) or unknown(b) for a, b in pairs):
+    if not _fits(shape, whole):
         raise ShapeError(
             f"the function {shown(function)} of a rule returned shape {shape}, but needs one that can be broadcast to "
             f"[..., rows, columns], here {tuple(whole)}: pass arrays that it needs as query_arrays or key_arrays"
         )
     return x if len(shape) == rank else arrays.xp.reshape(x, (1,) * (rank - len(shape)) + shape)
+
+
+def joint_shape(arrays: Sequence[Array], rank: int = 0) -> list[Any]:
+    """The shape to which all of these can be broadcast, of `rank` axes at least; sizes may be unknown."""
+    rank = max(rank, *(x.ndim for x in arrays))
+    shapes = [(1,) * (rank - x.ndim) + tuple(x.shape) for x in arrays]
+    return [next((size for size in sizes if size != 1), 1) for sizes in zip(*shapes, strict=True)]
+
+
+def _fits(shape: Sequence[Any], whole: Sequence[Any]) -> bool:
+    """Whether a shape can be broadcast to another, as far as sizes are known."""
+    pairs = zip(reversed(shape), reversed(whole), strict=False)
+    return len(shape) <= len(whole) and all(a in (1, b) or unknown(a) or unknown(b) for a, b in pairs)
 
 
 def signed(arrays: Arrays, x: Array, lengths: bool, unlike: bool = False) -> Array:
@@ -126,19 +135,19 @@ class Lowering:
 
     def differentiated(self, x: Array) -> int:
         """The same of one of the rule's arrays."""
-        self.sources.append(("operands", len(self.operands)) if _is_real(self.arrays, x) else None)
+        self.sources.append(("operands", len(self.operands)) if is_floating(self.arrays, x) else None)
         return self.add(x)
 
     def parameter(self, rule: Any, name: str, axes: str) -> int:
         """The number of a parameter, from an array ``[num_heads]`` or ``[*, num_heads]``."""
         x, xp = getattr(rule, name), self.arrays.xp
         shape = tuple(x.shape)
-        if not _is_real(self.arrays, x) and not self.arrays.dtype_name(x).startswith(("int", "uint")):
+        if not is_floating(self.arrays, x) and not self.arrays.dtype_name(x).startswith(("int", "uint")):
             raise TypeError(f"{name} of {rule} must be real numbers, got {self.arrays.dtype_name(x)}")
         if len(shape) != axes.count(",") + 1 or shape[-1] != (shape[-1] if self.heads is None else self.heads):
             need = f"{axes}, with num_heads {self.heads}" if self.heads is not None else axes
             raise ShapeError(f"{name} of {rule} has shape {shape}, but needs {need}")
-        self.sources.append(("parameters", len(self.parameters)) if _is_real(self.arrays, x) else None)
+        self.sources.append(("parameters", len(self.parameters)) if is_floating(self.arrays, x) else None)
         self.parameters.append(x[:, None, None] if len(shape) == 1 else xp.permute_dims(x, (1, 0))[..., None])
         return len(self.parameters) - 1
 
@@ -200,13 +209,7 @@ class Lowering:
                 which = "q_length" if axis == -2 else "kv_length"
                 raise ShapeError(f"{what} has shape {batch}, but {which} is {length}")
             batch, sizes = batch[:-1], (length, 1) if axis == -2 else (1, length)
-        if self.batch is not None:
-            pairs = zip(reversed(batch), reversed(self.batch), strict=False)
-            if len(batch) > len(self.batch) or not all(a in (b, 1) or unknown(a) or unknown(b) for a, b in pairs):
-                where = f"the batch axes {self.batch} of query"
-                raise ShapeError(f"{what} has shape {tuple(x.shape)}, which does not fit {where}")
+        if self.batch is not None and not _fits(batch, self.batch):
+            where = f"the batch axes {self.batch} of query"
+            raise ShapeError(f"{what} has shape {tuple(x.shape)}, which does not fit {where}")
         return (*batch, 1, *sizes)
-
-
-def _is_real(arrays: Arrays, x: Array) -> bool:
-    return "float" in arrays.dtype_name(x)

@@ -1,7 +1,7 @@
 """Masks by rule: what they are made of, how they are joined, and which expressions they become."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from anyattention._src.blocks import Sizes
@@ -18,7 +18,7 @@ class Mask(ByRule):
     Subclasses say what queries know, what keys know, and what is compared.
     """
 
-    kind, _of = "mask", "integers"
+    kind, _joint, _of = "mask", "mask & other", "integers"
 
     def lower(self, to: Lowering) -> Expression:
         """The mask as an expression over operands, which are added to `to`."""
@@ -44,20 +44,6 @@ class Mask(ByRule):
 
     def __invert__(self) -> "Mask":
         return _Not(self)
-
-    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
-        raise TypeError(
-            f"{self} is no array: write `mask & other` to join it with another mask, or expand it with "
-            "to_array(q_length, kv_length)"
-        )
-
-    __array__ = __bool__ = __len__ = __iter__ = _refuse
-    ndim = property(_refuse)  # asked for by Flax's combine_masks, as in its decode path
-
-    def within_32_bits(self, is_wide: Callable[[Any], bool]) -> "Mask":
-        """The same without integers beyond 32 bits, of which `is_wide` tells the arrays that have some."""
-        parts = {name: x.within_32_bits(is_wide) for name, x in vars(self).items() if isinstance(x, Mask)}
-        return replace(self, **parts) if parts else self
 
     def to_array(self, q_length: int, kv_length: int) -> Array:
         """The mask expanded: bool, ``[batch..., 1, q_length, kv_length]``, or the last two where there is no batch.
@@ -105,9 +91,6 @@ class CausalMask(Mask):
         seen, sure = (min(max(row + self.offset, 0), kv_length) for row in (stop, start + 1))
         return (0, seen), (0, sure)
 
-    def within_32_bits(self, is_wide: Callable[[Any], bool]) -> Mask:
-        return replace(self, offset=_nearest(self.offset)) if is_wide(self.offset) else self
-
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LocalMask(Mask):
@@ -145,18 +128,10 @@ class LocalMask(Mask):
         seen, sure = (min(max(row + right, 0), kv_length) for row in (stop, start + 1))
         return (min(max(start - left, 0), seen), seen), (max(stop - 1 - left, 0), sure)
 
-    def within_32_bits(self, is_wide: Callable[[Any], bool]) -> Mask:
-        return replace(self, offset=_nearest(self.offset)) if is_wide(self.offset) else self
-
 
 def is_band(mask: Any) -> bool:
     """Whether a mask shows each query the keys of a window, whose ends are known when the mask is made."""
     return isinstance(mask, CausalMask | LocalMask) and isinstance(mask.offset, int)
-
-
-def _nearest(x: Any) -> Any:
-    """Integers of NumPy's in 32 bits, those beyond as far as these reach."""
-    return x.clip(-(2**31), 2**31 - 1).astype("int32")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -166,6 +141,10 @@ class SegmentMask(Mask):
     Args:
         query_ids: integers ``[batch..., q_length]``.
         kv_ids: integers ``[batch..., kv_length]``.
+
+    Raises:
+        TypeError: in a call, ids that are no integers.
+        ShapeError: in a call, ids of another length, or that do not fit the batch axes of the query.
 
     Examples:
         >>> import numpy as np
@@ -207,6 +186,10 @@ class LengthMask(Mask):
         kv_lengths: integers ``[batch...]``.
         query_lengths: integers ``[batch...]``; None for queries of full length.
 
+    Raises:
+        TypeError: in a call, lengths that are no integers.
+        ShapeError: in a call, lengths that do not fit the batch axes of the query.
+
     Examples:
         >>> import numpy as np
         >>> LengthMask(np.array([2, 1])).to_array(1, 3).tolist()
@@ -230,7 +213,7 @@ class LengthMask(Mask):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class _Array(Mask):
+class _Dense(Mask):
     """A dense mask beside others: any dtype, broadcastable like `mask`."""
 
     array: Array
@@ -284,7 +267,7 @@ def as_mask(x: Any) -> Any:
         made = f"{x.__name__}(...)" if isinstance(x, type) else "an array, as numpy.asarray makes it"
         got = f"the class {x.__name__}" if isinstance(x, type) else f"a {type(x).__name__}"
         raise TypeError(f"a mask by rule joins other masks and arrays, got {got}: pass {made}")
-    return _Array(x)
+    return _Dense(x)
 
 
 def conjunction(mask: Any) -> list[Any]:
@@ -293,4 +276,4 @@ def conjunction(mask: Any) -> list[Any]:
         return []
     if isinstance(mask, _Join) and mask.how == "&":
         return conjunction(mask.one) + conjunction(mask.two)
-    return [mask.array if isinstance(mask, _Array) else mask]
+    return [mask.array if isinstance(mask, _Dense) else mask]

@@ -10,20 +10,20 @@ from operator import add
 from typing import Any
 
 from anyattention._src.blocks import sum_to
-from anyattention._src.interfaces import Arrays, Backend
+from anyattention._src.interfaces import Arrays, Backend, is_floating
 from anyattention._src.rules.by_rule import shown
-from anyattention._src.rules.lowering import called
+from anyattention._src.rules.lowering import called, joint_shape
 
 Array = Any
 # A name, and numbers of operands and parameters, or what is static: ("array", operand),
-# ("alibi", rows, columns, slopes, symmetric, range of distances),
+# ("alibi", rows, columns, slopes, symmetric, range of visible distances),
 # ("relative", rows, columns, table, bidirectional, thresholds),
 # ("rule", function, rows, columns, operands, heads, axes of heads).
 Term = tuple[Any, ...]
 Many = Sequence[Array]
 
 
-def added(
+def sum_of_terms(
     backend: Backend, terms: Sequence[Term], operands: Many, parameters: Many, dtype: str, unit: float = 1.0
 ) -> Array:
     """What is added to the logits of a tile, in this dtype and unit, broadcastable to them.
@@ -33,40 +33,37 @@ def added(
     """
     cast, xp = backend.arrays.cast, backend.xp
 
+    def in_unit(x: Array) -> Array:
+        return x if unit == 1.0 else x * unit
+
     def term_of(term: Term) -> Array:
         name, *numbers = term
         if name == "array":
-            x = cast(operands[numbers[0]], dtype)
-            return x if unit == 1.0 else x * unit
+            return in_unit(cast(operands[numbers[0]], dtype))
         if name == "rule":
-            x = _of_function(backend, term, operands, dtype)
-            return x if unit == 1.0 else x * unit
+            return in_unit(_of_rule(backend, term, operands, dtype))
         rows, columns = operands[numbers[0]], operands[numbers[1]]
-        parameter = cast(parameters[numbers[2]], dtype)
-        parameter = parameter if unit == 1.0 else parameter * unit
+        parameter = in_unit(cast(parameters[numbers[2]], dtype))
         if 0 in (rows.shape[-2], columns.shape[-1]):  # there are no diagonals
             return parameter[..., :1, :] * cast(columns - rows, dtype)
         if name == "alibi" and backend.tiles.fuses:
-            return _signed(xp, columns - rows, numbers[3], dtype, cast) * parameter
+            return _linear(backend.arrays, columns - rows, numbers[3], dtype) * parameter
         values = _times(xp, name, _basis(backend.arrays, term, operands, dtype), parameter)
         return backend.tiles.along_diagonals(values, rows.shape[-2], columns.shape[-1])
 
     return reduce(add, map(term_of, terms))
 
 
-def bound(backend: Backend, terms: Sequence[Term], operands: Many, parameters: Many) -> Array | None:
-    """What no bias that is visible exceeds, ``[lead..., 1, 1]``; None where it would take as long as the logits."""
+def bound_of_terms(backend: Backend, terms: Sequence[Term], operands: Many, parameters: Many) -> Array | None:
+    """What no visible bias exceeds, ``[lead..., 1, 1]``; None where to find it would take as long as the logits."""
     xp, found = backend.xp, None
-    for term in terms:
-        if term[0] == "array":
-            x = operands[term[1]]
-            if 1 not in x.shape[-2:]:
-                return None
-            most = xp.max(xp.abs(x), axis=(-2, -1), keepdims=True)
-        elif term[0] == "relative":
-            most = xp.max(xp.abs(parameters[term[3]]), axis=(-2, -1), keepdims=True)
-        elif term[0] == "alibi" and term[-1] is not None:
-            slopes, (symmetric, (first, last)) = parameters[term[3]], term[4:]
+    for name, *numbers in terms:
+        if name == "array" and 1 in operands[numbers[0]].shape[-2:]:
+            most = xp.max(xp.abs(operands[numbers[0]]), axis=(-2, -1), keepdims=True)
+        elif name == "relative":
+            most = xp.max(xp.abs(parameters[numbers[2]]), axis=(-2, -1), keepdims=True)
+        elif name == "alibi" and numbers[-1] is not None:
+            slopes, symmetric, (first, last) = parameters[numbers[2]], *numbers[3:]
             ends = (-max(-first, last), 0) if symmetric else (first, last)
             most = xp.maximum(slopes * ends[0], slopes * ends[1])
         else:
@@ -75,7 +72,7 @@ def bound(backend: Backend, terms: Sequence[Term], operands: Many, parameters: M
     return found
 
 
-def gradients(
+def gradients_of_terms(
     backend: Backend, terms: Sequence[Term], operands: Many, dlogits: Array, dtype: str
 ) -> tuple[dict[int, Array], dict[int, Array]]:
     """Those of operands, and of parameters, by their numbers, from that of the logits of a tile; not yet summed over
@@ -87,7 +84,7 @@ def gradients(
         if name == "array":
             of_operands[numbers[0]] = dlogits
         elif name == "rule":
-            of_operands |= _of_arrays(backend, term, operands, dlogits, dtype)
+            of_operands |= _gradients_of_rule(backend, term, operands, dlogits, dtype)
         else:
             basis, sums = _basis(backend.arrays, term, operands, dtype), sums_of_diagonals(xp, dlogits)
             product = xp.where(basis, sums, 0.0) if name == "relative" else sums * basis
@@ -95,11 +92,11 @@ def gradients(
     return of_operands, of_parameters
 
 
-def differentiable(backend: Backend, terms: Sequence[Term], operands: Many) -> set[int]:
-    """The numbers of the operands that `gradients` has gradients of."""
+def operands_with_gradients(backend: Backend, terms: Sequence[Term], operands: Many) -> set[int]:
+    """The numbers of the operands that `gradients_of_terms` has gradients of."""
     dense = [term[1] for term in terms if term[0] == "array"]
     of_functions = [n for term in terms if term[0] == "rule" and backend.vjp is not None for n in term[4]]
-    return {n for n in (*dense, *of_functions) if _is_real(backend.arrays, operands[n])}
+    return {n for n in (*dense, *of_functions) if is_floating(backend.arrays, operands[n])}
 
 
 def thresholds(buckets: int, max_distance: int) -> tuple[int, ...]:
@@ -121,7 +118,7 @@ vars(thresholds)["_dynamo_marked_constant"] = True  # numbers beyond 64 bits, wh
 
 
 def sums_of_diagonals(xp: Any, x: Array) -> Array:
-    """``[..., 1, rows + columns - 1]``: what `along_diagonals` takes apart, summed."""
+    """``[..., 1, rows + columns - 1]``: what `Tiles.along_diagonals` spreads, summed."""
     *lead, rows, columns = x.shape
     if rows == 1:
         return x
@@ -143,21 +140,21 @@ def _basis(arrays: Arrays, term: Term, operands: Many, dtype: str) -> Array:
     count = xp.arange(rows.shape[-2] + columns.shape[-1] - 1, dtype=xp.int32, **arrays.beside(rows))
     distances = columns[..., :1] - rows[..., -1:, :] + count
     if name == "alibi":
-        return _signed(xp, distances, how[0], dtype, arrays.cast)
-    bidirectional, thresholds = how
-    ends = xp.asarray(thresholds, dtype=xp.int32, **arrays.beside(rows))[:, None]
+        return _linear(arrays, distances, how[0], dtype)
+    bidirectional, first = how  # the distances from which on each bucket is taken
+    ends = xp.asarray(first, dtype=xp.int32, **arrays.beside(rows))[:, None]
     size = xp.abs(distances) if bidirectional else -distances
     buckets = xp.sum(arrays.cast(size >= ends, "int32"), axis=-2, keepdims=True)
-    one_way = len(thresholds) + 1
+    one_way = len(first) + 1
     if bidirectional:
         buckets = buckets + arrays.cast(distances > 0, "int32") * one_way
     all_buckets = xp.arange(one_way * (2 if bidirectional else 1), dtype=xp.int32, **arrays.beside(rows))
     return buckets == all_buckets[:, None]
 
 
-def _signed(xp: Any, distances: Array, symmetric: bool, dtype: str, cast: Any) -> Array:
+def _linear(arrays: Arrays, distances: Array, symmetric: bool, dtype: str) -> Array:
     """What a slope is multiplied by."""
-    return cast(-xp.abs(distances) if symmetric else distances, dtype)
+    return arrays.cast(-arrays.xp.abs(distances) if symmetric else distances, dtype)
 
 
 def _times(xp: Any, name: str, basis: Array, parameter: Array) -> Array:
@@ -167,52 +164,49 @@ def _times(xp: Any, name: str, basis: Array, parameter: Array) -> Array:
     return xp.sum(xp.where(basis, parameter, 0.0), axis=-2, keepdims=True)
 
 
-def _of_function(backend: Backend, term: Term, operands: Many, dtype: str) -> Array:
-    """What a function makes of a tile; of all heads, of which a tile may have some, and grouped ones as two axes."""
+def _of_rule(backend: Backend, term: Term, operands: Many, dtype: str) -> Array:
+    """What the function of a rule makes of a tile.
+
+    The function makes it of all heads. A tile may have some of them, grouped ones in two axes.
+    """
     _, function, rows, columns, numbers, heads, head_axes = term
     arrays, xp = backend.arrays, backend.xp
     given = [operands[n] for n in (rows, columns, *numbers)]
-    given = [arrays.cast(x, dtype) if _is_real(arrays, x) else x for x in given]
+    given = [arrays.cast(x, dtype) if is_floating(arrays, x) else x for x in given]
     if heads is None:
-        return arrays.cast(of_function(arrays, function, given), dtype)
+        return arrays.cast(numbers_of(arrays, function, given), dtype)
     which = operands[heads]
     axes = min(head_axes, which.ndim - 2)  # a loop over lead axes takes them away from the first
     others = which.ndim - 2 - axes
     if axes == 2:
         given = [x[..., 0, :, :] for x in given]
-    found = arrays.cast(of_function(arrays, function, given, None), dtype)
+    found = arrays.cast(numbers_of(arrays, function, given, None), dtype)
     found = xp.reshape(found, ((1,) * (others + 3 - found.ndim) + tuple(found.shape)))
     found = xp.take(found, xp.reshape(which, (-1,)), axis=-3)
     return xp.reshape(found, (*found.shape[:-3], *which.shape[others:-2], *found.shape[-2:]))
 
 
-def of_function(arrays: Arrays, function: Any, given: Many, heads: int | None = 1) -> Array:
+def numbers_of(arrays: Arrays, function: Any, given: Many, heads: int | None = 1) -> Array:
     """What a function makes of positions and arrays: of one head for all, or of so many; None is any number."""
     whole = None
     if heads != 1:
-        rank = max(3, *(x.ndim for x in given))
-        shapes = [(1,) * (rank - x.ndim) + tuple(x.shape) for x in given]
-        lead = [next((size for size in sizes if size != 1), 1) for sizes in zip(*shapes, strict=True)]
-        whole = [*lead[:-3], heads, *lead[-2:]]
+        *batch, _, rows, columns = joint_shape(given, rank=3)
+        whole = [*batch, heads, rows, columns]
     found = called(arrays, function, given, whole)
     if not (name := arrays.dtype_name(found)).startswith(("float", "bfloat", "int", "uint")):
         raise TypeError(f"the function {shown(function)} of a bias must return real numbers, got {name}")
     return found
 
 
-def _of_arrays(backend: Backend, term: Term, operands: Many, dlogits: Array, dtype: str) -> dict[int, Array]:
-    """The gradients of the arrays of a function."""
-    numbers = [n for n in term[4] if _is_real(backend.arrays, operands[n])]
+def _gradients_of_rule(backend: Backend, term: Term, operands: Many, dlogits: Array, dtype: str) -> dict[int, Array]:
+    """The gradients of the arrays of a rule."""
+    numbers = [n for n in term[4] if is_floating(backend.arrays, operands[n])]
     if backend.vjp is None or not numbers:
         return {}
 
     def function(*arrays: Array) -> Array:
         varying = dict(zip(numbers, arrays, strict=True))
-        return _of_function(backend, term, [varying.get(n, x) for n, x in enumerate(operands)], dtype)
+        return _of_rule(backend, term, [varying.get(n, x) for n, x in enumerate(operands)], dtype)
 
     output, pullback = backend.vjp(function, *(backend.arrays.cast(operands[n], dtype) for n in numbers))
     return dict(zip(numbers, pullback(sum_to(backend.xp, dlogits, output.shape)), strict=True))
-
-
-def _is_real(arrays: Arrays, x: Array) -> bool:
-    return "float" in arrays.dtype_name(x)
