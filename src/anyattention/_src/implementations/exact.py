@@ -67,8 +67,11 @@ def attention_weights(call: Call) -> Array:
         query = query * _scalar(call, options.scale, query)
     logits = attention_logits(call, query, key)
     if options.logits_soft_cap is not None:
+        name = arrays.dtype_name(logits)
+        if name == "float16" and options.logits_soft_cap > 65504.0:  # infinite there, and 0 * inf is NaN
+            logits = arrays.cast(logits, "float32")
         cap = _scalar(call, options.logits_soft_cap, logits)
-        logits = backend.xp.tanh(steps.divide(logits, cap)) * cap
+        logits = arrays.cast(backend.xp.tanh(steps.divide(logits, cap)) * cap, name)
 
     if bias is not None:
         logits, bias = arrays.join(logits, call.added())
