@@ -405,3 +405,38 @@ def test_a_traced_scale_is_refused():
     q, k, v = arrays()
     with pytest.raises(TypeError, match="scale must be a number, known when the call is made"):
         jax.jit(lambda s: aa.dot_product_attention(jnp.asarray(q), k, v, scale=s))(0.5)
+
+
+@pytest.mark.parametrize("implementation", ["exact", "tiled"])
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_cap_beyond_float16(library, implementation):
+    """Which is infinite there, and made every output NaN; so large a cap changes nothing."""
+    given = [LIBRARIES[library](x[:, :40].astype(np.float16)) for x in arrays()]
+    found, expected = (
+        np.asarray(aa.dot_product_attention(*given, logits_soft_cap=cap, implementation=implementation))
+        for cap in (1e6, None)
+    )
+    np.testing.assert_allclose(found.astype(float), expected.astype(float), rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_the_gradient_of_sinks_of_integers(library):
+    """It is in the compute dtype, as that of a query of integers; once it was rounded to integers."""
+    put = LIBRARIES[library]
+    given = [put(x) for x in arrays()]
+    (output, pullback), (_, expected) = (
+        aa.dot_product_attention_vjp(*given, sinks=put(np.arange(4).astype(dtype))) for dtype in (np.int64, np.float32)
+    )
+    assert pullback(output)[4].dtype == output.dtype
+    np.testing.assert_array_equal(pullback(output)[4], expected(output)[4])
+
+
+@pytest.mark.parametrize("kind", [np.int8, bool])
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_tiled_with_a_bias_of_integers(library, kind):
+    """PyTorch has no absolute of bool, and that of -128 is no int8."""
+    given = [LIBRARIES[library](x) for x in arrays()]
+    bias = np.where(np.arange(150) % 3 == 0, -128, 1).astype(kind)
+    found = aa.dot_product_attention(*given, bias=LIBRARIES[library](bias), implementation="tiled")
+    expected = aa.dot_product_attention(*arrays(), bias=bias.astype(np.float32), implementation="exact")
+    np.testing.assert_allclose(np.asarray(found), expected, rtol=0, atol=2e-6)

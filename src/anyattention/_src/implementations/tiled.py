@@ -69,7 +69,7 @@ class Tiled(Implementation):
             parts = zip(gradients, call.operands[:3], given, strict=True)
             dquery, dkey, dvalue = (_like(arrays, gradient, x, group, name) for gradient, x, name in parts)
             found = _of_bias(call, {"operands": dbias, "parameters": dparameters})
-            return dquery, dkey, dvalue, found, *([] if sinks is None else [_shaped(arrays, dsinks, sinks)])
+            return dquery, dkey, dvalue, found, *([] if sinks is None else [_shaped(call, dsinks, sinks)])
 
         return arrays.own(_restored(call, results[0])), pullback
 
@@ -179,7 +179,7 @@ def _of_bias(call: Call, gradients: dict[str, tuple[Array | None, ...]]) -> Any:
     bias, arrays = call.operands.bias, call.backend.arrays
     if not isinstance(bias, Bias):
         gradient = gradients["operands"][0] if hasattr(bias, "shape") else None
-        return None if gradient is None else _shaped(arrays, gradient, bias)
+        return None if gradient is None else _shaped(call, gradient, bias)
     to = call.lowering()
     bias.terms(to)
     found: list[Array | None] = []
@@ -187,13 +187,16 @@ def _of_bias(call: Call, gradients: dict[str, tuple[Array | None, ...]]) -> Any:
         gradient = None if source is None else gradients[source[0]][source[1]]
         if gradient is not None and source is not None and source[0] == "parameters" and x.ndim == 2:
             gradient = arrays.permute_dims(arrays.xp.reshape(gradient, (x.shape[1], x.shape[0])), (1, 0))  # a table
-        found.append(None if gradient is None else _shaped(arrays, gradient, x))
+        found.append(None if gradient is None else _shaped(call, gradient, x))
     return tuple(found)
 
 
-def _shaped(arrays: Arrays, gradient: Array, x: Array) -> Array:
-    """The gradient of a bias or of sinks, in their shape and dtype."""
-    return arrays.cast(arrays.xp.reshape(gradient, tuple(x.shape)), arrays.dtype_name(x))
+def _shaped(call: Call, gradient: Array, x: Array) -> Array:
+    """The gradient of a bias or of sinks, in their shape, and in their dtype, of integers the compute dtype."""
+    arrays = call.backend.arrays
+    name = arrays.dtype_name(x)
+    name = name if dtypes.is_inexact(name) else call.options.dtype
+    return arrays.cast(arrays.xp.reshape(gradient, tuple(x.shape)), name)
 
 
 def _like(arrays: Arrays, gradient: Array, x: Array, group: int | None, given: str) -> Array:

@@ -57,13 +57,17 @@ def sum_of_terms(
 def bound_of_terms(backend: Backend, terms: Sequence[Term], operands: Many, parameters: Many) -> Array | None:
     """What no visible bias exceeds, ``[lead..., 1, 1]``; None where to find it would take as long as the logits."""
     xp, found = backend.xp, None
+
+    def real(x: Array) -> Array:  # PyTorch has no absolute of bool, and that of -128 is no int8
+        return x if is_floating(backend.arrays, x) else backend.arrays.cast(x, "float32")
+
     for name, *numbers in terms:
         if name == "array" and 1 in operands[numbers[0]].shape[-2:]:
-            most = xp.max(xp.abs(operands[numbers[0]]), axis=(-2, -1), keepdims=True)
+            most = xp.max(xp.abs(real(operands[numbers[0]])), axis=(-2, -1), keepdims=True)
         elif name == "relative":
-            most = xp.max(xp.abs(parameters[numbers[2]]), axis=(-2, -1), keepdims=True)
+            most = xp.max(xp.abs(real(parameters[numbers[2]])), axis=(-2, -1), keepdims=True)
         elif name == "alibi" and numbers[-1] is not None:
-            slopes, symmetric, (first, last) = parameters[numbers[2]], *numbers[3:]
+            slopes, symmetric, (first, last) = real(parameters[numbers[2]]), *numbers[3:]
             ends = (-max(-first, last), 0) if symmetric else (first, last)
             most = xp.maximum(slopes * ends[0], slopes * ends[1])
         else:
