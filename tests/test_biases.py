@@ -412,6 +412,27 @@ def test_a_function_of_one_head(implementation):
     np.testing.assert_allclose(found, aa.dot_product_attention(q, k, v, bias=np.float32(bias)), rtol=0, atol=2e-6)
 
 
+def test_a_function_that_returns_a_number():
+    """A Python float has no dtype where all else are positions."""
+    for library, put in LIBRARIES.items():
+        given = list(map(put, qkv()))
+        for implementation in ("exact", "tiled"):
+            found, expected = (
+                np.asarray(aa.dot_product_attention(*given, bias=bias, implementation=implementation))
+                for bias in (Rule(lambda i, j: 0.5), None)
+            )
+            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6, err_msg=library)
+
+
+def test_distances_without_bound():
+    """Where buckets end is found in no more steps than `max_distance` has bits; once it was one a distance."""
+    table, half = draw(4, (8, 1)), 4
+    found = Relative(table, bidirectional=False, max_distance=2**60, offset=2**20).to_array(1, 2**20)[0, 0]
+    distance = np.arange(2**20, 0, -1)
+    far = half + np.floor(np.log(distance / half) / np.log(2**60 / half) * (8 - half) + 1e-9).astype(int)
+    np.testing.assert_array_equal(found, table[np.where(distance < half, distance, np.minimum(far, 7)), 0])
+
+
 def test_a_bias_is_no_mask():
     with pytest.raises(TypeError, match=r"bias by rule Alibi.*: pass it as bias"):
         aa.dot_product_attention(*qkv(), mask=Alibi(SLOPES))

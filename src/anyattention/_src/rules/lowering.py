@@ -46,7 +46,8 @@ def called(arrays: Arrays, function: Any, given: Sequence[Array], whole: Sequenc
     whole = joint_shape(given) if whole is None else whole
     x = function(*given)
     if isinstance(x, bool | int | float) or type(x).__module__ == "numpy":
-        x = arrays.adopt(x, given[0])
+        numbers = (y for y in given if is_floating(arrays, y))  # of positions alone a float would have no dtype
+        x = arrays.adopt(x, next(numbers, arrays.cast(given[0], "float32")))
     if not hasattr(x, "shape"):
         raise TypeError(f"the function {shown(function)} of a rule must return an array, got {x!r}")
     shape, rank = tuple(x.shape), len(whole)

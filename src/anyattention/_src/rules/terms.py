@@ -112,9 +112,14 @@ def thresholds(buckets: int, max_distance: int) -> tuple[int, ...]:
     half, rest = buckets // 2, buckets - buckets // 2
     found, distance = list(range(1, half + 1)), half
     for m in range(1, rest):
-        while distance**rest * half**m < max_distance**m * half**rest:
-            distance += 1
-        found.append(distance)
+        most = max_distance
+        while distance < most:
+            middle = (distance + most) // 2
+            if middle**rest * half**m < max_distance**m * half**rest:
+                distance = middle + 1
+            else:
+                most = middle
+        found.append(min(distance, 2**31 - 1))  # no distance is longer than 32 bits can tell
     return tuple(found)
 
 
