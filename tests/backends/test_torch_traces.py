@@ -232,16 +232,10 @@ def test_export_of_every_word(implementation):
 @pytest.mark.filterwarnings(
     "ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning"
 )  # PyTorch's and onnxscript's own
-@pytest.mark.parametrize("implementation", [None, "tiled"])
-def test_onnx_of_every_word(implementation):
-    """At any lengths, for which None is exact. Tiled is an operator in an exported program, which ONNX lacks."""
-    module, more = Every(implementation).eval(), {"dynamic_shapes": DYNAMIC}
-    if implementation == "tiled":
-        module, more = torch.export.export(module, (), ARRAYS, **more), {}
-        assert "attend_by_tiles" in str(module.graph)
-        model = torch.onnx.export(module, dynamo=True, verbose=False)
-    else:
-        model = torch.onnx.export(module, kwargs=ARRAYS, dynamo=True, verbose=False, **more)
+def test_onnx_of_every_word():
+    """At any lengths, for which None is exact."""
+    module = Every(None).eval()
+    model = torch.onnx.export(module, kwargs=ARRAYS, dynamo=True, verbose=False, dynamic_shapes=DYNAMIC)
     check(model.model_proto.SerializeToString())
 
 

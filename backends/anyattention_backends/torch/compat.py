@@ -57,11 +57,6 @@ def exports_to_onnx() -> bool:
     return torch.onnx.is_in_onnx_export()
 
 
-def decomposed(operator: Any, function: Callable[..., Any]) -> None:
-    """Let traces replace an operator of ours by what a function of its arguments makes, or NotImplemented (2.13)."""
-    operator._opoverload.py_impl(torch._C.DispatchKey.CompositeImplicitAutograd)(function)
-
-
 def is_wrapped(x: torch.Tensor) -> bool:
     """Whether a transformation of `torch.func` sees the tensor (2.11, 2.13)."""
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(x))

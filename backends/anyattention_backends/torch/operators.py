@@ -14,10 +14,9 @@ from torch import Tensor
 
 from anyattention._src import threefry
 from anyattention._src.blocks import Block, Pairs, leaves
-from anyattention._src.interfaces import OfTiles, Pair, Step
 from anyattention._src.tiles.passes import backward, forward
 from anyattention._src.tiles.tiling import Tiling, tiling
-from anyattention.extend import Backend, Dropout, Options, Tiles
+from anyattention.extend import Backend, Dropout, Options
 from anyattention_backends.torch import compat, dtensors
 
 Many = Sequence[Tensor]
@@ -182,25 +181,3 @@ def _backward(ctx: Any, gradients: list[Tensor]) -> tuple[list[Tensor | None], l
 
 
 _tiled.register_autograd(_backward, setup_context=_setup)
-
-
-class _OneTile(Tiles):
-    """The whole as one tile, in the standard's terms: loops over lengths that are symbols would fix them."""
-
-    def map_rows(self, function: OfTiles, block: Block, *loops: Any, **more: Any) -> Pair:
-        return function((block,))
-
-    def scan_columns(self, step: Step, state: Any, block: Block, sizes: Any) -> Pair:
-        return step(state, block)
-
-
-def _at_once(arrays: Many, numbers: Numbers, text: str) -> Any:
-    """`_tiled` in PyTorch's own operators, all logits at once, for programs on their way to ONNX, which lacks ours."""
-    if not compat.exports_to_onnx():
-        return NotImplemented
-    how, block = _read(arrays, numbers, text)
-    one = Backend(backend.xp, type(backend.arrays), type(backend.steps), _OneTile)
-    return list(forward(how._replace(backend=one), block))
-
-
-compat.decomposed(_tiled, _at_once)
