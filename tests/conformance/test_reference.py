@@ -447,6 +447,7 @@ def test_it_owes_nothing_to_the_package():
         "anyattention_conformance.threefry",
         "collections.abc",
         "dataclasses",
+        "functools",
         "ml_dtypes",
         "numpy",
         "typing",
