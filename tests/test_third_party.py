@@ -128,7 +128,7 @@ except ValueError as error:
     *names, off, error = output(site, code)
     assert names == ["plain", "plain"]
     assert off == "('plain: it is switched off',)"
-    assert error == "there is no engine 'plane': pass some of cudnn, tokamax, splash, sdpa, flex, mlx, plain"
+    assert error == "there is no engine 'plane': pass some of cudnn, tokamax, splash, sdpa, flex, mlx, onnx, plain"
 
 
 @pytest.mark.parametrize(("engines", "expected"), [("plain", "plain"), ("-plain", "None"), ("sdpa", "None")])
