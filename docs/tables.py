@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 CPU_RUN = ROOT / "benchmarks" / "results" / "2026-11-24.json"
 MODELS_RUN = ROOT / "benchmarks" / "results" / "2026-11-27.json"
 GPU_RUNS = sorted((ROOT / "benchmarks" / "results").glob("gpu-*.json"))  # by date
-NAMES = {"numpy": "NumPy", "jax": "JAX", "torch": "PyTorch", "mlx": "MLX", "ndonnx": "ndonnx"}
+NAMES = {"numpy": "NumPy", "jax": "JAX", "torch": "PyTorch", "mlx": "MLX", "ndonnx": "ndonnx", "dask": "Dask"}
 TABLES: dict[str, Callable[[], str]] = {}
 _PLACE = re.compile(r"(<!-- ([a-z-]+) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
 Rows = Iterator[tuple[str, ...]]
@@ -125,7 +125,7 @@ def requirements() -> Rows:
     """The oldest version of each library, and the extra that installs it, as in pyproject.toml."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     base = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    titles = {"strict": "array-api-strict", "dask": "Dask", "onnx": "ndonnx", **NAMES}
+    titles = {"strict": "array-api-strict", "onnx": "ndonnx", **NAMES}
     yield "library", "to install it", "requires"
     for name in ("numpy", "jax", "torch", "mlx", "strict", "dask", "onnx"):
         found = [x for x in (base if name == "numpy" else extras[name]) if "darwin" not in x]

@@ -27,7 +27,7 @@ class Rule(NamedTuple):
     def fits(self, call: Call) -> bool:
         """Whether the call is one that the rule is for."""
         (queries, keys), heads = call.lengths, call.operands.query.shape[-2]
-        if not self.least_queries <= queries <= self.most_queries or queries * keys < self.of_a_head:
+        if queries < self.least_queries or queries > self.most_queries or queries * keys < self.of_a_head:
             return False
         if queries * keys * heads < self.of_an_entry or (self.dtypes and call.options.dtype not in self.dtypes):
             return False
@@ -64,6 +64,7 @@ RULES: dict[tuple[str, str], tuple[Rule, ...]] = {
     ("torch", "cpu"): (Rule("fused", of_a_head=2**6), Rule("tiled", of_a_head=2**18)),
     ("torch", "cuda"): (Rule("fused", of_a_head=2**8), Rule("tiled", of_an_entry=2**30)),
     ("mlx", "gpu"): (Rule("fused", of_a_head=2**10),),
+    ("dask", "cpu"): (Rule("tiled", of_a_head=1),),  # exact has all logits of two chunks at once
 }
 """The rules for ``implementation=None``, by library and platform: the first that fits, where nothing speaks against it.
 

@@ -21,13 +21,14 @@ from anyattention._src.implementations.tiled import TILED
 from anyattention._src.interfaces import Backend
 from anyattention._src.later import when_imported
 from anyattention._src.rules import ByRule
+from anyattention._src.shards import Home
 
 Array = Any
 #: The project's own engines, each a vendor's kernel for "fused".
 ENGINES = ("cudnn", "tokamax", "splash", "sdpa", "flex", "mlx", "onnx")
 EXACT = Exact()
 #: The root modules of the array types of the project's own libraries.
-LIBRARIES = ("numpy", "jax", "jaxlib", "torch", "mlx", "ndonnx")
+LIBRARIES = ("numpy", "jax", "jaxlib", "torch", "mlx", "ndonnx", "dask")
 _BY_TYPE: dict[type, Backend | None] = dict.fromkeys((type(None), bool, int, float, complex, list, tuple))
 
 
@@ -59,6 +60,8 @@ def load(library: str) -> Backend:
         from anyattention_backends.mlx import backend
     elif library == "ndonnx":
         from anyattention_backends.ndonnx import backend
+    elif library == "dask":
+        from anyattention_backends.dask import backend
     else:
         from anyattention_backends.numpy import backend
     return backend
@@ -241,3 +244,4 @@ def trace_under(settings: Any) -> None:
 
 
 ByRule._made = staticmethod(_made)
+Home.backend_of = staticmethod(backend_of)  # type: ignore[assignment]

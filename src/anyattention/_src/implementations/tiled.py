@@ -27,16 +27,20 @@ class Tiled(Implementation):
 
     def refusals(self, call: Call) -> Iterator[str]:
         yield from super().refusals(call)
-        if call.has_unknown_sizes:
-            yield "lengths are unknown"
         if reason := call.backend.tiles.no_tiles(call):
             yield reason
+        if call.has_unknown_sizes:
+            yield "lengths are unknown"
         arrays, bias = call.backend.arrays, call.operands.bias
         dense = bias.dense() if isinstance(bias, Bias) else [bias]
         if any(isinstance(x, complex) or (hasattr(x, "shape") and "complex" in arrays.dtype_name(x)) for x in dense):
             yield "the bias is complex"
         if call.options.dtype not in ("bfloat16", "float16", "float32", "float64"):
             yield f"tiles of {call.options.dtype} are not supported"
+
+    def remarks(self, call: Call) -> list[str]:
+        tiles = call.backend.tiles
+        return tiles.remarks(*prepare(call)) if tiles.chunks else []
 
     def compute(self, call: Call) -> Array:
         """The output. Sums are in float32 at least; `force_fp32_for_softmax` returns them so."""
@@ -111,7 +115,8 @@ def prepare(call: Call) -> tuple[Tiling, Block]:
         words = call.backend.tiles.key_words(dropout_key, query)
         pairs = pairs._replace(counts=threefry.counts(xp, words, shape, origin, options.whole, arrays.beside(query)))
     block = Block((q,), (k, v), pairs, parameters, shown=shown)
-    ruled = mask if origin is None and options.dropout is None and call.backend.tiles.most_groups else None
+    tiles = call.backend.tiles
+    ruled = mask if origin is None and tiles.most_groups and (options.dropout is None or tiles.chunks) else None
     return tiling(call.backend, options, wide, expression, terms, block, ruled), block
 
 
@@ -125,7 +130,7 @@ def _reach(call: Call) -> tuple[int, int]:
 def _shown(call: Call, key: Array, value: Array, group: int | None) -> Array | None:
     """Which keys of a block some query may see, ``[lead..., columns or 1, 1]``; None where it makes no difference."""
     arrays, xp, norms = call.backend.arrays, call.backend.xp, call.backend.tiles.norms
-    if call.operands.mask is None:
+    if call.operands.mask is None or call.backend.tiles.chunks:
         return None
     if arrays.inspects(key) and all(arrays.surely(xp.isfinite(xp.sum(norms(x))), True) for x in (key, value)):
         return None

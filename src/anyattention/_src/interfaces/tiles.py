@@ -4,7 +4,7 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from anyattention._src.blocks import Block, Group, Sizes, cut_columns, cut_group, cut_rows_of, tree_map
+from anyattention._src.blocks import Block, Group, Sizes, cut_columns, cut_group, cut_rows_of, everything, tree_map
 from anyattention._src.interfaces.arrays import Arrays, Function, permute, place
 
 Array = Any
@@ -102,10 +102,27 @@ class Tiles(TileSteps):
 
     most_groups = 2**31
     """Into how many groups of rows a mask by rule may divide the queries; none where lengths may be symbols."""
+    chunks = False
+    """Whether arrays are in chunks, so that a block is computed by its shards; each looks after its hidden padding."""
 
     def sizes(self, block: Block, ruled: bool) -> Sizes:
         """How many queries and keys to take at a time; `ruled` says that rows see different keys by the mask's rule."""
         return 256, 1024
+
+    def groups(self, mask: Any, block: Block, size: int) -> tuple[Group, ...]:
+        """Groups of rows that see different columns by a mask's rule, `most_groups` at most, of whole tiles of rows.
+
+        Their `sure` columns are at multiples of 64.
+        """
+        (rows, columns), groups = block.lengths, []
+        for part in everything(block).split(max(size, -(-rows // (self.most_groups * size)) * size)):
+            seen, (first, last) = mask.ranges(*part.rows, columns)
+            groups.append(Group(part.rows, seen, (-(-first // 64) * 64, last // 64 * 64)))
+        return tuple(groups)
+
+    def remarks(self, tiling: Any, block: Block) -> list[str]:
+        """What `explain` says of a block, a line each, where there are `chunks`."""
+        return []
 
     def key_words(self, key: Any, like: Array) -> Array:
         """A dropout key of this library as raw words, beside `like`."""

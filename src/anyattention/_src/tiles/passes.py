@@ -31,8 +31,8 @@ Gradient = tuple[Array | None, ...]  # of a bias: of each of its operands, or of
 Gradients = tuple[Array, Array, Array, Gradient, Gradient, Array | None]
 
 
-def forward(tiling: Tiling, block: Block) -> tuple[Array, Array, Array]:
-    """Output, base and total of every query, ``[lead..., rows, *]``."""
+def forward(tiling: Tiling, block: Block, each: Any = None) -> tuple[Array, Array, Array]:
+    """Output, base and total of every query, ``[lead..., rows, *]``; or what `each` finds in place of `attend`."""
     xp = tiling.backend.xp
     if block.empty:
         as_query = {"dtype": block.rows[0].dtype, **tiling.backend.arrays.beside(block.rows[0])}
@@ -43,7 +43,7 @@ def forward(tiling: Tiling, block: Block) -> tuple[Array, Array, Array]:
     if tuple(query.shape[:-2]) != lead:  # where a bias or mask alone is mapped over an axis
         block = block._replace(rows=(xp.broadcast_to(query, (*lead, *query.shape[-2:])),))
     block, like = with_bounds(tiling, unspoiled(xp, block)), ((block.rows[0],) * 3, ())
-    step = functools.partial(attend, tiling)
+    step = functools.partial(each or attend, tiling)
     return tiling.backend.tiles.map_rows(step, block, tiling.groups, tiling.sizes, like, tiling.draw)[0]
 
 
@@ -64,6 +64,28 @@ def attend(tiling: Tiling, parts: tuple[Block, ...]) -> tuple[tuple[Array, ...],
     if spoiled is not None:
         output = xp.where(base <= tiling.fill + 100.0, output + spoiled, output)  # hidden keys have some weight
     return (output, base, state.total), ()
+
+
+def attend_some(tiling: Tiling, parts: tuple[Block, ...]) -> tuple[Partial, tuple[()]]:
+    """The partial of some queries over keys beside which there are others; a row may see none of these."""
+    arrays, xp, tiling = tiling.backend.arrays, tiling.backend.xp, inspected(tiling, parts[0])
+    state, spoiled = absorbed(tiling, parts), parts[0].spoiled
+    if tiling.bounded and state is not None and tiling.options.dropout is None and not tiling.terms:
+        shown, base = state.total > 0.0, xp.zeros_like(state.total)
+        if not arrays.surely(shown, True):
+            closed = of_hidden(tiling.backend.tiles, base, tiling.fill, tuple([x.columns[1] for x in parts]))
+            base, *rest = (xp.where(shown, x, y) for x, y in zip((base, *state[1:]), closed, strict=True))
+            state = Partial(base, *rest)
+        right = arrays.surely(xp.isfinite(state.output), True)
+    else:
+        right = not (tiling.skip or tiling.bounded) or (state is not None and sound(tiling, state))
+    if not right:
+        state = absorbed(tiling._replace(skip=False, bounded=False), parts)
+    base = xp.zeros_like(state.total) if state.base is None else state.base
+    if spoiled is None:
+        return Partial(base, state.total, state.output), ()
+    low = base <= tiling.fill + 100.0
+    return Partial(base, state.total, xp.where(low, state.output + spoiled * state.total, state.output)), ()
 
 
 def absorbed(tiling: Tiling, parts: tuple[Block, ...]) -> Any:

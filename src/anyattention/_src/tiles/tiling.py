@@ -11,7 +11,7 @@ from anyattention._src import threefry
 from anyattention._src.blocks import Block, Group, Sizes, everything
 from anyattention._src.call import Options
 from anyattention._src.interfaces import Backend
-from anyattention._src.rules import Expression, Mask, Term, bound_of_terms, operands_with_gradients
+from anyattention._src.rules import Expression, Term, bound_of_terms, operands_with_gradients
 from anyattention._src.tiles.partials import Partial
 
 Array = Any
@@ -76,19 +76,9 @@ def tiling(
         root = 1.0 / options.scale if options.scale else math.inf
     found = operands_with_gradients(backend, terms, block.pairs.bias)
     axes = [(x.shape[-2] != 1, x.shape[-1] != 1) if n in found else None for n, x in enumerate(block.pairs.bias)]
-    groups = _groups(mask, block, sizes[0], backend.tiles.most_groups) if ruled else (everything(block),)
+    groups = backend.tiles.groups(mask, block, sizes[0]) if ruled else (everything(block),)
     skip, precise = expression is not None and backend.arrays.inspects(block.rows[0]), options.dtype == "float32"
     return Tiling(backend, options, dtype, expression, root, fill, sizes, terms, tuple(axes), groups, precise, skip)
-
-
-def _groups(mask: Mask, block: Block, size: int, most: int) -> tuple[Group, ...]:
-    """Groups of rows that see different columns, `most` at most, of whole tiles; `sure` at multiples of 64."""
-    rows, columns = block.lengths
-    groups = []
-    for part in everything(block).split(max(size, -(-rows // (most * size)) * size)):
-        seen, (first, last) = mask.ranges(*part.rows, columns)
-        groups.append(Group(part.rows, seen, (-(-first // 64) * 64, last // 64 * 64)))
-    return tuple(groups)
 
 
 def with_bounds(tiling: Tiling, block: Block) -> Block:
