@@ -95,8 +95,8 @@ def test_the_page_on_an_index_needs_no_repository(metadata):
 
 @pytest.mark.slow
 def test_the_wheel_is_small_and_holds_the_packages_alone(wheel):
-    """3.06 MB on 2026-11-27, of which the recorded answers take 2.8."""
-    assert wheel.stat().st_size < 3.1e6
+    """3.14 MB on 2026-11-27, of which the recorded answers take 2.8 and code the rest."""
+    assert wheel.stat().st_size < 3.2e6
     homes = {"anyattention": "src", "anyattention_backends": "backends", "anyattention_conformance": "conformance"}
     ours = {path.relative_to(ROOT / home) for name, home in homes.items() for path in (ROOT / home / name).rglob("*")}
     with zipfile.ZipFile(wheel) as archive:
