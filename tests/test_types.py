@@ -187,6 +187,7 @@ def test_a_user_is_told(checker, tmp_path):
     every = list(dict.fromkeys(examples()))
     assert len(every) > 10
     lines = ["from anyattention import *", "from anyattention.masks import *", "from anyattention.random import *"]
+    lines += ["from anyattention.biases import Alibi"]  # not all, since both have a Rule
     lines += [f"def example_{i}() -> None:\n{indent(source, '    ')}" for i, source in enumerate(every)]
     (tmp_path / "examples.py").write_text("\n".join(lines))
     (tmp_path / "user.py").write_text(USER)

@@ -83,7 +83,7 @@ class Alibi(Bias):
     Examples:
         >>> import numpy as np
         >>> Alibi(np.array([0.5]), symmetric=True).to_array(2, 3).tolist()
-        [[[-0.0, -0.5, -1.0], [-0.5, -0.0, -0.5]]]
+        [[[0.0, -0.5, -1.0], [-0.5, 0.0, -0.5]]]
     """
 
     slopes: Array
@@ -166,8 +166,8 @@ class Rule(Bias):
         ShapeError: in a call, arrays of another length or batch, or a result of another shape.
 
     Examples:
-        >>> Rule(lambda i, j: -0.5 * abs(i - j)).to_array(2, 3).tolist()
-        [[[0.0, -0.5, -1.0], [-0.5, 0.0, -0.5]]]
+        >>> Rule(lambda i, j: 0.5 * (j - i)).to_array(2, 3).tolist()
+        [[0.0, 0.5, 1.0], [-0.5, 0.0, 0.5]]
     """
 
     function: Callable[..., Array]

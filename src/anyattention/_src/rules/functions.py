@@ -35,6 +35,7 @@ class Rule(Mask):
     Under `torch.compile` and `torch.export` exact alone has it, with all logits.
 
     Examples:
+        >>> from anyattention.masks import CausalMask
         >>> every_third = Rule(lambda i, j: (i - j) % 3 == 0)
         >>> (every_third & CausalMask()).to_array(2, 4).tolist()
         [[True, False, False, False], [False, True, False, False]]
