@@ -43,7 +43,10 @@ def flax_composed(x, arguments):
         value = jnp.concatenate((value, jnp.zeros_like(value[..., :1, :, :])), axis=-3)
         mask = None if mask is None else np.concatenate((mask, np.ones_like(mask[..., :1])), axis=-1)
     nothing = jnp.zeros((*value.shape[:-1], x["query"].shape[-1]), logits.dtype)
-    return flax.linen.dot_product_attention(jnp.zeros_like(x["query"]), nothing, value, bias=logits, mask=mask)
+    # Not in one program with the logits: JAX 0.12 on a CPU fuses the sum of two products and its softmax, and four in
+    # ten programs return NaN for large logits.
+    flax_alone = jax.jit(flax.linen.dot_product_attention)
+    return flax_alone(jnp.zeros_like(x["query"]), nothing, value, bias=logits, mask=mask)
 
 
 @pytest.mark.parametrize(
@@ -56,13 +59,9 @@ def test_the_reference_stands_for_flax(name, dtype):
     arguments, expected = case.inputs(dtype), of_the_reference(case, dtype)
     cotangent = case.cotangent(expected.output.shape, expected.output.dtype)
 
-    @jax.jit
-    def flax_answer(x, cotangent):
-        output, pullback = jax.vjp(lambda x: flax_composed(x, arguments), x)
-        return output, pullback(cotangent)[0]
-
     arrays = {name: jnp.asarray(arguments[name]) for name in NAMES if name in arguments}
-    output, gradients = jax.tree.map(np.asarray, flax_answer(arrays, jnp.asarray(cotangent)))
+    output, pullback = jax.vjp(lambda x: flax_composed(x, arguments), arrays)
+    output, gradients = jax.tree.map(np.asarray, (output, pullback(jnp.asarray(cotangent))[0]))
     assert not c2(output, expected.output, arguments, dtype).message
     right, size = truth(arguments, dtype, cotangent)
     assert gradients.keys() == expected.gradients.keys()
