@@ -20,6 +20,7 @@ from anyattention._src.tiles.partials import Partial, finish, finite, of_hidden,
 from anyattention._src.tiles.tiling import Tiling, tiling
 
 Array = Any
+Results = tuple[Array | None, Array, Array]  # output, base and total of rows
 
 
 class Whole(NamedTuple):
@@ -55,7 +56,7 @@ def seen(whole: Whole, block: Block) -> Partial:
     return backend.arrays.run(block.rows[0], _seen, backend, whole, block)
 
 
-def whole_rows(whole: Whole, block: Block) -> tuple[Array, Array, Array]:
+def whole_rows(whole: Whole, block: Block) -> Results:
     """Output, base and total of rows whose columns are all there."""
     backend = Home.backend_of(block.rows[0])
     return passes.forward(_tiling(backend, whole, block), _shown(backend, whole, block))
@@ -73,7 +74,7 @@ def joined(one: Partial, two: Partial) -> Partial:
     return backend.arrays.run(one.total, _joined, backend, one, two)
 
 
-def finished(whole: Whole, state: Partial, sinks: Array | None, checks: bool) -> tuple[Array, Array, Array]:
+def finished(whole: Whole, state: Partial, sinks: Array | None, checks: bool) -> Results:
     """Output, base and total of some rows, sinks included.
 
     Dropout has no closed form. If it `checks`, hidden keys have no part in the state, and must have no weight.
@@ -93,13 +94,16 @@ def finished(whole: Whole, state: Partial, sinks: Array | None, checks: bool) ->
     return backend.arrays.run(state.total, finish, state, whole.keep_prob), state.base, state.total
 
 
-def pulled(whole: Whole, block: Block, results: tuple[Array, Array, Array], doutput: Array) -> Any:
-    """The gradients of what is in the shard, as `passes.backward` has them, from the results of whole rows."""
+def pulled(whole: Whole, block: Block, results: Results, doutput: Array, delta: Array | None = None) -> Any:
+    """The gradients of what is in the shard, as `passes.backward` has them, from the results of whole rows.
+
+    Given `delta`, the row sums of doutput times output over total, the output may be None.
+    """
     backend = Home.backend_of(block.rows[0])
-    return backend.arrays.run(block.rows[0], _pulled, backend, whole, block, results, doutput)
+    return backend.arrays.run(block.rows[0], _pulled, backend, whole, block, results, doutput, delta)
 
 
-def pulled_hidden(whole: Whole, results: tuple[Array, Array, Array], doutput: Array) -> Array:
+def pulled_hidden(whole: Whole, results: Results, doutput: Array) -> Array:
     """What each value that a rule hides from these rows gets: no more than zero, unless they see no key at all."""
     (_, base, total), backend = results, Home.backend_of(doutput)
     fill: Any = _fill(backend, whole)
@@ -111,16 +115,21 @@ def pulled_hidden(whole: Whole, results: tuple[Array, Array, Array], doutput: Ar
     return backend.arrays.run(doutput, compute)
 
 
-def pulled_sinks(sinks: Array, results: tuple[Array, Array, Array], doutput: Array) -> Array:
+def pulled_sinks(sinks: Array, results: Results, doutput: Array) -> Array:
     """The gradient of the sinks of some rows."""
-    (output, base, total), backend = results, Home.backend_of(doutput)
-    xp = backend.xp
+    backend = Home.backend_of(doutput)
+    xp, of_rows = backend.xp, delta(results, doutput)
 
     def compute() -> Array:
-        delta = xp.sum(doutput * output, axis=-1, keepdims=True) / total
-        return sum_to(xp, -xp.exp(sinks - finite(backend.tiles, base)) * delta, sinks.shape)
+        return sum_to(xp, -xp.exp(sinks - finite(backend.tiles, results[1])) * of_rows, sinks.shape)
 
     return backend.arrays.run(doutput, compute)
+
+
+def delta(results: Results, doutput: Array) -> Array:
+    """The row sums of doutput times output, over total: what gradients have of the output."""
+    (output, _, total), backend = results, Home.backend_of(doutput)
+    return backend.arrays.run(doutput, lambda: backend.xp.sum(doutput * output, axis=-1, keepdims=True) / total)
 
 
 def _fill(backend: Backend, whole: Whole) -> float:
@@ -153,10 +162,9 @@ def _joined(backend: Backend, one: Partial, two: Partial) -> Partial:
     return Partial(base, one.total * left + two.total * right, sums[0] + sums[1])
 
 
-def _pulled(backend: Backend, whole: Whole, block: Block, results: Any, doutput: Array) -> Any:
-    output, base, total = results
+def _pulled(backend: Backend, whole: Whole, block: Block, results: Results, doutput: Array, delta: Array | None) -> Any:
     how, block = _tiling(backend, whole, block), _shown(backend, whole, block)
-    return passes.backward(how, block, output, base, total, doutput)
+    return passes.backward(how, block, *results, doutput, None if delta is None else -delta)
 
 
 def _shown(backend: Backend, whole: Whole, block: Block) -> Block:
