@@ -58,8 +58,7 @@ def seen(whole: Whole, block: Block) -> Partial:
 
 def whole_rows(whole: Whole, block: Block) -> Results:
     """Output, base and total of rows whose columns are all there."""
-    backend = Home.backend_of(block.rows[0])
-    return passes.forward(_tiling(backend, whole, block), _shown(backend, whole, block))
+    return _forward(Home.backend_of(block.rows[0]), whole, block, passes.forward)
 
 
 def hidden(whole: Whole, rows: Array, count: int, sums: tuple[Array, ...]) -> Partial:
@@ -148,8 +147,18 @@ def _attended(backend: Backend, whole: Whole, block: Block) -> Partial:
 
 
 def _seen(backend: Backend, whole: Whole, block: Block) -> Partial:
+    return Partial(*_forward(backend, whole, block, _some))
+
+
+def _some(tiling: Tiling, block: Block) -> Results:
+    return passes.forward(tiling, block, passes.attend_some)
+
+
+def _forward(backend: Backend, whole: Whole, block: Block, function: Any) -> Any:
     how = _tiling(backend, whole, block)
-    return Partial(*passes.forward(how, _shown(backend, whole, block), passes.attend_some))
+    if not _hides(whole, block):
+        return function(how, block)
+    return backend.tiles.guarded(function, how, block, partial(_shown, backend, whole, block))
 
 
 def _joined(backend: Backend, one: Partial, two: Partial) -> Partial:
@@ -163,23 +172,25 @@ def _joined(backend: Backend, one: Partial, two: Partial) -> Partial:
 
 
 def _pulled(backend: Backend, whole: Whole, block: Block, results: Results, doutput: Array, delta: Array | None) -> Any:
-    how, block = _tiling(backend, whole, block), _shown(backend, whole, block)
+    how = _tiling(backend, whole, block)
+    if _hides(whole, block):
+        block = backend.tiles.with_shown(block, partial(_shown, backend, whole, block))
     return passes.backward(how, block, *results, doutput, None if delta is None else -delta)
 
 
-def _shown(backend: Backend, whole: Whole, block: Block) -> Block:
-    """The block with what tells which of its keys some row sees, where a key or value is not finite."""
-    arrays, xp, (key, value) = backend.arrays, backend.xp, block.columns
-    if whole.expression is None or block.pairs.mask is None or block.empty:
-        return block
-    sums = (xp.sum(backend.tiles.norms(x)) for x in (key, value))
-    if arrays.inspects(key) and all(arrays.surely(xp.isfinite(x), True) for x in sums):
-        return block
-    see = partial(visible, arrays, whole.expression)
+def _hides(whole: Whole, block: Block) -> bool:
+    """Whether a key may be there that no row sees."""
+    return whole.expression is not None and block.pairs.mask is not None and not block.empty
+
+
+def _shown(backend: Backend, whole: Whole, block: Block) -> Array:
+    """Which keys of the shard some of its rows see, ``[lead..., columns or 1, 1]``."""
+    arrays, xp, key = backend.arrays, backend.xp, block.columns[0]
+    see = partial(visible, arrays, whole.expression)  # type: ignore[arg-type]  # asked for where there is one
     shown = backend.tiles.any_row(see, block.pairs.mask, block.lengths[0])
     more = tuple(axis for axis in range(key.ndim - 2) if shown.shape[axis] != 1 == key.shape[axis])
     shown = xp.any(shown, axis=more, keepdims=True) if more else shown
-    return block._replace(shown=permute(arrays, shown, (-1, -2)))
+    return permute(arrays, shown, (-1, -2))
 
 
 def may_see(arrays: Arrays, expression: Expression | None, block: Block) -> Any:
