@@ -137,7 +137,7 @@ class Devices(Exchange):
 
 
 def typed_as(x: Array, like: Array) -> Array:
-    """An array that lies along explicit axes as another does: they are part of a type, which branches and loops keep."""
+    """An array that lies along explicit axes as another does: they are part of types, which branches and loops keep."""
     sharding = jax.typeof(like).sharding
     explicit = AxisType.Explicit in getattr(sharding.mesh, "axis_types", ())
     return jax.sharding.reshard(x, sharding) if explicit and jax.typeof(x).sharding != sharding else x
