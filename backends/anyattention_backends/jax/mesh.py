@@ -53,9 +53,8 @@ def axis_of(axis: Any, query: Array, key: Array) -> Axis | None:
     manual = getattr(mesh, "manual_axes", ())
     if axis not in manual:
         for name, x in (("query", query), ("key", key)):
-            others = [other for other in axes_of(x, -3) if other != axis]
-            if others:
-                raise ValueError(f"the length of {name} is sharded over {', '.join(others)}, not over {found.name}")
+            if elsewhere := [other for other in axes_of(x, -3) if other != axis]:
+                raise ValueError(f"the length of {name} is sharded over {', '.join(elsewhere)}, not over {found.name}")
         return found
     whole_queries = axis in varying(key) and axis not in varying(query)
     others = tuple(f"mesh axis {other!r}" for other in manual if other != axis and mesh.shape[other] > 1)
@@ -244,7 +243,8 @@ def _on_each(tiling: Any, kinds: Any, run: Any, block: Block, rows: int = 0) -> 
     own = of_rows(block.rows[0])
     specs: Any = Block((own,), columns, pairs, tuple(PartitionSpec() for _ in block.parameters))
     if rows:
-        given, results = (specs,), (own,) * rows
+        given: tuple[Any, ...] = (specs,)
+        results: tuple[Any, ...] = (own,) * rows
     else:
         dbias = ring.with_gradients(tiling, pairs.bias)
         dparameters = tuple(PartitionSpec() for _ in block.parameters)
