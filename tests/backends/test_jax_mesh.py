@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -124,6 +125,35 @@ def test_dropout_bits():
 def test_error_beside_that_of_flax(dtype):
     """C3: at most twice Flax's own."""
     assert max(run("error_of_flax", dtype).values()) <= 2.0
+
+
+def test_two_processes():
+    """Each has two of the devices of a ring."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{found.getsockname()[1]}"
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    program = PROGRAM.with_name("jax_processes_program.py")
+    both = [
+        subprocess.Popen(
+            [sys.executable, program, address, str(n)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for n in range(2)
+    ]
+    try:
+        for process in both:
+            found, said = process.communicate(timeout=60)
+            assert not process.returncode, said[-2000:]
+            count, error = found.split()[-2:]  # after what gloo says
+            assert count == "8"
+            assert float(error) < 2e-5
+    finally:
+        for process in both:
+            process.kill()
 
 
 def test_refusals():
