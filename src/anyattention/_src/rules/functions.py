@@ -51,6 +51,7 @@ class Rule(Mask):
     function: Callable[..., Any]
     query_arrays: tuple[Array, ...] = ()
     key_arrays: tuple[Array, ...] = ()
+    _axes = {"query_arrays": ("batch", "rows"), "key_arrays": ("batch", "columns")}
 
     def __post_init__(self) -> None:
         super().__post_init__()
