@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
-from anyattention._src import arguments, plan, registry
+from anyattention._src import arguments, plan, registry, settings
 from anyattention._src.call import Call, Operands, dropout_of, make_call, number
 from anyattention._src.errors import ShapeError
 from anyattention._src.implementations.tiled import TILED
@@ -12,6 +12,7 @@ from anyattention._src.interfaces import Backend
 from anyattention._src.plan import Plan
 from anyattention._src.rules import AnyArray, Bias, ByRule, Convertible, Mask
 from anyattention._src.settings import Name
+from anyattention._src.spread import spread
 
 Array = TypeVar("Array", bound=AnyArray)  # what comes in comes out
 _ADDITIVE = (
@@ -44,6 +45,7 @@ def dot_product_attention(
     scale: float | None = None,
     logits_soft_cap: float | None = None,
     sinks: Array | None = None,
+    sequence_axis: Any = None,
     implementation: Name | None = None,
 ) -> Array:
     """Attention of queries over keys and values, with the numbers of ``flax.linen.dot_product_attention``.
@@ -78,6 +80,9 @@ def dot_product_attention(
         sinks: a logit more in the sum of each softmax, of a key without a value, as in gpt-oss: ``[num_heads]``, or
             two axes or more, broadcastable to ``[batch..., num_heads, q_length]``. A query that may see no key then
             gets zero.
+        sequence_axis: over which devices the sequence is spread: the name of a JAX mesh axis, or PyTorch's process
+            group or one-dimensional DeviceMesh. Arrays are then whole, or the parts of this device: those of JAX
+            inside ``jax.shard_map``, those of PyTorch. A bias and a dense mask have all columns.
         implementation: ``"exact"``, ``"tiled"``, ``"fused"``, or None to choose; see `explain`.
 
     Returns:
@@ -114,6 +119,7 @@ def dot_product_attention(
         scale=scale,
         logits_soft_cap=logits_soft_cap,
         sinks=sinks,
+        sequence_axis=sequence_axis,
         einsum_dot_general=einsum_dot_general,
         qk_attn_weights_einsum=qk_attn_weights_einsum,
         attn_weights_value_einsum=attn_weights_value_einsum,
@@ -278,6 +284,7 @@ def explain(
     scale: float | None = None,
     logits_soft_cap: float | None = None,
     sinks: Array | None = None,
+    sequence_axis: Any = None,
     implementation: Name | None = None,
 ) -> Plan:
     """The plan that `dot_product_attention` follows for these very arguments; prints as a table.
@@ -313,6 +320,7 @@ def explain(
         scale=scale,
         logits_soft_cap=logits_soft_cap,
         sinks=sinks,
+        sequence_axis=sequence_axis,
         einsum_dot_general=einsum_dot_general,
         qk_attn_weights_einsum=qk_attn_weights_einsum,
         attn_weights_value_einsum=attn_weights_value_einsum,
@@ -351,6 +359,7 @@ def call_of(
     logits_soft_cap: Any,
     sinks: Any,
     origin: Any = None,
+    sequence_axis: Any = None,
     **options: Any,
 ) -> Call:
     """The call, with all arrays in the one library that serves them."""
@@ -380,4 +389,8 @@ def call_of(
     else:
         asked["dropout"] = dropout_of(arguments.rate_of(dropout_rate), broadcast_dropout, dropout_rng)
         dropout_rng = arguments.key_of(backend, dropout_rng)
-    return make_call(backend, Operands(query, key, value, bias, mask, dropout_rng, origin, sinks), dtype, asked)
+    axis = backend.arrays.axis(sequence_axis or settings.current().sequence_axis, query, key)
+    call = make_call(backend, Operands(query, key, value, bias, mask, dropout_rng, origin, sinks), dtype, asked, axis)
+    if axis is not None and axis.size > 1:
+        return spread(call, axis, settings.current().exchange)
+    return call if backend.localized is None else backend.localized(call)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from anyattention._src import dtypes
 from anyattention._src.errors import ShapeError
-from anyattention._src.interfaces import Backend, unknown
+from anyattention._src.interfaces import Axis, Backend, unknown
 from anyattention._src.rules import Bias, ByRule, CausalMask, Lowering, Mask, as_mask, sum_of_terms, visible
 from anyattention._src.structure import Structure, structure
 
@@ -51,6 +51,7 @@ class Options:
     attn_weights_value_einsum: Any = None
     weights_only: bool = False
     whole: tuple[int, ...] | None = None  # lengths of queries and keys of which the operands are a shard, as `origin`
+    spread: Any = None  # a `Spread`: how the sequence is computed on several devices
     partial: bool = False  # whether the row statistics are wanted too: there are other keys
 
     @property
@@ -184,10 +185,13 @@ class Call:
         return True
 
 
-def make_call(backend: Backend, operands: Operands, dtype: Any, asked: dict[str, Any]) -> Call:
+def make_call(
+    backend: Backend, operands: Operands, dtype: Any, asked: dict[str, Any], axis: Axis | None = None
+) -> Call:
     """The call for operands of one library, with query, key and value promoted to one dtype.
 
-    `asked` are the options that are not at their defaults, and "is_causal".
+    `asked` are the options that are not at their defaults, and "is_causal". Of parts along an `axis` of devices, bias
+    and dense mask have the rows of these queries and the columns of all keys.
 
     Raises:
         ShapeError, TypeError, ValueError: as `dot_product_attention` says.
@@ -205,7 +209,10 @@ def make_call(backend: Backend, operands: Operands, dtype: Any, asked: dict[str,
         _check_devices(operands)
     _check_shapes(query, key, value, grouped=not whole_products)
     if bias is not None or mask is not None:
-        _check_broadcast(query, key, bias, mask)
+        if axis is not None and axis.size > 1:
+            _check_rows(query, key, bias, mask, axis)
+        else:
+            _check_broadcast(query, key, bias, mask)
         if bias is not None and not getattr(bias, "shape", True) and name not in dtypes.NARROW:
             bias = _in_32_bits(backend, bias)
     if asked.pop("is_causal", False):
@@ -328,6 +335,26 @@ def _meant(query: Array, key: Array, name: str, shape: tuple[Any, ...]) -> str:
     if len(shape) > 1 and shape[-2] in (1, heads) and shape[-1] == kv_heads:
         return f": query, key and value must be {_AXES}, so swap these axes if heads come before the length"
     return ""
+
+
+def _check_rows(query: Array, key: Array, bias: Any, mask: Any, axis: Axis) -> None:
+    """Raise ShapeError unless bias and mask, of a sequence over several devices, have its rows, and all its columns."""
+    rows, mine = query.shape[-3], key.shape[-3]
+    columns = mine * axis.size if axis.local else mine
+    parts = [*(bias.dense() if isinstance(bias, Bias) else [bias]), mask]
+    for name, x in zip([*["bias"] * (len(parts) - 1), "mask"], parts, strict=True):
+        if isinstance(x, Mask) or not getattr(x, "shape", ()):
+            continue
+        whole = (*query.shape[:-3], query.shape[-2], rows, columns)
+        sizes = (1,) * (len(whole) - x.ndim) + tuple(x.shape)
+        if sizes[-1] not in (1, columns):
+            of = f" ({axis.size} parts of {mine})" if axis.local else ""
+            raise ShapeError(f"{name} has {sizes[-1]} columns, but kv_length of the whole is {columns}{of}")
+        if len(sizes) > 1 and sizes[-2] not in (1, rows):
+            have = f"this device has {rows} queries" if axis.local else f"there are {rows} queries"
+            raise ShapeError(f"{name} has {sizes[-2]} rows, but {have}")
+        if len(sizes) > len(whole) or any(size not in (1, n) for size, n in zip(sizes, whole, strict=True)):
+            raise ShapeError(f"{name} {tuple(x.shape)} must be broadcastable to {whole}, [batch..., num_heads, *, *]")
 
 
 def _check_broadcast(query: Array, key: Array, bias: Any, mask: Any) -> None:

@@ -156,7 +156,9 @@ def _rules(call: Call, told: list[str] | None) -> Sequence[Rule]:
     library, query = call.backend.name, call.operands.query
     (queries, keys), heads = call.lengths, query.shape[-2]
     fitting: tuple[Rule, ...] = ()
-    if library not in _RULED:
+    if call.options.spread is not None:
+        fitting, reasons = (Rule("tiled"),), ["the sequence is on several devices"]
+    elif library not in _RULED:
         reasons = ["exact is the default of this library"]
     elif call.backend.symbolic(queries * keys * heads):
         reasons = ["lengths are symbols"]

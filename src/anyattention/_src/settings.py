@@ -4,12 +4,13 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from anyattention._src.registry import ENGINES, compiling, engine_names, trace_under
 
 Name = Literal["exact", "tiled", "fused"]  # every implementation there is; "fused" is one of the engines
 IMPLEMENTATIONS: tuple[Name, ...] = get_args(Name)
+Exchanges = Literal["ring", "gather", "reduce"]
 
 
 class Settings(NamedTuple):
@@ -17,6 +18,8 @@ class Settings(NamedTuple):
 
     implementation: Name | None = None
     engines: tuple[str, ...] | None = None  # in order of preference; None for all
+    sequence_axis: Any = None  # over which devices the sequence is spread
+    exchange: str | None = None  # how its keys and queries meet there; None to choose
 
 
 def check_implementation(name: str | None) -> Name | None:
@@ -48,6 +51,12 @@ def check_engines(names: Iterable[str] | None) -> tuple[str, ...] | None:
     if not all(without):
         raise ValueError(f"engines={names!r} mixes names with and without '-': use one form")
     return tuple(name for name in engine_names() if name not in plain)
+
+
+def _check_exchange(name: str) -> str:
+    if name not in get_args(Exchanges):
+        raise ValueError(f"exchange={name!r} is unknown: pass one of {', '.join(get_args(Exchanges))}")
+    return name
 
 
 def from_environment() -> Settings:
@@ -83,7 +92,12 @@ def _tell_compilers(settings: Settings) -> None:
 
 
 @contextmanager
-def config(implementation: Name | None = None, engines: list[str] | tuple[str, ...] | None = None) -> Iterator[None]:
+def config(
+    implementation: Name | None = None,
+    engines: list[str] | tuple[str, ...] | None = None,
+    sequence_axis: Any = None,
+    exchange: Exchanges | None = None,
+) -> Iterator[None]:
     """Settings for the calls inside, where they do not say it themselves; None leaves a setting as it is.
 
     What `torch.compile` and `jax.jit` compiled under other settings is compiled again. What was compiled ahead of time
@@ -93,6 +107,8 @@ def config(implementation: Name | None = None, engines: list[str] | tuple[str, .
     Args:
         implementation: "exact", "tiled" or "fused", as if passed by name.
         engines: those that may serve "fused", in order of preference; ("-cudnn",) means all but this one, () none.
+        sequence_axis: as the argument of `dot_product_attention`, for models that call it deep inside.
+        exchange: how keys and queries on several devices meet: "ring", "gather" or "reduce", as `explain` names them.
 
     Examples:
         >>> import numpy as np, anyattention
@@ -105,6 +121,8 @@ def config(implementation: Name | None = None, engines: list[str] | tuple[str, .
     within = Settings(
         check_implementation(implementation) or before.implementation,
         before.engines if engines is None else check_engines(engines),
+        before.sequence_axis if sequence_axis is None else sequence_axis,
+        before.exchange if exchange is None else _check_exchange(exchange),
     )
     token = _settings.set(within)
     _tell_compilers(within)

@@ -5,6 +5,8 @@ knows where it lies. The partials of the shards of a row are joined, with one in
 hides; the backward pass of a shard needs of the others no more than the output, base and total of its rows.
 """
 
+import functools
+import operator
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -45,6 +47,18 @@ def attended(whole: Whole, block: Block, before: Partial | None = None) -> Parti
     backend = Home.backend_of(block.rows[0])
     found = backend.arrays.run(block.rows[0], _attended, backend, whole, block)
     return found if before is None else joined(before, found)
+
+
+def seen(whole: Whole, block: Block) -> Partial:
+    """The partial of every row over all columns of the shard, of which it may see some."""
+    backend = Home.backend_of(block.rows[0])
+    return backend.arrays.run(block.rows[0], _seen, backend, whole, block)
+
+
+def whole_rows(whole: Whole, block: Block) -> tuple[Array, Array, Array]:
+    """Output, base and total of rows whose columns are all there."""
+    backend = Home.backend_of(block.rows[0])
+    return passes.forward(_tiling(backend, whole, block), _shown(backend, whole, block))
 
 
 def hidden(whole: Whole, rows: Array, count: int, sums: tuple[Array, ...]) -> Partial:
@@ -118,9 +132,14 @@ def _tiling(backend: Backend, whole: Whole, block: Block) -> Tiling:
 
 
 def _attended(backend: Backend, whole: Whole, block: Block) -> Partial:
+    looks = whole.options.dropout is None and backend.arrays.inspects(block.rows[0])
+    if looks and not may_see(backend.arrays, whole.expression, block):
+        return of_hidden(backend.tiles, block.rows[0], _fill(backend, whole), block.columns[1:])
+    return _seen(backend, whole, block)
+
+
+def _seen(backend: Backend, whole: Whole, block: Block) -> Partial:
     how = _tiling(backend, whole, block)
-    if how.skip and whole.options.dropout is None and not _may_see(backend.arrays, whole.expression, block):
-        return of_hidden(backend.tiles, block.rows[0], how.fill, block.columns[1:])
     return Partial(*passes.forward(how, _shown(backend, whole, block), passes.attend_some))
 
 
@@ -155,28 +174,28 @@ def _shown(backend: Backend, whole: Whole, block: Block) -> Block:
     return block._replace(shown=permute(arrays, shown, (-1, -2)))
 
 
-def _may_see(arrays: Arrays, expression: Expression | None, block: Block) -> bool:
-    """Whether a row may see a column of a block, as far as the least and the largest of its operands tell."""
+def may_see(arrays: Arrays, expression: Expression | None, block: Block) -> Any:
+    """Whether a row may see a column of a block, as far as the least and the largest of its operands tell; an array."""
     if expression is None or block.pairs.mask is None or block.empty:
         return True
     return _holds(arrays, expression, block.pairs.mask, False)
 
 
-def _holds(arrays: Arrays, expression: Expression, operands: tuple[Array, ...], everywhere: bool) -> bool:
+def _holds(arrays: Arrays, expression: Expression, operands: tuple[Array, ...], everywhere: bool) -> Any:
     """Whether an expression may hold somewhere; or whether it holds everywhere for certain."""
     xp, (name, *parts) = arrays.xp, expression
     if name == "array":
         shown = arrays.truth(operands[parts[0]])
-        return bool(xp.all(shown) if everywhere else xp.any(shown))
+        return xp.all(shown) if everywhere else xp.any(shown)
     if name == "function":
-        return not everywhere
+        return xp.asarray(not everywhere)
     if name == "~":
-        return not _holds(arrays, parts[0], operands, not everywhere)
+        return xp.logical_not(_holds(arrays, parts[0], operands, not everywhere))
     if name in ("&", "|"):
         found = [_holds(arrays, part, operands, everywhere) for part in parts]
-        return all(found) if name == "&" else any(found)
-    (least, most), (low, high) = ((int(xp.min(operands[i])), int(xp.max(operands[i]))) for i in parts)
+        return functools.reduce(operator.and_ if name == "&" else operator.or_, found)
+    (least, most), (low, high) = ((xp.min(operands[i]), xp.max(operands[i])) for i in parts)
     if name == "==":
-        return least == most == low == high if everywhere else least <= high and low <= most
+        return (least == high) & (low == most) & (least == most) if everywhere else (least <= high) & (low <= most)
     one, two = (most, low) if everywhere else (least, high)
     return one <= two if name == "<=" else one < two

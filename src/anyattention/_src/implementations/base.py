@@ -21,12 +21,13 @@ _WHY = {
     "dropout": "it has no dropout of Flax's bits",
     "precision": "its precision is its own",
     "origin": "it takes no shard of a whole",
+    "spread": "it knows no sequence over several devices",
     "partial": "it gives no row statistics",
     "logits_soft_cap": "it has no soft cap",
     "sinks": "it has no sinks",
     **dict.fromkeys(EINSUMS, "einsum overrides take whole products"),
 }
-_SILENT = {"dropout_key": "dropout", "whole": "origin"}  # words that come with another, which is told instead
+_SILENT = {"dropout_key": "dropout", "whole": "origin", "origin": "spread"}  # words that come with another, which is told instead
 
 
 class Implementation:

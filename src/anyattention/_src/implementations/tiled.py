@@ -13,6 +13,7 @@ from anyattention._src.hidden import shown_keys
 from anyattention._src.implementations.base import OWN, Implementation
 from anyattention._src.interfaces import Arrays, permute
 from anyattention._src.rules import Bias, as_bias, as_mask
+from anyattention._src.spread import remark
 from anyattention._src.tiles.passes import Gradients, backward, forward
 from anyattention._src.tiles.tiling import Tiling, tiling
 
@@ -23,7 +24,7 @@ class Tiled(Implementation):
     """Attention a tile at a time, in memory that grows with the lengths."""
 
     name = "tiled"
-    serves = OWN | {"origin", "whole", "partial"}
+    serves = OWN | {"origin", "whole", "partial", "spread"}
 
     def refusals(self, call: Call) -> Iterator[str]:
         yield from super().refusals(call)
@@ -31,6 +32,8 @@ class Tiled(Implementation):
             yield reason
         if call.has_unknown_sizes:
             yield "lengths are unknown"
+        if call.options.spread is not None and call.options.partial:
+            yield "partials know no sequence_axis: pass origin and whole"
         arrays, bias = call.backend.arrays, call.operands.bias
         dense = bias.dense() if isinstance(bias, Bias) else [bias]
         if any(isinstance(x, complex) or (hasattr(x, "shape") and "complex" in arrays.dtype_name(x)) for x in dense):
@@ -40,6 +43,8 @@ class Tiled(Implementation):
 
     def remarks(self, call: Call) -> list[str]:
         tiles = call.backend.tiles
+        if call.options.spread is not None:
+            return [remark(call)]
         return tiles.remarks(*prepare(call)) if tiles.chunks else []
 
     def compute(self, call: Call) -> Array:
@@ -92,7 +97,8 @@ def prepare(call: Call) -> tuple[Tiling, Block]:
     if sinks is not None:
         wide = dtypes.promote(wide, arrays.dtype_name(sinks))
         sinks = arrays.cast(sinks, wide)
-    lengths, to, by, mask = call.lengths, call.lowering(), call.lowering(1 if group is None else 2), as_mask(mask)
+    spread, lengths = options.spread, call.lengths
+    to, by, mask = call.lowering(), call.lowering(1 if group is None else 2), as_mask(mask)
     expression = None if mask is None else mask.lower(to)
     if arrays.inspects(query) and origin is None:
         by.reach = _reach(call)
@@ -100,7 +106,8 @@ def prepare(call: Call) -> tuple[Tiling, Block]:
     guests = (*to.operands, *by.operands, *by.parameters, *([] if sinks is None else [sinks]))
     rank = max(x.ndim for x in (query, *guests)) + (group is not None)
 
-    q, k, v = (_heads_first(arrays, arrays.cast(x, wide), rank, group) for x in (query, key, value))
+    key, value = (x if spread else arrays.cast(x, wide) for x in (key, value))  # which travel as they are
+    q, k, v = (_heads_first(arrays, x, rank, group) for x in (arrays.cast(query, wide), key, value))
     shown = _shown(call, k, v, group)
     of_pairs = Pairs(tuple(by.operands), sinks, tuple(to.operands))
     pairs, parameters = tree_map(lambda x: _pair(xp, x, rank, group), (of_pairs, tuple(by.parameters)))
@@ -108,7 +115,7 @@ def prepare(call: Call) -> tuple[Tiling, Block]:
     lead, (rows, columns) = block.lead, block.grown_lengths
     if rows != lengths[0] or lead != tuple(q.shape[:-2]):  # grown by a bias or mask
         q = xp.broadcast_to(q, (*lead, rows, q.shape[-1]))
-    if columns != lengths[1]:
+    if columns != lengths[1] and spread is None:
         k, v = (xp.broadcast_to(x, (*x.shape[:-2], columns, x.shape[-1])) for x in (k, v))
     if options.dropout is not None:
         shape = (*((1,) * len(lead) if options.dropout.broadcast else lead), rows, columns)
@@ -116,7 +123,8 @@ def prepare(call: Call) -> tuple[Tiling, Block]:
         pairs = pairs._replace(counts=threefry.counts(xp, words, shape, origin, options.whole, arrays.beside(query)))
     block = Block((q,), (k, v), pairs, parameters, shown=shown)
     tiles = call.backend.tiles
-    ruled = mask if origin is None and tiles.most_groups and (options.dropout is None or tiles.chunks) else None
+    plain = origin is None and spread is None
+    ruled = mask if plain and tiles.most_groups and (options.dropout is None or tiles.chunks) else None
     return tiling(call.backend, options, wide, expression, terms, block, ruled), block
 
 
@@ -130,7 +138,7 @@ def _reach(call: Call) -> tuple[int, int]:
 def _shown(call: Call, key: Array, value: Array, group: int | None) -> Array | None:
     """Which keys of a block some query may see, ``[lead..., columns or 1, 1]``; None where it makes no difference."""
     arrays, xp, norms = call.backend.arrays, call.backend.xp, call.backend.tiles.norms
-    if call.operands.mask is None or call.backend.tiles.chunks:
+    if call.operands.mask is None or call.backend.tiles.chunks or call.options.spread is not None:
         return None
     if arrays.inspects(key) and all(arrays.surely(xp.isfinite(xp.sum(norms(x))), True) for x in (key, value)):
         return None

@@ -1,20 +1,24 @@
-"""What attention needs of an array library: three small interfaces, in terms of the array API standard alone.
+"""What attention needs of an array library: small interfaces, in terms of the array API standard alone.
 
 `Arrays` makes, casts and places arrays, `Steps` are those of the exact implementation, and `Tiles` are the products,
-row statistics and loops of the tiled one. Their defaults serve every conforming library. A library that needs something
-else has a folder in ``anyattention_backends``, with a file for each interface that it changes.
+row statistics and loops of the tiled one. `Exchange` is for those whose arrays may lie on several devices.
+The defaults of the others serve every conforming library. A library that needs something else has a folder in
+``anyattention_backends``, with a file for each interface that it changes.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 from anyattention._src.interfaces.arrays import Arrays, Function, is_floating, permute, place, unknown
+from anyattention._src.interfaces.exchange import Axis, Exchange
 from anyattention._src.interfaces.steps import Steps
 from anyattention._src.interfaces.tiles import OfTiles, Pair, Step, Tiles, join_rows
 
 __all__ = [
     "Arrays",
+    "Axis",
     "Backend",
+    "Exchange",
     "Function",
     "OfTiles",
     "Pair",
@@ -47,3 +51,5 @@ class Backend:
         """Whether a size is a symbol, on which no choice may depend."""
         self.vjp: Callable[..., tuple[Array, Callable[[Array], tuple[Array, ...]]]] | None = None
         """From a function and arrays its output and pullback, where the library differentiates functions."""
+        self.localized: Callable[[Any], Any] | None = None
+        """From a call its own, of the parts that this process has, where arrays say how they are spread."""
