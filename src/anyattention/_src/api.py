@@ -124,7 +124,12 @@ def dot_product_attention(
         qk_attn_weights_einsum=qk_attn_weights_einsum,
         attn_weights_value_einsum=attn_weights_value_einsum,
     )
-    return call.backend.arrays.run(call.operands.query, plan.choose(call, implementation).compute, call)
+    return _computed(call, implementation)
+
+
+def _computed(call: Call, implementation: Name | None) -> Any:
+    found = call.backend.arrays.run(call.operands.query, plan.choose(call, implementation).compute, call)
+    return found if call.restore is None else call.restore(found)
 
 
 def dot_product_attention_weights(
@@ -185,7 +190,7 @@ def dot_product_attention_weights(
         qk_attn_weights_einsum=einsum,
         weights_only=True,
     )
-    return call.backend.arrays.run(call.operands.query, plan.choose(call, implementation or "exact").compute, call)
+    return _computed(call, implementation or "exact")
 
 
 def dot_product_attention_vjp(
@@ -251,6 +256,8 @@ def dot_product_attention_vjp(
     arrays = call.backend.arrays
     given = [arrays.dtype_name(arguments.array_of(call.backend, "", x)) for x in (query, key, value)]
     output, pullback = arrays.run(call.operands.query, TILED.vjp, call, given)
+    if call.restore is not None:
+        output, pullback = call.restore(output), call.restore.pullback(pullback)
     return output, partial(_pulled_back, call.backend, pullback, tuple(output.shape))
 
 
@@ -391,6 +398,6 @@ def call_of(
         dropout_rng = arguments.key_of(backend, dropout_rng)
     axis = backend.arrays.axis(sequence_axis or settings.current().sequence_axis, query, key)
     call = make_call(backend, Operands(query, key, value, bias, mask, dropout_rng, origin, sinks), dtype, asked, axis)
-    if axis is not None and axis.size > 1:
-        return spread(call, axis, settings.current().exchange)
-    return call if backend.localized is None else backend.localized(call)
+    if axis is None and backend.localized is not None:
+        call, axis = backend.localized(call)
+    return call if axis is None or axis.size == 1 else spread(call, axis, settings.current().exchange)

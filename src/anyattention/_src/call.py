@@ -78,6 +78,7 @@ class Call:
     backend: Backend
     operands: Operands
     options: Options
+    restore: Any = None  # what makes of local results what the caller gets, see `Backend.localized`
     fitted: Any = None  # the mask as the engine that was asked last is given it, see `Fused.fit`
     _structure: Structure | None = None  # not `cached_property`, which torch.compile cannot trace
 

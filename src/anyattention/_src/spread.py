@@ -64,11 +64,11 @@ def spread(call: Call, axis: Axis, asked: str | None = None) -> Call:
     zigzag = halves and skip and mask.right is not None and mask.left is None
     found = Spread(axis.axis, axis.size, axis.name, axis.local, exchange, zigzag, skip)
     operands, options = call.operands, replace(call.options, spread=found)
-    if axis.local:
+    if axis.local and operands.origin is None:
         first = 0 if exchange == "reduce" else axis.index * call.lengths[0]
         operands = operands._replace(origin=(first, axis.index * call.lengths[1]))
         options = replace(options, whole=(q_length, kv_length))
-    return Call(backend=call.backend, operands=operands, options=options)
+    return replace(call, operands=operands, options=options)
 
 
 def remark(call: Call) -> str:

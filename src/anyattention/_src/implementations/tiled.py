@@ -100,7 +100,7 @@ def prepare(call: Call) -> tuple[Tiling, Block]:
     spread, lengths = options.spread, call.lengths
     to, by, mask = call.lowering(), call.lowering(1 if group is None else 2), as_mask(mask)
     expression = None if mask is None else mask.lower(to)
-    if arrays.inspects(query) and origin is None:
+    if arrays.inspects(query) and call.first is None and spread is None:
         by.reach = _reach(call)
     terms = () if bias is None else bias.terms(by)
     guests = (*to.operands, *by.operands, *by.parameters, *([] if sinks is None else [sinks]))
@@ -120,12 +120,28 @@ def prepare(call: Call) -> tuple[Tiling, Block]:
     if options.dropout is not None:
         shape = (*((1,) * len(lead) if options.dropout.broadcast else lead), rows, columns)
         words = call.backend.tiles.key_words(dropout_key, query)
-        pairs = pairs._replace(counts=threefry.counts(xp, words, shape, origin, options.whole, arrays.beside(query)))
+        place = *_place(call, group), arrays.beside(query)
+        pairs = pairs._replace(counts=threefry.counts(xp, words, shape, *place))
     block = Block((q,), (k, v), pairs, parameters, shown=shown)
     tiles = call.backend.tiles
-    plain = origin is None and spread is None
+    plain = call.first is None and spread is None
     ruled = mask if plain and tiles.most_groups and (options.dropout is None or tiles.chunks) else None
     return tiling(call.backend, options, wide, expression, terms, block, ruled), block
+
+
+def _place(call: Call, group: int | None) -> tuple[Any, Any]:
+    """The origin of a block in the whole, and its sizes, heads in two axes if grouped, as `threefry.counts` has them."""
+    origin, whole = call.operands.origin, call.options.whole
+    if origin is None or whole is None or len(whole) == 2:
+        return origin, whole
+    if call.options.dropout is not None and call.options.dropout.broadcast:
+        return origin[-2:], whole[-2:]
+    if group is not None:
+        heads, of_whole = call.operands.query.shape[-2], whole[-3]
+        size = of_whole if group == 1 else heads // group  # with one key head, its group may be cut
+        origin = (*origin[:-3], origin[-3] // size, origin[-3] % size, *origin[-2:])
+        whole = (*whole[:-3], of_whole // size, size, *whole[-2:])
+    return origin, whole
 
 
 def _reach(call: Call) -> tuple[int, int]:

@@ -51,5 +51,6 @@ class Backend:
         """Whether a size is a symbol, on which no choice may depend."""
         self.vjp: Callable[..., tuple[Array, Callable[[Array], tuple[Array, ...]]]] | None = None
         """From a function and arrays its output and pullback, where the library differentiates functions."""
-        self.localized: Callable[[Any], Any] | None = None
-        """From a call its own, of the parts that this process has, where arrays say how they are spread."""
+        self.localized: Callable[[Any], tuple[Any, Axis | None]] | None = None
+        """From a call its own, of the parts that this process has, where arrays say how they are spread; and the axis
+        over which its sequence is."""
