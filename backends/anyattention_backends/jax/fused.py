@@ -33,7 +33,7 @@ class JAXKernel(Fused):
             sound = None
         functions = partial(_mended, self, call.backend, call.options), partial(_tiled, call.backend, call.options)
         sinks = None if sinks is None else jnp.asarray(sinks, jnp.float32)  # of integers there is no derivative
-        return once(*functions, self.name, mask, (query, key, value, bias, sinks), sound)
+        return once(*functions, f"the engine {self.name!r}", mask, (query, key, value, bias, sinks), sound)
 
     def _reached(self, call: Call, bias: Array) -> Array:
         """Whether no query's biases are all low."""

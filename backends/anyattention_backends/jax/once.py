@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.extend.core
@@ -14,24 +14,39 @@ from anyattention_backends.jax.compat import lacks_forward_mode
 
 # Called with what is no variable and what is, each a tree of arrays, maybe with `trained`; returns an array.
 Function = Callable[..., Array]
-INSTEAD = "pass implementation='tiled', or implementation='exact'"
 
 
-def once(function: Function, other: Function, name: str, mask: Any, arrays: Any, sound: Array | None = None) -> Array:
+class Name(NamedTuple):
+    """Of a function in messages, and what to do where it has no such derivative."""
+
+    text: str
+    instead: str
+
+
+def once(
+    function: Function,
+    other: Function,
+    name: str,
+    mask: Any,
+    arrays: Any,
+    sound: Array | None = None,
+    instead: str = "pass implementation='tiled', or implementation='exact'",
+) -> Array:
     """``function(mask, arrays)``, with one derivative by the arrays; where it is not `sound`, that of the `other`.
 
     The function is called in any case, so that what it keeps for its derivative is no result of a branch, which XLA
     would copy; with ``trained=True`` where there is to be a derivative.
 
     Raises:
-        NotImplementedError: it is differentiated in forward mode or twice; the message has the engine's name.
+        NotImplementedError: it is differentiated in forward mode or twice; the message says `instead` what to do.
     """
+    of = Name(name, instead)
     try:
-        return _once(function, other, name, mask, sound, jax.tree.map(partial(_no_forward, name), arrays))
+        return _once(function, other, of, mask, sound, jax.tree.map(partial(_no_forward, of), arrays))
     except TypeError as error:
         if not lacks_forward_mode(error):
             raise
-        return _no_tangent(engine=name)
+        return _no_tangent(name=of)
 
 
 def alike(*arrays: Array | None) -> list[Array | None]:
@@ -49,17 +64,17 @@ _tied.defjvp(lambda primals, tangents: (_tied(*primals), tangents[1]))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _once(function: Function, other: Function, name: str, mask: Any, sound: Array | None, arrays: Any) -> Array:
+def _once(function: Function, other: Function, name: Name, mask: Any, sound: Array | None, arrays: Any) -> Array:
     return _either(sound, function(mask, arrays), partial(other, mask, arrays))
 
 
-def _forward(function: Function, other: Function, name: str, mask: Any, sound: Array | None, arrays: Any) -> Any:
+def _forward(function: Function, other: Function, name: Name, mask: Any, sound: Array | None, arrays: Any) -> Any:
     output, pullback = jax.vjp(partial(function, mask, trained=True), arrays)
     return _either(sound, output, partial(other, mask, arrays)), (pullback, mask, sound, arrays)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _last(name: str, other: Function, kept: Any, doutput: Array) -> Any:
+def _last(name: Name, other: Function, kept: Any, doutput: Array) -> Any:
     pullback, mask, sound, arrays = kept
     gradients = partial(pullback, alike(*jax.tree.leaves(pullback), doutput)[-1])
     if sound is None:
@@ -71,26 +86,26 @@ def _either(sound: Array | None, output: Array, other: Callable[[], Array]) -> A
     return output if sound is None else jax.lax.cond(sound, lambda: output, other)
 
 
-def _no_second(name: str, other: Function, primals: Any, tangents: Any) -> Any:
-    raise NotImplementedError(f"the engine {name!r} has no second derivative: {INSTEAD}")
+def _no_second(name: Name, other: Function, primals: Any, tangents: Any) -> Any:
+    raise NotImplementedError(f"{name.text} has no second derivative: {name.instead}")
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _no_forward(engine: str, x: Array) -> Array:
+def _no_forward(name: Name, x: Array) -> Array:
     """The array, whose tangent may be transposed but not computed."""
     return x
 
 
-def _no_tangent(*args: Any, engine: str) -> Any:
-    raise NotImplementedError(f"the engine {engine!r} has no forward-mode derivative: {INSTEAD}")
+def _no_tangent(*args: Any, name: Name) -> Any:
+    raise NotImplementedError(f"{name.text} has no forward-mode derivative: {name.instead}")
 
 
 _once.defvjp(_forward, lambda _, other, name, kept, doutput: (None, None, _last(name, other, kept, doutput)))
 _last.defjvp(_no_second)
 _tangent = jax.extend.core.Primitive("tangent_of_fused")
-_no_forward.defjvp(lambda engine, primals, tangents: (primals[0], _tangent.bind(tangents[0], engine=engine)))
-_tangent.def_abstract_eval(lambda x, engine: x)
+_no_forward.defjvp(lambda name, primals, tangents: (primals[0], _tangent.bind(tangents[0], name=name)))
+_tangent.def_abstract_eval(lambda x, name: x)
 _tangent.def_impl(_no_tangent)
 mlir.register_lowering(_tangent, _no_tangent)
-ad.deflinear2(_tangent, lambda cotangent, x, engine: [cotangent])
+ad.deflinear2(_tangent, lambda cotangent, x, name: [cotangent])
 batching.defvectorized(_tangent)

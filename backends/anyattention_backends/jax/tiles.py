@@ -13,6 +13,7 @@ from anyattention._src.blocks import Block, Group, Sizes, cut_columns, cut_group
 from anyattention._src.interfaces import Function, OfTiles, Pair, Step, join_rows
 from anyattention.extend import Call, Tiles
 from anyattention_backends.jax.arrays import default_platform, is_symbol
+from anyattention_backends.jax.mesh import attend
 from anyattention_backends.jax.opaque import opaque
 from anyattention_backends.jax.placement import axes_of, gathered, placed_as, whole
 
@@ -125,7 +126,9 @@ class JAXTiles(Tiles):
         return _compiled(function, tiling, *arrays)
 
     def differentiable(self, forward: Function, backward: Function, tiling: Any, block: Block) -> Any:
-        """JAX differentiates the loops itself, in every mode it has."""
+        """JAX differentiates the loops itself, in every mode it has; a ring in reverse mode, once."""
+        if tiling.options.spread is not None:
+            return (attend(tiling, block),)
         if block.shown is not None and not tiling.options.partial and _few(block.rows[0], block.columns[0]):
             return (_checked(forward, tiling, block),)
         return _compiled(forward, tiling, block)

@@ -40,7 +40,8 @@ def kinds(tiling: Tiling, block: Block) -> Any:
 
     def kind(x: Array) -> Kind:
         rows, has = x.shape[-2] != 1, x.shape[-1] != 1
-        return Kind(rows, has, has and (x.shape[-1] == columns if spread.local else not rows))
+        travels = x.shape[-1] == columns if spread.local else not rows or spread.whole_queries
+        return Kind(rows, has, has and travels)
 
     return tree_map(kind, block.pairs)
 
@@ -155,18 +156,21 @@ class Ring:
         if self.whole.options.dropout is None:
             each = shards.pulled_hidden(self.whole, results, doutput)
             dvalue = dvalue + sum_to(xp, each, (*value.shape[:-2], 1, value.shape[-1]))
-        zeros = tree_map(xp.zeros_like, (block.rows[0], key, self.bias(block.pairs.bias), self.floats(block)))
+        zeros = tree_map(
+            xp.zeros_like, (block.rows[0], key, with_gradients(self.tiling, block.pairs.bias), self.floats(block))
+        )
         return (*zeros[:2], dvalue, *zeros[2:], None)
-
-    def bias(self, operands: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Of one thing for each operand of the bias, those that have a gradient; None for the others."""
-        wanted = zip(operands, self.tiling.bias_axes, strict=True)
-        return tuple([x if axes is not None and self.tiling.of_bias else None for x, axes in wanted])
 
     def floats(self, block: Block) -> tuple[Any, ...]:
         """The parameters that have a gradient."""
         of_bias, arrays = self.tiling.of_bias, self.backend.arrays
         return tuple([x if of_bias and is_floating(arrays, x) else None for x in block.parameters])
+
+
+def with_gradients(tiling: Tiling, operands: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Of one thing for each operand of the bias, those that have a gradient; None for the others."""
+    wanted = zip(operands, tiling.bias_axes, strict=True)
+    return tuple([x if axes is not None and tiling.of_bias else None for x, axes in wanted])
 
 
 def forward(tiling: Tiling, exchange: Exchange, block: Block, kinds: Any) -> Results:
@@ -200,7 +204,7 @@ def backward(tiling: Tiling, exchange: Exchange, block: Block, kinds: Any, resul
     given = [ring.cut(ring.swapped(x, -2), -2) for x in (*results, doutput)]
     bias_kinds, last = ring.kinds.bias, exchange.size - 1
     #: By number, the operands of the bias whose gradients travel.
-    going = [n for n, x in enumerate(ring.bias(bias_kinds)) if x is not None and x.travels]
+    going = [n for n, x in enumerate(with_gradients(tiling, bias_kinds)) if x is not None and x.travels]
 
     def zeros(x: Array, kind: Kind) -> list[Array] | None:
         return None if kind.travels else [xp.zeros_like(y) for y in (ring.cut(x, -2) if kind.rows else [x])]
@@ -235,8 +239,10 @@ def backward(tiling: Tiling, exchange: Exchange, block: Block, kinds: Any, resul
         arriving = exchange.send([x + y for x, y in zip(before, own, strict=True)])
         return sums, exchange.receive(pending), arriving
 
-    bias = [None if x is None else zeros(x, kind) for x, kind in zip(ring.bias(ring.block.pairs.bias), bias_kinds, strict=True)]
-    sums = [xp.zeros_like(x) for x in ring.cut(ring.block.rows[0], -2)], bias, tree_map(xp.zeros_like, ring.floats(block))
+    each = zip(with_gradients(tiling, ring.block.pairs.bias), bias_kinds, strict=True)
+    bias = [None if x is None else zeros(x, kind) for x, kind in each]
+    queries, parameters = ring.cut(ring.block.rows[0], -2), ring.floats(block)
+    sums = [xp.zeros_like(x) for x in queries], bias, tree_map(xp.zeros_like, parameters)
     wide = [xp.zeros_like(x, dtype=block.rows[0].dtype) for x in ring.block.columns]
     wide += [xp.zeros_like(ring.block.pairs.bias[n]) for n in going]
     carry = (*exchange.uniform((sums, ring.travelling)), exchange.arrived(exchange.uniform(wide)))
@@ -310,6 +316,12 @@ def gathered(tiling: Tiling, exchange: Exchange, block: Block, kinds: Any) -> Ar
 
 def _as_given(ring: Ring, block: Block, found: Any) -> Any:
     """Gradients in the dtypes of what they belong to."""
-    wanted = (block.rows[0], *block.columns, ring.bias(block.pairs.bias), ring.floats(block), ring.sinks)
+    wanted = (
+        block.rows[0],
+        *block.columns,
+        with_gradients(ring.tiling, block.pairs.bias),
+        ring.floats(block),
+        ring.sinks,
+    )
     arrays = ring.backend.arrays
     return tree_map(lambda x, gradient: arrays.cast(gradient, arrays.dtype_name(x)), wanted, found)

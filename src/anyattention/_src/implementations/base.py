@@ -27,7 +27,11 @@ _WHY = {
     "sinks": "it has no sinks",
     **dict.fromkeys(EINSUMS, "einsum overrides take whole products"),
 }
-_SILENT = {"dropout_key": "dropout", "whole": "origin", "origin": "spread"}  # words that come with another, which is told instead
+_SILENT = {
+    "dropout_key": "dropout",
+    "whole": "origin",
+    "origin": "spread",
+}  # words that come with another, which is told instead
 
 
 class Implementation:

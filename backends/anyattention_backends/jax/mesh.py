@@ -1,0 +1,249 @@
+"""A sequence over the devices of a mesh axis: which axis it is, and how its devices hear of each other."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import AxisType, PartitionSpec
+
+from anyattention._src import ring
+from anyattention._src.blocks import Block, tree_map
+from anyattention._src.interfaces import Axis, Exchange
+from anyattention_backends.jax.once import once
+from anyattention_backends.jax.placement import axes_of
+
+_GATHER = "wrap the call in config(exchange='gather'), which has all derivatives, in memory for all keys"
+
+
+class MeshAxis(NamedTuple):
+    """An axis, and the mesh if it is not the one in force; hashable."""
+
+    name: str
+    mesh: Any = None
+
+
+def axis_of(axis: Any, query: Array, key: Array) -> Axis | None:
+    """The mesh axis of this name; if None the explicit one over which both lengths are sharded.
+
+    Inside `jax.shard_map` over the axis arrays are the device's parts, elsewhere they are the whole.
+    """
+    mesh = _mesh(query)
+    if axis is None:
+        axis = None if mesh is None else _explicit(mesh, query, key)
+        if axis is None:
+            return None
+    if not isinstance(axis, str):
+        raise TypeError(f"sequence_axis={axis!r}: for JAX's arrays it is the name of an axis of the mesh")
+    if not hasattr(jax.lax, "pcast") or not hasattr(jax, "shard_map"):
+        raise NotImplementedError(f"sequence_axis needs JAX 0.8 or newer, this is {jax.__version__}")
+    names = () if mesh is None else tuple(mesh.axis_names)
+    if axis not in names:
+        has = ", ".join(names) if names else "none: call it within `with jax.set_mesh(mesh)`"
+        raise ValueError(f"there is no mesh axis {axis!r}: the mesh has {has}")
+    size, exchanges = mesh.shape[axis], ("ring", "gather", "reduce")
+    found = Axis(
+        MeshAxis(axis, None if mesh is jax.sharding.get_abstract_mesh() else mesh),
+        size,
+        f"mesh axis {axis!r}",
+        exchanges=exchanges,
+    )
+    if axis not in getattr(mesh, "manual_axes", ()):
+        for name, x in (("query", query), ("key", key)):
+            others = [other for other in axes_of(x, -3) if other != axis]
+            if others:
+                raise ValueError(f"the length of {name} is sharded over {', '.join(others)}, not over {found.name}")
+        return found
+    whole_queries = bool(_varying(key)) and axis in _varying(key) and axis not in _varying(query)
+    return found._replace(index=jax.lax.axis_index(axis), local=True, whole_queries=whole_queries)
+
+
+def _mesh(x: Array) -> Any:
+    """The mesh in force, else that of an array; None for none."""
+    mesh = jax.sharding.get_abstract_mesh() if hasattr(jax.sharding, "get_abstract_mesh") else None
+    if mesh is not None and not mesh.empty:
+        return mesh
+    found = None if isinstance(x, jax.core.Tracer) else getattr(x.sharding, "mesh", None)
+    return None if found is None or found.empty else found
+
+
+def _explicit(mesh: Any, query: Array, key: Array) -> str | None:
+    if AxisType.Explicit not in getattr(mesh, "axis_types", ()):
+        return None
+    one, two = axes_of(query, -3), axes_of(key, -3)
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    return one[0] if one == two and len(one) == 1 and kinds[one[0]] == AxisType.Explicit else None
+
+
+def _varying(x: Array) -> frozenset[str]:
+    """The manual axes along which devices may have other numbers."""
+    return getattr(jax.typeof(x), "vma", frozenset())
+
+
+class Devices(Exchange):
+    """The devices of a mesh axis that is manual, within one program."""
+
+    def __init__(self, axis: str, size: int, manual: bool, varying: frozenset[str]) -> None:
+        super().__init__(size, jax.lax.axis_index(axis))
+        self.axis, self.manual, self.varying = axis, manual, varying
+
+    def send(self, arrays: Sequence[Array]) -> list[Array]:
+        return [self.permuted(x, [(i, (i + 1) % self.size) for i in range(self.size)]) for x in arrays]
+
+    def receive(self, pending: Any) -> list[Array]:
+        return list(pending)
+
+    def arrived(self, arrays: Sequence[Array]) -> list[Array]:
+        return list(arrays)
+
+    def permuted(self, x: Array, pairs: Sequence[tuple[int, int]]) -> Array:
+        return jax.lax.ppermute(x, self.axis, pairs)
+
+    def sum(self, x: Array) -> Array:
+        return jax.lax.psum(x, self.axis)
+
+    def maximum(self, x: Array) -> Array:
+        return jax.lax.pmax(jax.lax.stop_gradient(x), self.axis)
+
+    def gather(self, x: Array, axis: int) -> Array:
+        return jax.lax.all_gather(x, self.axis, axis=x.ndim + axis, tiled=True)
+
+    def shared(self, gradient: Array) -> Array:
+        """Inside the caller's `jax.shard_map` JAX adds up itself."""
+        return gradient if self.manual else self.sum(gradient)
+
+    def uniform(self, tree: Any) -> Any:
+        return jax.tree.map(lambda x: vary(x, self.varying), tree)
+
+    def repeat(self, step: Callable[[Any, Any], Any], carry: Any, count: int) -> Any:
+        return jax.lax.scan(lambda carry, turn: (step(carry, turn), None), carry, jnp.arange(count))[0]
+
+    def choose(self, predicate: Any, then: Callable[..., Any], otherwise: Callable[..., Any], *args: Any) -> Any:
+        branches = (lambda *args, f=f: self.uniform(f(*args)) for f in (then, otherwise))
+        return jax.lax.cond(jnp.asarray(predicate), *branches, *args)
+
+    def pick(self, predicate: Array, x: Array, y: Array) -> Array:
+        return jnp.where(predicate, x, y)
+
+    def cut(self, x: Array, start: Any, size: int, axis: int) -> Array:
+        return jax.lax.dynamic_slice_in_dim(x, start, size, x.ndim + axis)
+
+    def add(self, x: Array, part: Array, start: Any, axis: int) -> Array:
+        part = part + self.cut(x, start, part.shape[axis], axis)
+        return jax.lax.dynamic_update_slice_in_dim(x, part, start, x.ndim + axis)
+
+
+def vary(x: Array, axes: frozenset[str]) -> Array:
+    """The array as one that may differ along manual axes."""
+    more = tuple(sorted(axes - _varying(x)))
+    return jax.lax.pcast(x, more, to="varying") if more else x
+
+
+def attend(tiling: Any, block: Block) -> Array:
+    """The output of a block that is the whole, or a device's part."""
+    kinds, spread = ring.kinds(tiling, block), tiling.options.spread
+    if not spread.local:
+        return _compiled(tiling, kinds, block)
+    varying = frozenset().union(*map(_varying, jax.tree.leaves(block)))
+    return _by(tiling, kinds, varying, jax.tree.map(lambda x: vary(x, varying), block))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _compiled(tiling: Any, kinds: Any, block: Block) -> Array:
+    """One program, also when called eagerly: JAX lets no mesh axis be manual, others not, outside of one."""
+    return _by(tiling, kinds, frozenset(), block)
+
+
+def _by(tiling: Any, kinds: Any, varying: frozenset[str], block: Block) -> Array:
+    """The output by the exchange of the call, in our own `jax.shard_map` unless the caller has one."""
+    way = tiling.options.spread.exchange
+    if way == "ring":
+        return once(
+            partial(_ring, tiling, kinds, varying), _no_other, "the ring of sequence_axis", None, block, None, _GATHER
+        )
+    run = partial(_gathered if way == "gather" else _reduced, tiling, kinds, varying)
+    return _on_each(tiling, kinds, run, block, rows=1)(block)[0]
+
+
+def _gathered(tiling: Any, kinds: Any, varying: frozenset[str], block: Block) -> tuple[Array]:
+    return (ring.gathered(tiling, _exchange(tiling, varying), block, kinds),)
+
+
+def _reduced(tiling: Any, kinds: Any, varying: frozenset[str], block: Block) -> tuple[Array]:
+    return (ring.reduced(tiling, _exchange(tiling, varying), block, kinds)[0],)
+
+
+def _ring(tiling: Any, kinds: Any, varying: frozenset[str], mask: Any, block: Block, trained: bool = False) -> Array:
+    return _differentiated(tiling, kinds, varying, block)
+
+
+def _no_other(mask: Any, block: Block) -> Array:
+    raise NotImplementedError  # for what is not sound, which a ring always is
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _differentiated(tiling: Any, kinds: Any, varying: frozenset[str], block: Block) -> Array:
+    return _forward(tiling, kinds, varying, block)[0]
+
+
+def _forward(tiling: Any, kinds: Any, varying: frozenset[str], block: Block) -> Any:
+    """The output, and what the written backward needs: by JAX's own, memory would grow with the devices."""
+
+    def run(block: Block) -> Any:
+        return ring.forward(tiling, _exchange(tiling, varying), block, kinds)
+
+    results = _on_each(tiling, kinds, run, block, rows=3)(block)
+    return results[0], (block, results)
+
+
+def _backward(tiling: Any, kinds: Any, varying: frozenset[str], kept: Any, doutput: Array) -> tuple[Block]:
+    block, results = kept
+
+    def run(block: Block, results: Any, doutput: Array) -> Any:
+        return ring.backward(tiling, _exchange(tiling, varying), block, kinds, results, doutput)
+
+    dquery, dkey, dvalue, dbias, dparameters, dsinks = _on_each(tiling, kinds, run, block)(block, results, doutput)
+    pairs = block.pairs._replace(bias=dbias, sinks=dsinks, mask=None, counts=None)
+    return (block._replace(rows=(dquery,), columns=(dkey, dvalue), pairs=pairs, parameters=dparameters),)
+
+
+_differentiated.defvjp(_forward, _backward)
+
+
+def _exchange(tiling: Any, varying: frozenset[str]) -> Devices:
+    """The devices, inside the caller's `jax.shard_map` or our own."""
+    spread = tiling.options.spread
+    return Devices(spread.axis.name, spread.size, spread.local, varying)
+
+
+def _on_each(tiling: Any, kinds: Any, run: Any, block: Block, rows: int = 0) -> Any:
+    """A function of a block on each device's part of the whole, which returns so many arrays of rows, or gradients.
+
+    The axis alone becomes manual: what other axes of the mesh spread, such as batch and heads, JAX still sees whole.
+    """
+    spread = tiling.options.spread
+    if spread.local:
+        return run
+    name, mesh = spread.axis
+    sequence = None if spread.whole_queries else name
+
+    def of_rows(x: Array, name: str | None = sequence) -> PartitionSpec:
+        return PartitionSpec(*(None,) * (x.ndim - 2), name, None)
+
+    def of_pair(x: Array, kind: ring.Kind) -> PartitionSpec:
+        row, column = sequence if kind.rows else None, name if kind.travels else None
+        return PartitionSpec(*(None,) * (x.ndim - 2), row, column)
+
+    pairs = tree_map(of_pair, block.pairs, kinds)
+    columns = tuple(of_rows(x, name) for x in block.columns)
+    own = of_rows(block.rows[0])
+    specs: Any = Block((own,), columns, pairs, tuple(PartitionSpec() for _ in block.parameters))
+    if rows:
+        given, results = (specs,), (own,) * rows
+    else:
+        dbias = ring.with_gradients(tiling, pairs.bias)
+        dparameters = tuple(PartitionSpec() for _ in block.parameters)
+        given, results = (specs, (own,) * 3, own), (own, *columns, dbias, dparameters, pairs.sinks)
+    return jax.shard_map(run, mesh=mesh, in_specs=given, out_specs=results, axis_names={name}, check_vma=False)
