@@ -201,7 +201,7 @@ def kinds(length=88):
         "dropout per head, causal": per_head(False) | {"is_causal": True},
         "dropout, segments": per_head(False) | {"mask": masks.SegmentMask(ids, ids)},
         "dropout, lengths": per_head(False) | {"mask": masks.LengthMask(torch.tensor([0, n // 3]))},
-        "large logits": {"scale": 30.0},
+        "large logits": {"scale": 8.0},
     }
     found = {name: Kind(shape, **options) for name, options in made.items()}
     for name, more in {"grouped": {"kv_heads": 2}, "one key head": {"kv_heads": 1}}.items():
