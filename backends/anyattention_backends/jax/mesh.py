@@ -13,7 +13,7 @@ from anyattention._src import ring
 from anyattention._src.blocks import Block, tree_map
 from anyattention._src.interfaces import Axis, Exchange
 from anyattention_backends.jax.once import once
-from anyattention_backends.jax.placement import axes_of
+from anyattention_backends.jax.placement import axes_of, vary, varying
 
 _GATHER = "wrap the call in config(exchange='gather'), which has all derivatives, in memory for all keys"
 
@@ -56,7 +56,7 @@ def axis_of(axis: Any, query: Array, key: Array) -> Axis | None:
             if others:
                 raise ValueError(f"the length of {name} is sharded over {', '.join(others)}, not over {found.name}")
         return found
-    whole_queries = bool(_varying(key)) and axis in _varying(key) and axis not in _varying(query)
+    whole_queries = axis in varying(key) and axis not in varying(query)
     return found._replace(index=jax.lax.axis_index(axis), local=True, whole_queries=whole_queries)
 
 
@@ -77,17 +77,12 @@ def _explicit(mesh: Any, query: Array, key: Array) -> str | None:
     return one[0] if one == two and len(one) == 1 and kinds[one[0]] == AxisType.Explicit else None
 
 
-def _varying(x: Array) -> frozenset[str]:
-    """The manual axes along which devices may have other numbers."""
-    return getattr(jax.typeof(x), "vma", frozenset())
-
-
 class Devices(Exchange):
     """The devices of a mesh axis that is manual, within one program."""
 
-    def __init__(self, axis: str, size: int, manual: bool, varying: frozenset[str]) -> None:
+    def __init__(self, axis: str, size: int, manual: bool, differing: frozenset[str]) -> None:
         super().__init__(size, jax.lax.axis_index(axis))
-        self.axis, self.manual, self.varying = axis, manual, varying
+        self.axis, self.manual, self.differing = axis, manual, differing
 
     def send(self, arrays: Sequence[Array]) -> list[Array]:
         return [self.permuted(x, [(i, (i + 1) % self.size) for i in range(self.size)]) for x in arrays]
@@ -115,7 +110,7 @@ class Devices(Exchange):
         return gradient if self.manual else self.sum(gradient)
 
     def uniform(self, tree: Any) -> Any:
-        return jax.tree.map(lambda x: vary(x, self.varying), tree)
+        return vary(tree, self.differing)
 
     def repeat(self, step: Callable[[Any, Any], Any], carry: Any, count: int) -> Any:
         return jax.lax.scan(lambda carry, turn: (step(carry, turn), None), carry, jnp.arange(count))[0]
@@ -135,19 +130,12 @@ class Devices(Exchange):
         return jax.lax.dynamic_update_slice_in_dim(x, part, start, x.ndim + axis)
 
 
-def vary(x: Array, axes: frozenset[str]) -> Array:
-    """The array as one that may differ along manual axes."""
-    more = tuple(sorted(axes - _varying(x)))
-    return jax.lax.pcast(x, more, to="varying") if more else x
-
-
 def attend(tiling: Any, block: Block) -> Array:
     """The output of a block that is the whole, or a device's part."""
     kinds, spread = ring.kinds(tiling, block), tiling.options.spread
     if not spread.local:
         return _compiled(tiling, kinds, block)
-    varying = frozenset().union(*map(_varying, jax.tree.leaves(block)))
-    return _by(tiling, kinds, varying, jax.tree.map(lambda x: vary(x, varying), block))
+    return _by(tiling, kinds, varying(block), vary(block, varying(block)))
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -156,27 +144,27 @@ def _compiled(tiling: Any, kinds: Any, block: Block) -> Array:
     return _by(tiling, kinds, frozenset(), block)
 
 
-def _by(tiling: Any, kinds: Any, varying: frozenset[str], block: Block) -> Array:
+def _by(tiling: Any, kinds: Any, differing: frozenset[str], block: Block) -> Array:
     """The output by the exchange of the call, in our own `jax.shard_map` unless the caller has one."""
     way = tiling.options.spread.exchange
     if way == "ring":
         return once(
-            partial(_ring, tiling, kinds, varying), _no_other, "the ring of sequence_axis", None, block, None, _GATHER
+            partial(_ring, tiling, kinds, differing), _no_other, "the ring of sequence_axis", None, block, None, _GATHER
         )
-    run = partial(_gathered if way == "gather" else _reduced, tiling, kinds, varying)
+    run = partial(_gathered if way == "gather" else _reduced, tiling, kinds, differing)
     return _on_each(tiling, kinds, run, block, rows=1)(block)[0]
 
 
-def _gathered(tiling: Any, kinds: Any, varying: frozenset[str], block: Block) -> tuple[Array]:
-    return (ring.gathered(tiling, _exchange(tiling, varying), block, kinds),)
+def _gathered(tiling: Any, kinds: Any, differing: frozenset[str], block: Block) -> tuple[Array]:
+    return (ring.gathered(tiling, _exchange(tiling, differing), block, kinds),)
 
 
-def _reduced(tiling: Any, kinds: Any, varying: frozenset[str], block: Block) -> tuple[Array]:
-    return (ring.reduced(tiling, _exchange(tiling, varying), block, kinds)[0],)
+def _reduced(tiling: Any, kinds: Any, differing: frozenset[str], block: Block) -> tuple[Array]:
+    return (ring.reduced(tiling, _exchange(tiling, differing), block, kinds)[0],)
 
 
-def _ring(tiling: Any, kinds: Any, varying: frozenset[str], mask: Any, block: Block, trained: bool = False) -> Array:
-    return _differentiated(tiling, kinds, varying, block)
+def _ring(tiling: Any, kinds: Any, differing: frozenset[str], mask: Any, block: Block, trained: bool = False) -> Array:
+    return _differentiated(tiling, kinds, differing, block)
 
 
 def _no_other(mask: Any, block: Block) -> Array:
@@ -184,25 +172,25 @@ def _no_other(mask: Any, block: Block) -> Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _differentiated(tiling: Any, kinds: Any, varying: frozenset[str], block: Block) -> Array:
-    return _forward(tiling, kinds, varying, block)[0]
+def _differentiated(tiling: Any, kinds: Any, differing: frozenset[str], block: Block) -> Array:
+    return _forward(tiling, kinds, differing, block)[0]
 
 
-def _forward(tiling: Any, kinds: Any, varying: frozenset[str], block: Block) -> Any:
+def _forward(tiling: Any, kinds: Any, differing: frozenset[str], block: Block) -> Any:
     """The output, and what the written backward needs: by JAX's own, memory would grow with the devices."""
 
     def run(block: Block) -> Any:
-        return ring.forward(tiling, _exchange(tiling, varying), block, kinds)
+        return ring.forward(tiling, _exchange(tiling, differing), block, kinds)
 
     results = _on_each(tiling, kinds, run, block, rows=3)(block)
     return results[0], (block, results)
 
 
-def _backward(tiling: Any, kinds: Any, varying: frozenset[str], kept: Any, doutput: Array) -> tuple[Block]:
+def _backward(tiling: Any, kinds: Any, differing: frozenset[str], kept: Any, doutput: Array) -> tuple[Block]:
     block, results = kept
 
     def run(block: Block, results: Any, doutput: Array) -> Any:
-        return ring.backward(tiling, _exchange(tiling, varying), block, kinds, results, doutput)
+        return ring.backward(tiling, _exchange(tiling, differing), block, kinds, results, doutput)
 
     dquery, dkey, dvalue, dbias, dparameters, dsinks = _on_each(tiling, kinds, run, block)(block, results, doutput)
     pairs = block.pairs._replace(bias=dbias, sinks=dsinks, mask=None, counts=None)
@@ -212,10 +200,10 @@ def _backward(tiling: Any, kinds: Any, varying: frozenset[str], kept: Any, doutp
 _differentiated.defvjp(_forward, _backward)
 
 
-def _exchange(tiling: Any, varying: frozenset[str]) -> Devices:
+def _exchange(tiling: Any, differing: frozenset[str]) -> Devices:
     """The devices, inside the caller's `jax.shard_map` or our own."""
     spread = tiling.options.spread
-    return Devices(spread.axis.name, spread.size, spread.local, varying)
+    return Devices(spread.axis.name, spread.size, spread.local, differing)
 
 
 def _on_each(tiling: Any, kinds: Any, run: Any, block: Block, rows: int = 0) -> Any:

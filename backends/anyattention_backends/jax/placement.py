@@ -38,6 +38,23 @@ def axes_of(x: Array, axis: int) -> tuple[str, ...]:
     return tuple(name for name in names if sharding.mesh.shape[name] > 1)
 
 
+def varying(tree: Any) -> frozenset[str]:
+    """The manual axes of a mesh along which devices may have other numbers of these arrays."""
+    kinds = (getattr(jax.typeof(x), "vma", ()) for x in jax.tree.leaves(tree)) if hasattr(jax, "typeof") else ()
+    return frozenset().union(*kinds)
+
+
+def vary(tree: Any, like: Any) -> Any:
+    """The arrays as some that may differ along the axes along which these do, or along those of these names."""
+    axes = like if isinstance(like, frozenset) else varying(like)
+
+    def one(x: Array) -> Array:
+        more = tuple(sorted(axes - varying(x)))
+        return jax.lax.pcast(x, more, to="varying") if more else x
+
+    return jax.tree.map(one, tree) if axes else tree
+
+
 def whole(x: Array, axis: int, where: Any = None) -> Array:
     """The array with all of an axis on each device; where "explicit", only if the mesh has such axes."""
     sharding, axis = _sharding(x), axis % x.ndim

@@ -15,7 +15,9 @@ from anyattention.extend import Call, Tiles
 from anyattention_backends.jax.arrays import default_platform, is_symbol
 from anyattention_backends.jax.mesh import attend
 from anyattention_backends.jax.opaque import opaque
-from anyattention_backends.jax.placement import axes_of, gathered, placed_as, whole
+from anyattention_backends.jax.placement import axes_of, gathered, placed_as, vary, whole
+
+_MOST_ROWS = 64
 
 
 class JAXTiles(Tiles):
@@ -54,6 +56,7 @@ class JAXTiles(Tiles):
             return jax.tree.map(jnp.add, carry, sums), rows
 
         sums = jax.tree.map(jnp.zeros_like, jax.eval_shape(function, cut_group(block, groups[0]))[1])
+        sums = vary(sums, block)
         results = []
         for group in groups:  # which are cut outside the loop, for XLA would copy them every time; but not kept
             of_group = jax.checkpoint(partial(_of_group, step, group, sizes[0]), prevent_cse=False)
@@ -87,8 +90,20 @@ class JAXTiles(Tiles):
             parts = [x if x.ndim < 2 or x.shape[-2] == 1 else cut(x, start, size, x.ndim - 2) for x in operands]
             return jnp.any(function(parts), axis=-2, keepdims=True)
 
-        found = jnp.zeros(jax.eval_shape(some, 0).shape, bool)
+        found = vary(jnp.zeros(jax.eval_shape(some, 0).shape, bool), operands)
         return jax.lax.fori_loop(0, -(-rows // size), lambda i, found: found | some(i), found)
+
+    def with_shown(self, block: Block, shown: Callable[[], Array]) -> Block:
+        """A choice of XLA's, which makes what is shown only where it is needed."""
+        finite = jnp.all(jnp.stack([jnp.isfinite(jnp.sum(self.norms(x))) for x in block.columns]))
+        everything = vary(jnp.ones(jax.eval_shape(shown).shape, bool), block)
+        return block._replace(shown=jax.lax.cond(finite, lambda: everything, shown))
+
+    def guarded(self, function: Function, tiling: Any, block: Block, shown: Callable[[], Array]) -> Any:
+        """Of few rows the results tell whether keys and values are finite: a look at those takes as long again."""
+        if block.lengths[0] > _MOST_ROWS:
+            return super().guarded(function, tiling, block, shown)
+        return _checked(function, tiling, block._replace(shown=shown()))
 
     def no_tiles(self, call: Call, by_rule: bool = False) -> str:
         """A loop of XLA's has tiles of one size, known when compiled; not all bits depend on key and index alone.
@@ -130,7 +145,7 @@ class JAXTiles(Tiles):
         if tiling.options.spread is not None:
             return (attend(tiling, block),)
         if block.shown is not None and not tiling.options.partial and _few(block.rows[0], block.columns[0]):
-            return (_checked(forward, tiling, block),)
+            return _checked(partial(_compiled, forward), tiling, block)
         return _compiled(forward, tiling, block)
 
 
@@ -148,19 +163,19 @@ def _compiled(function: Function, tiling: Any, block: Block, *results: Array) ->
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _checked(forward: Function, tiling: Any, block: Block) -> Array:
-    """The output of few queries; only where it shows what they may not see, zeros are put there and it is made again.
+def _checked(forward: Function, tiling: Any, block: Block) -> Any:
+    """The results of few queries, made again with zeros in place of what no query may see, if they show that.
 
     That pass over keys and values takes five times as long as the rest. A derivative needs it in any case.
     """
-    output = _compiled(forward, tiling, block._replace(shown=None))[0]
-    finite = jnp.all(jnp.isfinite(jnp.sum(output, axis=-1)))
-    return jax.lax.cond(finite, lambda block: output, lambda block: _compiled(forward, tiling, block)[0], block)
+    results = forward(tiling, block._replace(shown=None))
+    finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(jnp.sum(x, axis=-1))) for x in results]))
+    return jax.lax.cond(finite, lambda block: results, lambda block: forward(tiling, block), block)
 
 
 @_checked.defjvp  # type: ignore[untyped-decorator]
 def _(forward: Function, tiling: Any, primals: tuple[Block], tangents: tuple[Block]) -> Any:
-    return jax.jvp(lambda block: _compiled(forward, tiling, block)[0], primals, tangents)
+    return jax.jvp(lambda block: forward(tiling, block), primals, tangents)
 
 
 def _held(function: Callable[..., Any]) -> list[Any]:
@@ -173,7 +188,7 @@ def _few(x: Array, y: Array) -> bool:
     """Whether the rows of `x` are so few, and its heads those of `y`, that all are better served by one product."""
     if x.ndim > 2 and is_symbol(x.shape[-3]):
         return False
-    return _one_cpu() and x.ndim > 2 and x.shape[-3] == y.shape[-3] > 1 and x.shape[-3] * x.shape[-2] <= 64
+    return _one_cpu() and x.ndim > 2 and x.shape[-3] == y.shape[-3] > 1 and x.shape[-3] * x.shape[-2] <= _MOST_ROWS
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))

@@ -18,11 +18,11 @@ from typing import Any
 from anyattention._src import shards
 from anyattention._src.blocks import Block, cut_rows, leaves, sum_to, tree_map
 from anyattention._src.interfaces import Exchange, is_floating
+from anyattention._src.shards import Results
 from anyattention._src.tiles.partials import Partial, finite, nothing
 from anyattention._src.tiles.tiling import Tiling
 
 Array = Any
-Results = tuple[Array, Array, Array]  # output, base and total of rows
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,10 @@ class Ring:
         self.tiling, self.exchange, self.kinds = tiling, exchange, kinds
         self.backend, self.spread = tiling.backend, tiling.options.spread
         self.whole = shards.Whole(tiling.options, tiling.dtype, tiling.expression, tiling.terms)
-        self.sinks = block.pairs.sinks  # which count once for each row, and not in each turn
         self.halves = 2 if self.spread.zigzag else 1
         rows, columns = (tuple(self.swapped(x, -2) for x in part) for part in (block.rows, block.columns))
         self.block = block._replace(rows=rows, columns=columns, pairs=tree_map(self._swap_pair, block.pairs, kinds))
+        self.sinks = self.block.pairs.sinks  # which count once for each row, and not in each turn
         self.block = self.block._replace(pairs=self.block.pairs._replace(sinks=None))
         self.kinds = kinds._replace(sinks=None)
 
@@ -143,18 +143,18 @@ class Ring:
             return nothing(self.backend.xp, rows, value.shape[-1])
         return shards.hidden(self.whole, rows, value.shape[-2], (self.backend.tiles.column_sum(value),))
 
-    def pull(self, block: Block, results: Results, doutput: Array) -> Any:
+    def pull(self, block: Block, base: Array, total: Array, delta: Array, doutput: Array) -> Any:
         """The gradients of a part, as `passes.backward` has them."""
-        return self.choose(self._pull_seen, self._pull_hidden, block, results, doutput)
+        return self.choose(self._pull_seen, self._pull_hidden, block, base, total, delta, doutput)
 
-    def _pull_seen(self, block: Block, results: Results, doutput: Array) -> Any:
-        return tuple(shards.pulled(self.whole, block, results, doutput))
+    def _pull_seen(self, block: Block, base: Array, total: Array, delta: Array, doutput: Array) -> Any:
+        return tuple(shards.pulled(self.whole, block, (None, base, total), doutput, delta))
 
-    def _pull_hidden(self, block: Block, results: Results, doutput: Array) -> Any:
+    def _pull_hidden(self, block: Block, base: Array, total: Array, delta: Array, doutput: Array) -> Any:
         xp, (key, value) = self.backend.xp, block.columns
         dvalue = xp.zeros_like(value)
         if self.whole.options.dropout is None:
-            each = shards.pulled_hidden(self.whole, results, doutput)
+            each = shards.pulled_hidden(self.whole, (None, base, total), doutput)
             dvalue = dvalue + sum_to(xp, each, (*value.shape[:-2], 1, value.shape[-1]))
         zeros = tree_map(
             xp.zeros_like, (block.rows[0], key, with_gradients(self.tiling, block.pairs.bias), self.floats(block))
@@ -194,14 +194,15 @@ def forward(tiling: Tiling, exchange: Exchange, block: Block, kinds: Any) -> Res
     states, travelling = exchange.repeat(step, exchange.uniform((states, ring.travelling)), last)
     states = absorbed(states, travelling, last)
     state = Partial(*(ring.join([getattr(x, name) for x in states]) for name in Partial._fields))
-    state = Partial(*(ring.swapped(x, -2, back=True) for x in state))
-    return shards.finished(ring.whole, state, ring.sinks, False)
+    output, base, total = shards.finished(ring.whole, state, ring.sinks, False)
+    return ring.swapped(output, -2, True), ring.swapped(base, -2, True), ring.swapped(total, -2, True)
 
 
 def backward(tiling: Tiling, exchange: Exchange, block: Block, kinds: Any, results: Results, doutput: Array) -> Any:
     """The gradients of query, key, value, the operands and the parameters of the bias, and sinks, as they lie."""
     ring, xp = Ring(tiling, exchange, block, kinds), tiling.backend.xp
-    given = [ring.cut(ring.swapped(x, -2), -2) for x in (*results, doutput)]
+    statistics = (*results[1:], shards.delta(results, doutput))
+    given = [ring.cut(ring.swapped(x, -2), -2) for x in (*statistics, doutput)]
     bias_kinds, last = ring.kinds.bias, exchange.size - 1
     #: By number, the operands of the bias whose gradients travel.
     going = [n for n, x in enumerate(with_gradients(tiling, bias_kinds)) if x is not None and x.travels]
@@ -215,8 +216,7 @@ def backward(tiling: Tiling, exchange: Exchange, block: Block, kinds: Any, resul
         dquery, dbias = list(dquery), [x if x is None else list(x) for x in dbias]
         source = (exchange.index - turn) % exchange.size
         for row, column, part in ring.parts(travelling, source):
-            own = [x[row] for x in given]
-            dq, dk, dv, db, dp, _ = ring.pull(part, tuple(own[:3]), own[3])
+            dq, dk, dv, db, dp, _ = ring.pull(part, *(x[row] for x in given))
             dquery[row] = dquery[row] + dq
             for n, x in enumerate((dk, dv, *(db[n] for n in going))):
                 moved[n, column] = moved[n, column] + x if (n, column) in moved else x
@@ -260,7 +260,7 @@ def backward(tiling: Tiling, exchange: Exchange, block: Block, kinds: Any, resul
             dbias[n] = ring.swapped(ring.join(found), -2, back=True) if kind.rows else exchange.shared(found[0])
     dsinks = None
     if ring.sinks is not None:
-        dsinks = shards.pulled_sinks(ring.sinks, results, doutput)
+        dsinks = shards.pulled_sinks(block.pairs.sinks, results, doutput)
         dsinks = dsinks if kinds.sinks.rows else exchange.shared(dsinks)
     found = (
         ring.swapped(ring.join(dquery), -2, back=True),
@@ -290,7 +290,7 @@ def pulled_of_reduced(
     """The gradients, as `backward` has them."""
     ring, xp = Ring(tiling, exchange, block, kinds), tiling.backend.xp
     ((_, _, part),) = ring.parts(ring.travelling, exchange.index)
-    dquery, dkey, dvalue, dbias, dparameters, _ = ring.pull(part, results, doutput)
+    dquery, dkey, dvalue, dbias, dparameters, _ = ring.pull(part, *results[1:], shards.delta(results, doutput), doutput)
     found: list[Any] = []
     for x, gradient, kind in zip(block.pairs.bias, dbias, ring.kinds.bias, strict=True):
         if gradient is not None and kind.columns and not kind.travels:
@@ -321,7 +321,7 @@ def _as_given(ring: Ring, block: Block, found: Any) -> Any:
         *block.columns,
         with_gradients(ring.tiling, block.pairs.bias),
         ring.floats(block),
-        ring.sinks,
+        block.pairs.sinks,
     )
     arrays = ring.backend.arrays
     return tree_map(lambda x, gradient: arrays.cast(gradient, arrays.dtype_name(x)), wanted, found)

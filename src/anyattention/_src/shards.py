@@ -20,6 +20,7 @@ from anyattention._src.tiles.partials import Partial, finish, finite, of_hidden,
 from anyattention._src.tiles.tiling import Tiling, tiling
 
 Array = Any
+Results = tuple[Array | None, Array, Array]  # output, base and total of rows
 
 
 class Whole(NamedTuple):
@@ -55,10 +56,9 @@ def seen(whole: Whole, block: Block) -> Partial:
     return backend.arrays.run(block.rows[0], _seen, backend, whole, block)
 
 
-def whole_rows(whole: Whole, block: Block) -> tuple[Array, Array, Array]:
+def whole_rows(whole: Whole, block: Block) -> Results:
     """Output, base and total of rows whose columns are all there."""
-    backend = Home.backend_of(block.rows[0])
-    return passes.forward(_tiling(backend, whole, block), _shown(backend, whole, block))
+    return _forward(Home.backend_of(block.rows[0]), whole, block, passes.forward)
 
 
 def hidden(whole: Whole, rows: Array, count: int, sums: tuple[Array, ...]) -> Partial:
@@ -73,7 +73,7 @@ def joined(one: Partial, two: Partial) -> Partial:
     return backend.arrays.run(one.total, _joined, backend, one, two)
 
 
-def finished(whole: Whole, state: Partial, sinks: Array | None, checks: bool) -> tuple[Array, Array, Array]:
+def finished(whole: Whole, state: Partial, sinks: Array | None, checks: bool) -> Results:
     """Output, base and total of some rows, sinks included.
 
     Dropout has no closed form. If it `checks`, hidden keys have no part in the state, and must have no weight.
@@ -93,13 +93,16 @@ def finished(whole: Whole, state: Partial, sinks: Array | None, checks: bool) ->
     return backend.arrays.run(state.total, finish, state, whole.keep_prob), state.base, state.total
 
 
-def pulled(whole: Whole, block: Block, results: tuple[Array, Array, Array], doutput: Array) -> Any:
-    """The gradients of what is in the shard, as `passes.backward` has them, from the results of whole rows."""
+def pulled(whole: Whole, block: Block, results: Results, doutput: Array, delta: Array | None = None) -> Any:
+    """The gradients of what is in the shard, as `passes.backward` has them, from the results of whole rows.
+
+    Given `delta`, the row sums of doutput times output over total, the output may be None.
+    """
     backend = Home.backend_of(block.rows[0])
-    return backend.arrays.run(block.rows[0], _pulled, backend, whole, block, results, doutput)
+    return backend.arrays.run(block.rows[0], _pulled, backend, whole, block, results, doutput, delta)
 
 
-def pulled_hidden(whole: Whole, results: tuple[Array, Array, Array], doutput: Array) -> Array:
+def pulled_hidden(whole: Whole, results: Results, doutput: Array) -> Array:
     """What each value that a rule hides from these rows gets: no more than zero, unless they see no key at all."""
     (_, base, total), backend = results, Home.backend_of(doutput)
     fill: Any = _fill(backend, whole)
@@ -111,16 +114,21 @@ def pulled_hidden(whole: Whole, results: tuple[Array, Array, Array], doutput: Ar
     return backend.arrays.run(doutput, compute)
 
 
-def pulled_sinks(sinks: Array, results: tuple[Array, Array, Array], doutput: Array) -> Array:
+def pulled_sinks(sinks: Array, results: Results, doutput: Array) -> Array:
     """The gradient of the sinks of some rows."""
-    (output, base, total), backend = results, Home.backend_of(doutput)
-    xp = backend.xp
+    backend = Home.backend_of(doutput)
+    xp, of_rows = backend.xp, delta(results, doutput)
 
     def compute() -> Array:
-        delta = xp.sum(doutput * output, axis=-1, keepdims=True) / total
-        return sum_to(xp, -xp.exp(sinks - finite(backend.tiles, base)) * delta, sinks.shape)
+        return sum_to(xp, -xp.exp(sinks - finite(backend.tiles, results[1])) * of_rows, sinks.shape)
 
     return backend.arrays.run(doutput, compute)
+
+
+def delta(results: Results, doutput: Array) -> Array:
+    """The row sums of doutput times output, over total: what gradients have of the output."""
+    (output, _, total), backend = results, Home.backend_of(doutput)
+    return backend.arrays.run(doutput, lambda: backend.xp.sum(doutput * output, axis=-1, keepdims=True) / total)
 
 
 def _fill(backend: Backend, whole: Whole) -> float:
@@ -139,8 +147,18 @@ def _attended(backend: Backend, whole: Whole, block: Block) -> Partial:
 
 
 def _seen(backend: Backend, whole: Whole, block: Block) -> Partial:
+    return Partial(*_forward(backend, whole, block, _some))
+
+
+def _some(tiling: Tiling, block: Block) -> Results:
+    return passes.forward(tiling, block, passes.attend_some)
+
+
+def _forward(backend: Backend, whole: Whole, block: Block, function: Any) -> Any:
     how = _tiling(backend, whole, block)
-    return Partial(*passes.forward(how, _shown(backend, whole, block), passes.attend_some))
+    if not _hides(whole, block):
+        return function(how, block)
+    return backend.tiles.guarded(function, how, block, partial(_shown, backend, whole, block))
 
 
 def _joined(backend: Backend, one: Partial, two: Partial) -> Partial:
@@ -153,25 +171,26 @@ def _joined(backend: Backend, one: Partial, two: Partial) -> Partial:
     return Partial(base, one.total * left + two.total * right, sums[0] + sums[1])
 
 
-def _pulled(backend: Backend, whole: Whole, block: Block, results: Any, doutput: Array) -> Any:
-    output, base, total = results
-    how, block = _tiling(backend, whole, block), _shown(backend, whole, block)
-    return passes.backward(how, block, output, base, total, doutput)
+def _pulled(backend: Backend, whole: Whole, block: Block, results: Results, doutput: Array, delta: Array | None) -> Any:
+    how = _tiling(backend, whole, block)
+    if _hides(whole, block):
+        block = backend.tiles.with_shown(block, partial(_shown, backend, whole, block))
+    return passes.backward(how, block, *results, doutput, None if delta is None else -delta)
 
 
-def _shown(backend: Backend, whole: Whole, block: Block) -> Block:
-    """The block with what tells which of its keys some row sees, where a key or value is not finite."""
-    arrays, xp, (key, value) = backend.arrays, backend.xp, block.columns
-    if whole.expression is None or block.pairs.mask is None or block.empty:
-        return block
-    sums = (xp.sum(backend.tiles.norms(x)) for x in (key, value))
-    if arrays.inspects(key) and all(arrays.surely(xp.isfinite(x), True) for x in sums):
-        return block
-    see = partial(visible, arrays, whole.expression)
+def _hides(whole: Whole, block: Block) -> bool:
+    """Whether a key may be there that no row sees."""
+    return whole.expression is not None and block.pairs.mask is not None and not block.empty
+
+
+def _shown(backend: Backend, whole: Whole, block: Block) -> Array:
+    """Which keys of the shard some of its rows see, ``[lead..., columns or 1, 1]``."""
+    arrays, xp, key = backend.arrays, backend.xp, block.columns[0]
+    see = partial(visible, arrays, whole.expression)  # type: ignore[arg-type]  # asked for where there is one
     shown = backend.tiles.any_row(see, block.pairs.mask, block.lengths[0])
     more = tuple(axis for axis in range(key.ndim - 2) if shown.shape[axis] != 1 == key.shape[axis])
     shown = xp.any(shown, axis=more, keepdims=True) if more else shown
-    return block._replace(shown=permute(arrays, shown, (-1, -2)))
+    return permute(arrays, shown, (-1, -2))
 
 
 def may_see(arrays: Arrays, expression: Expression | None, block: Block) -> Any:

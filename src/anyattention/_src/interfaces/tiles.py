@@ -141,6 +141,17 @@ class Tiles(TileSteps):
             found = part if found is None else found | part
         return found
 
+    def with_shown(self, block: Block, shown: Callable[[], Array]) -> Block:
+        """The block with ``shown()``, which of its keys some row sees, where a key or value is not finite."""
+        finite = [self.xp.isfinite(self.xp.sum(self.norms(x))) for x in block.columns]
+        if self.arrays.inspects(block.columns[0]) and all(self.arrays.surely(x, True) for x in finite):
+            return block
+        return block._replace(shown=shown())
+
+    def guarded(self, function: Function, tiling: Any, block: Block, shown: Callable[[], Array]) -> Any:
+        """``function(tiling, block)`` of the block that `with_shown` makes."""
+        return function(tiling, self.with_shown(block, shown))
+
     def span(self, visible: Array) -> Sizes:
         """The columns from the first to the last with something visible; asked for where `Arrays.inspects`."""
         some = self.xp.any(self.xp.reshape(visible, (-1, visible.shape[-1])), axis=0)

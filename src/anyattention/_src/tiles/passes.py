@@ -181,11 +181,18 @@ def tile_keep(tiling: Tiling, tile: Block) -> Array | None:
 
 
 def backward(
-    tiling: Tiling, block: Block, output: Array, base: Array, total: Array, doutput: Array, dtotal: Array | None = None
+    tiling: Tiling,
+    block: Block,
+    output: Array | None,
+    base: Array,
+    total: Array,
+    doutput: Array,
+    dtotal: Array | None = None,
 ) -> Gradients:
     """The gradients, each in the shape of what it belongs to, from that of the output.
 
-    Those of a partial also from that of its total, beside which the base counts as a constant.
+    Those of a partial also from that of its total, beside which the base counts as a constant. Without the output,
+    what it has to do with the gradients is in that of the total: minus delta.
     """
     backend, sinks = tiling.backend, block.pairs.sinks
     of_bias = tiling.of_bias
@@ -196,7 +203,8 @@ def backward(
         return tree_map(backend.xp.zeros_like, wanted)
     block = with_bounds(tiling, unspoiled(backend.xp, block))
     pairs = block.pairs._replace(statistics=(base, total, dtotal))
-    whole = block._replace(rows=(block.rows[0], doutput, output), pairs=pairs)
+    rows = (block.rows[0], doutput) if output is None else (block.rows[0], doutput, output)
+    whole = block._replace(rows=rows, pairs=pairs)
     by_row, summed = _split(tiling, bias, 0)
     like = (block.rows[0], by_row, sinks), (*block.columns, summed, parameters)
     step = functools.partial(pull_back, tiling)
@@ -223,12 +231,13 @@ def _together(one: Gradient, other: Gradient) -> Gradient:
 
 def prologue(tiling: Tiling, block: Block) -> Block:
     """What every tile of some queries needs: scaled queries and doutput over total as rows; base and delta."""
-    tiles, (query, doutput, output), xp = tiling.backend.tiles, block.rows, tiling.backend.xp
+    tiles, (query, doutput, *outputs), xp = tiling.backend.tiles, block.rows, tiling.backend.xp
     base, total, dtotal = block.pairs.statistics
-    if dtotal is not None:  # where every logit is minus infinity, the output is NaN
+    output = outputs[0] if outputs else None
+    if output is not None and dtotal is not None:  # where every logit is minus infinity, the output is NaN
         output, total = xp.where(total == 0.0, 0.0, output), xp.where(total == 0.0, 1.0, total)
     base = None if tiling.backend.arrays.surely(base == 0.0, True) else finite(tiles, base)
-    delta = tiles.row_sum(doutput * output) / total
+    delta = 0.0 if output is None else tiles.row_sum(doutput * output) / total
     delta = delta if dtotal is None else delta - dtotal
     rows = query / (tiling.root / tiling.unit), doutput / (total * float(tiling.keep_prob))
     return Block(rows, block.columns, block.pairs._replace(statistics=(base, delta)), block.parameters)
