@@ -326,8 +326,12 @@ def _replicate() -> Any:
 
 
 def _start(x: Any) -> tuple[int, ...]:
-    """The position of this rank's part in the whole (2.11, 2.13)."""
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    _, start = compute_local_shape_and_global_offset(x.shape, x.device_mesh, x.placements)
-    return tuple(int(n) for n in start)
+    """The position of this rank's part in the whole: of each dimension in turn, parts as `torch.chunk` cuts them."""
+    starts, sizes = [0] * x.ndim, list(x.shape)
+    for number, placement in enumerate(x.placements):
+        if placement.is_shard():
+            axis, rank = placement.dim, x.device_mesh.get_local_rank(number)
+            part = -(-sizes[axis] // x.device_mesh.size(number))
+            first = min(rank * part, sizes[axis])
+            starts[axis], sizes[axis] = starts[axis] + first, min(part, sizes[axis] - first)
+    return tuple(starts)

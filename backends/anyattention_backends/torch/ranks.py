@@ -103,14 +103,13 @@ class Ranks(Exchange):
             raise
 
 
-def axis_of(axis: Any, query: Tensor, key: Tensor) -> Axis | None:
+@compat.uncompiled
+def axis_of(axis: Any, query: Tensor, key: Tensor) -> Axis:
     """The ranks of a group or mesh, on which these are parts of the sequence.
 
     Raises:
         TypeError, ValueError: no group, or shapes that are not the same on every rank.
     """
-    if axis is None:
-        return None
     if dtensors.is_spread(query):
         raise ValueError("DTensors say by their placements how the sequence is spread: leave sequence_axis out")
     import torch.distributed as dist
@@ -207,6 +206,7 @@ class _Spread(torch.autograd.Function):  # type: ignore[misc]
         return (None, None, *ctx.how.backward(saved[3:], saved[:3], doutput))
 
 
+@compat.uncompiled
 def differentiable(tiling: Tiling, block: Block) -> tuple[Tensor]:
     """The output of this rank's rows, with the gradients of its parts."""
     if compat.is_transformed():

@@ -152,10 +152,10 @@ class TorchTiles(Tiles):
 
     def differentiable(self, forward: Function, backward: Function, tiling: Any, block: Block) -> Any:
         """The backward pass is the written one; autograd would keep every tile."""
-        if torch.compiler.is_compiling():  # one operator, not a program that grows with the number of tiles
-            return operators.tiled(tiling, block)
         if tiling.options.spread is not None:
             return ranks.differentiable(tiling, block)
+        if torch.compiler.is_compiling():  # one operator, not a program that grows with the number of tiles
+            return operators.tiled(tiling, block)
         arrays = leaves(block)
         if any(forward_ad.unpack_dual(x).tangent is not None for x in arrays):  # forward mode, which does not nest
             return forward(tiling, block)

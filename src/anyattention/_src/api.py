@@ -253,6 +253,11 @@ def dot_product_attention_vjp(
         sinks=sinks,
     )
     plan.choose(call, TILED.name)  # which raises where tiled cannot serve the call
+    if call.options.spread is not None:
+        raise NotImplementedError(
+            f"dot_product_attention_vjp knows no sequence over {call.options.spread.name}: differentiate "
+            f"dot_product_attention, as {call.backend.name} does itself"
+        )
     arrays = call.backend.arrays
     given = [arrays.dtype_name(arguments.array_of(call.backend, "", x)) for x in (query, key, value)]
     output, pullback = arrays.run(call.operands.query, TILED.vjp, call, given)
