@@ -4,6 +4,7 @@ Also the kinds of call that a sequence over several ranks is tested with.
 """
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from datetime import timedelta
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 import anyattention as aa
 from anyattention import biases, masks
@@ -19,43 +21,49 @@ from anyattention import biases, masks
 PAIRS = ("batch", "heads", "rows", "columns")
 
 
-def outcomes(module, size, folder, timeout=55.0, case=""):
-    """What came of each case, by name, on each rank: "ok", or the text of an error."""
+def outcomes(module, size, folder, case="", survivors=None, timeout=100.0):
+    """What came of each case, by name, on each rank: "ok", or the text of an error; of one `case`, if it is named.
+
+    `survivors` are the ranks that live to tell.
+    """
     command = [sys.executable, "-W", "error", "-m", module, str(size), str(folder), case]
-    processes = [subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True) for rank in range(size)]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen([*command, str(rank)], **quiet) for rank in range(size)]
+    end = time.monotonic() + timeout
+    texts = []
     try:
-        end = time.monotonic() + timeout
-        texts = [process.communicate(timeout=max(end - time.monotonic(), 0.1))[1] for process in processes]
+        for process in processes:
+            texts.append(process.communicate(timeout=max(end - time.monotonic(), 0.1))[1])
     finally:
         for process in processes:
             process.kill()
-    found = [folder / f"{rank}.json" for rank in range(size)]
+    found = [folder / f"{rank}.json" for rank in (range(size) if survivors is None else survivors)]
     assert all(path.exists() for path in found), "\n".join(text[-2000:] for text in texts)
     ranks = [json.loads(path.read_text()) for path in found]
     return {name: [rank.get(name, "not run") for rank in ranks] for name in ranks[0]}
 
 
-def main(cases):
-    """Run the cases, each a function of the rank and a group of its own; called in each of the processes."""
-    import torch.distributed as dist
+def main(cases, alone=None):
+    """Run the cases, each a function of a group of its own; called in each of the processes.
 
+    Those `alone` run only if they are named.
+    """
     size, folder, only, rank = int(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
     found = {}
-    for name, case in cases(size).items():
-        if only and only != name:
-            continue
+    some = {only: ((alone or {}) | cases)[only]} if only else cases
+    for name, case in some.items():
         try:
-            case(dist.new_group(timeout=timedelta(seconds=10)))
+            case(dist.new_group(timeout=timedelta(seconds=5)))
             found[name] = "ok"
         except Exception as error:  # of any kind, to be read by the test
             notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
             found[name] = f"{traceback.format_exc(limit=-3)}{notes}"
-    with open(f"{folder}/{rank}.json", "w") as file:
-        json.dump(found, file)
-    dist.barrier()
-    dist.destroy_process_group()
+        with open(f"{folder}/{rank}.json", "w") as file:
+            json.dump(found, file)
+    sys.stderr.flush()
+    os._exit(0)  # without a word to ranks that are gone
 
 
 class Kind:
@@ -136,8 +144,32 @@ def compare(found, expected, tolerance):
         assert error <= max(tolerance * most, 1e-5 if most < 1e-5 else 0.0), (number, error, most)
 
 
-def per_head(kind):
-    return {"dropout_rng": aa.random.key(7), "dropout_rate": 0.2, "broadcast_dropout": kind}
+def dropout(broadcast):
+    return {"dropout_rng": aa.random.key(7), "dropout_rate": 0.2, "broadcast_dropout": broadcast}
+
+
+def identity(length, heads=3, **options):
+    """A kind whose output shows which weights dropout keeps, and, beside zeros as logits, no more."""
+    found = Kind((2, length, heads, 8), **options)
+    query, key, _ = (0.0 * x for x in found.arrays)
+    found.arrays = [query, key, torch.eye(length).reshape(1, length, 1, length).repeat(2, 1, heads, 1)]
+    return found
+
+
+def same_bits(found, expected):
+    """Whether the same weights are kept."""
+    kept = expected != 0.0
+    assert 0.5 < kept.float().mean() < 0.9
+    assert torch.equal(found != 0.0, kept)
+
+
+def error_of(function, *args, **options):
+    """The error that a function raises, with its notes."""
+    try:
+        function(*args, **options)
+    except Exception as error:
+        return "\n".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())])
+    return "no error"
 
 
 def kinds(length=88):
@@ -195,23 +227,23 @@ def kinds(length=88):
         "scale and cap": {"scale": 0.7, "logits_soft_cap": 2.0, "is_causal": True},
         "sinks": {"sinks": normal(4), "is_causal": True},
         "sinks of queries": {"sinks": normal(2, 4, n), "mask": masks.LengthMask(torch.tensor([0, n]))},
-        "dropout": per_head(True),
-        "dropout per head": per_head(False),
-        "dropout, causal": per_head(True) | {"is_causal": True},
-        "dropout per head, causal": per_head(False) | {"is_causal": True},
-        "dropout, segments": per_head(False) | {"mask": masks.SegmentMask(ids, ids)},
-        "dropout, lengths": per_head(False) | {"mask": masks.LengthMask(torch.tensor([0, n // 3]))},
+        "dropout": dropout(True),
+        "dropout per head": dropout(False),
+        "dropout, causal": dropout(True) | {"is_causal": True},
+        "dropout per head, causal": dropout(False) | {"is_causal": True},
+        "dropout, segments": dropout(False) | {"mask": masks.SegmentMask(ids, ids)},
+        "dropout, lengths": dropout(False) | {"mask": masks.LengthMask(torch.tensor([0, n // 3]))},
         "large logits": {"scale": 8.0},
     }
     found = {name: Kind(shape, **options) for name, options in made.items()}
     for name, more in {"grouped": {"kv_heads": 2}, "one key head": {"kv_heads": 1}}.items():
         found[f"{name}, causal"] = Kind(shape, **more, is_causal=True)
-        found[f"{name}, dropout per head"] = Kind(shape, **more, **per_head(False))
+        found[f"{name}, dropout per head"] = Kind(shape, **more, **dropout(False))
     found["grouped, bias"] = Kind(shape, kv_heads=2, bias=normal(2, 4, n, n), sinks=normal(4))
     for dtype in (torch.float16, torch.bfloat16):
         found[f"{dtype}, causal".removeprefix("torch.")] = Kind(shape, dtype=dtype, is_causal=True)
     other = 2 * n + n // 2
     found["other lengths"] = Kind(shape, kv_length=other)
     found["other lengths, causal"] = Kind(shape, kv_length=other, mask=masks.CausalMask(other - n))
-    found["other lengths, bias, dropout"] = Kind(shape, kv_length=other, bias=normal(4, n, other), **per_head(False))
+    found["other lengths, bias, dropout"] = Kind(shape, kv_length=other, bias=normal(4, n, other), **dropout(False))
     return found

@@ -65,8 +65,8 @@ class Layout:
             of_query, of_key, of_value = (self._axis(x, rank) for x in placed)
             if of_key != of_value:
                 raise ValueError(
-                    f"key is {placed[1]} on {where}, value {placed[2]}: redistribute them alike, for example value to "
-                    f"{placed[1]}"
+                    f"key is {placed[1]!r} on {where}, value {placed[2]!r}: redistribute them alike, for example value to "
+                    f"{placed[1]!r}"
                 )
             if self.mesh.size(number) == 1:
                 continue
@@ -139,9 +139,9 @@ def _check(name: str, placement: Any, rank: int, where: str) -> None:
     """Raise ValueError for a placement that no call can have."""
     heads = rank - 2
     if placement.is_partial():
-        raise ValueError(f"{name} is {placement} on {where}, a sum over ranks: redistribute it to Replicate() or Shard()")
+        raise ValueError(f"{name} is {placement!r} on {where}, a sum over ranks: redistribute it to Replicate() or Shard()")
     if type(placement).__name__ not in ("Shard", "Replicate"):
-        raise ValueError(f"{name} is {placement} on {where}: redistribute it to Shard() or Replicate()")
+        raise ValueError(f"{name} is {placement!r} on {where}: redistribute it to Shard() or Replicate()")
     if placement.is_shard() and placement.dim % rank == rank - 1:
         raise ValueError(
             f"the depth of {name} is sharded on {where}: redistribute it to Replicate(), or to heads, Shard({heads})"
@@ -151,8 +151,8 @@ def _check(name: str, placement: Any, rank: int, where: str) -> None:
 def _unlike(placed: Sequence[Any], where: str, rank: int) -> str:
     query, key, _ = placed
     length = query.is_shard() and query.dim % rank == rank - 3
-    both = f"key and value to {query}" + (", or to Replicate()" if length else "")
-    return f"query is {query} on {where}, key and value {key}: redistribute {both if query.is_shard() else f'them to {query}'}"
+    both = f"key and value to {query!r}" + (", or to Replicate()" if length else "")
+    return f"query is {query!r} on {where}, key and value {key!r}: redistribute {both if query.is_shard() else f'them to {query!r}'}"
 
 
 def localized(call: Call) -> tuple[Call, Axis | None]:

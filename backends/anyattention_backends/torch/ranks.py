@@ -115,6 +115,8 @@ def axis_of(axis: Any, query: Tensor, key: Tensor) -> Axis:
     import torch.distributed as dist
     from torch.distributed.device_mesh import DeviceMesh
 
+    if axis is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(f"this rank, {dist.get_rank()}, is not in the group of sequence_axis")
     if isinstance(axis, DeviceMesh):
         names = axis.mesh_dim_names
         if axis.ndim != 1:
@@ -126,8 +128,6 @@ def axis_of(axis: Any, query: Tensor, key: Tensor) -> Axis:
     else:
         kind = "the name of a mesh axis, which JAX has" if isinstance(axis, str) else f"a {type(axis).__name__}"
         raise TypeError(f"sequence_axis={axis!r} is {kind}: for PyTorch {_FORM}")
-    if dist.get_rank(group) < 0:
-        raise ValueError(f"this rank, {dist.get_rank()}, is not in the group of sequence_axis")
     size, index = dist.get_world_size(group), dist.get_rank(group)
     name = name or f"the process group of {size} ranks"
     if size > 1:
