@@ -6,13 +6,14 @@ import jax.numpy as jnp
 from anyattention.extend import Backend, Bias, Mask
 from anyattention_backends.jax.arrays import JAXArrays, register
 from anyattention_backends.jax.cudnn import CuDNN
+from anyattention_backends.jax.mesh import axis_of
 from anyattention_backends.jax.splash import Splash
 from anyattention_backends.jax.steps import JAXSteps
 from anyattention_backends.jax.tiles import JAXTiles
 from anyattention_backends.jax.tokamax import Tokamax
 
 backend = Backend(jnp, JAXArrays, JAXSteps, JAXTiles)
-backend.engines, backend.vjp = (CuDNN(), Tokamax(), Splash()), jax.vjp
+backend.engines, backend.vjp, backend.axis = (CuDNN(), Tokamax(), Splash()), jax.vjp, axis_of
 for kind in (
     *Mask.__subclasses__(),
     *Bias.__subclasses__(),

@@ -10,9 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from anyattention._src.interfaces import Axis
 from anyattention.extend import Arrays
-from anyattention_backends.jax.mesh import axis_of
 
 
 class JAXArrays(Arrays):
@@ -111,10 +109,6 @@ class JAXArrays(Arrays):
         elif x.ndim < y.ndim:
             x = jnp.expand_dims(x, tuple(range(y.ndim - x.ndim)))
         return x, y
-
-    def axis(self, axis: Any, query: Array, key: Array) -> Axis | None:
-        """The name of a mesh axis; one that is explicit need not be named."""
-        return axis_of(axis, query, key)
 
     def traced(self, x: Array) -> bool:
         return isinstance(x, jax.core.Tracer)

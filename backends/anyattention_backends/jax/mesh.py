@@ -50,14 +50,17 @@ def axis_of(axis: Any, query: Array, key: Array) -> Axis | None:
         f"mesh axis {axis!r}",
         exchanges=exchanges,
     )
-    if axis not in getattr(mesh, "manual_axes", ()):
+    manual = getattr(mesh, "manual_axes", ())
+    if axis not in manual:
         for name, x in (("query", query), ("key", key)):
             others = [other for other in axes_of(x, -3) if other != axis]
             if others:
                 raise ValueError(f"the length of {name} is sharded over {', '.join(others)}, not over {found.name}")
         return found
     whole_queries = axis in varying(key) and axis not in varying(query)
-    return found._replace(index=jax.lax.axis_index(axis), local=True, whole_queries=whole_queries)
+    others = tuple(f"mesh axis {other!r}" for other in manual if other != axis and mesh.shape[other] > 1)
+    index = jax.lax.axis_index(axis)
+    return found._replace(index=index, local=True, whole_queries=whole_queries, others=others)
 
 
 def _mesh(x: Array) -> Any:
@@ -112,6 +115,9 @@ class Devices(Exchange):
     def uniform(self, tree: Any) -> Any:
         return vary(tree, self.differing)
 
+    def placed(self, x: Array, like: Array) -> Array:
+        return typed_as(x, like)
+
     def repeat(self, step: Callable[[Any, Any], Any], carry: Any, count: int) -> Any:
         return jax.lax.scan(lambda carry, turn: (step(carry, turn), None), carry, jnp.arange(count))[0]
 
@@ -128,6 +134,13 @@ class Devices(Exchange):
     def add(self, x: Array, part: Array, start: Any, axis: int) -> Array:
         part = part + self.cut(x, start, part.shape[axis], axis)
         return jax.lax.dynamic_update_slice_in_dim(x, part, start, x.ndim + axis)
+
+
+def typed_as(x: Array, like: Array) -> Array:
+    """An array that lies along explicit axes as another does: they are part of types, which branches and loops keep."""
+    sharding = jax.typeof(like).sharding
+    explicit = AxisType.Explicit in getattr(sharding.mesh, "axis_types", ())
+    return jax.sharding.reshard(x, sharding) if explicit and jax.typeof(x).sharding != sharding else x
 
 
 def attend(tiling: Any, block: Block) -> Array:
@@ -148,9 +161,8 @@ def _by(tiling: Any, kinds: Any, differing: frozenset[str], block: Block) -> Arr
     """The output by the exchange of the call, in our own `jax.shard_map` unless the caller has one."""
     way = tiling.options.spread.exchange
     if way == "ring":
-        return once(
-            partial(_ring, tiling, kinds, differing), _no_other, "the ring of sequence_axis", None, block, None, _GATHER
-        )
+        run = partial(_ring, tiling, kinds, differing)
+        return once(run, _no_other, "the ring of sequence_axis", None, block, instead=_GATHER, alike=False)
     run = partial(_gathered if way == "gather" else _reduced, tiling, kinds, differing)
     return _on_each(tiling, kinds, run, block, rows=1)(block)[0]
 
@@ -192,7 +204,10 @@ def _backward(tiling: Any, kinds: Any, differing: frozenset[str], kept: Any, dou
     def run(block: Block, results: Any, doutput: Array) -> Any:
         return ring.backward(tiling, _exchange(tiling, differing), block, kinds, results, doutput)
 
-    dquery, dkey, dvalue, dbias, dparameters, dsinks = _on_each(tiling, kinds, run, block)(block, results, doutput)
+    pairs = block.pairs
+    wanted = (*block.rows, *block.columns, ring.with_gradients(tiling, pairs.bias), block.parameters, pairs.sinks)
+    found = _on_each(tiling, kinds, run, block)(block, results, doutput)
+    dquery, dkey, dvalue, dbias, dparameters, dsinks = tree_map(typed_as, found, wanted)
     pairs = block.pairs._replace(bias=dbias, sinks=dsinks, mask=None, counts=None)
     return (block._replace(rows=(dquery,), columns=(dkey, dvalue), pairs=pairs, parameters=dparameters),)
 

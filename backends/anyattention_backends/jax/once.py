@@ -21,6 +21,7 @@ class Name(NamedTuple):
 
     text: str
     instead: str
+    alike: bool  # whether its derivative wants all arrays mapped by `jax.vmap`, or none
 
 
 def once(
@@ -31,6 +32,7 @@ def once(
     arrays: Any,
     sound: Array | None = None,
     instead: str = "pass implementation='tiled', or implementation='exact'",
+    alike: bool = True,
 ) -> Array:
     """``function(mask, arrays)``, with one derivative by the arrays; where it is not `sound`, that of the `other`.
 
@@ -40,7 +42,7 @@ def once(
     Raises:
         NotImplementedError: it is differentiated in forward mode or twice; the message says `instead` what to do.
     """
-    of = Name(name, instead)
+    of = Name(name, instead, alike)
     try:
         return _once(function, other, of, mask, sound, jax.tree.map(partial(_no_forward, of), arrays))
     except TypeError as error:
@@ -76,7 +78,7 @@ def _forward(function: Function, other: Function, name: Name, mask: Any, sound: 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _last(name: Name, other: Function, kept: Any, doutput: Array) -> Any:
     pullback, mask, sound, arrays = kept
-    gradients = partial(pullback, alike(*jax.tree.leaves(pullback), doutput)[-1])
+    gradients = partial(pullback, alike(*jax.tree.leaves(pullback), doutput)[-1] if name.alike else doutput)
     if sound is None:
         return gradients()[0]
     return jax.lax.cond(sound, gradients, lambda: jax.vjp(partial(other, mask), arrays)[1](doutput))[0]

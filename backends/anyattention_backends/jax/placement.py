@@ -40,8 +40,12 @@ def axes_of(x: Array, axis: int) -> tuple[str, ...]:
 
 def varying(tree: Any) -> frozenset[str]:
     """The manual axes of a mesh along which devices may have other numbers of these arrays."""
-    kinds = (getattr(jax.typeof(x), "vma", ()) for x in jax.tree.leaves(tree)) if hasattr(jax, "typeof") else ()
-    return frozenset().union(*kinds)
+    found: frozenset[str] = frozenset()
+    for x in jax.tree.leaves(tree) if hasattr(jax, "typeof") else ():
+        kind = jax.typeof(x)
+        kind = getattr(kind, "manual_axis_type", kind)  # newer than 0.8; `vma` before
+        found |= getattr(kind, "varying", getattr(kind, "vma", found))
+    return found
 
 
 def vary(tree: Any, like: Any) -> Any:

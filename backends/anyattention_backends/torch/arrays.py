@@ -5,9 +5,8 @@ import numpy as np
 import torch
 
 from anyattention._src import dtypes
-from anyattention._src.interfaces import Axis
 from anyattention.extend import Arrays, CausalMask
-from anyattention_backends.torch import compat, dtensors, operators, ranks
+from anyattention_backends.torch import compat, dtensors, operators
 
 Array = Any
 _KINDS = "bool uint8 uint16 uint32 uint64 int8 int16 int32 int64 bfloat16 float16 float32 float64 complex64 complex128"
@@ -93,9 +92,6 @@ class TorchArrays(Arrays):
         """A key in int64 is unsigned words elsewhere."""
         words = key.cpu().numpy()
         return words.astype("uint32") if words.dtype == "int64" else words
-
-    def axis(self, axis: Any, query: Array, key: Array) -> Axis | None:
-        return None if axis is None else ranks.axis_of(axis, query, key)
 
     def own(self, x: Array) -> Array:
         """What repeats along an axis, as `expand` makes it, is copied once."""

@@ -103,13 +103,17 @@ class Ranks(Exchange):
             raise
 
 
-@compat.uncompiled
-def axis_of(axis: Any, query: Tensor, key: Tensor) -> Axis:
+def axis_of(axis: Any, query: Tensor, key: Tensor) -> Axis | None:
     """The ranks of a group or mesh, on which these are parts of the sequence.
 
     Raises:
         TypeError, ValueError: no group, or shapes that are not the same on every rank.
     """
+    return None if axis is None else _axis_of(axis, query, key)
+
+
+@compat.uncompiled
+def _axis_of(axis: Any, query: Tensor, key: Tensor) -> Axis:
     if dtensors.is_spread(query):
         raise ValueError("DTensors say by their placements how the sequence is spread: leave sequence_axis out")
     import torch.distributed as dist

@@ -401,7 +401,7 @@ def call_of(
     else:
         asked["dropout"] = dropout_of(arguments.rate_of(dropout_rate), broadcast_dropout, dropout_rng)
         dropout_rng = arguments.key_of(backend, dropout_rng)
-    axis = backend.arrays.axis(sequence_axis or settings.current().sequence_axis, query, key)
+    axis = backend.axis(sequence_axis or settings.current().sequence_axis, query, key)
     call = make_call(backend, Operands(query, key, value, bias, mask, dropout_rng, origin, sinks), dtype, asked, axis)
     if axis is None and backend.localized is not None:
         call, axis = backend.localized(call)

@@ -148,18 +148,21 @@ class Ring:
         return self.choose(self._pull_seen, self._pull_hidden, block, base, total, delta, doutput)
 
     def _pull_seen(self, block: Block, base: Array, total: Array, delta: Array, doutput: Array) -> Any:
-        return tuple(shards.pulled(self.whole, block, (None, base, total), doutput, delta))
+        found = tuple(shards.pulled(self.whole, block, (None, base, total), doutput, delta))
+        return (*tree_map(self.exchange.placed, found[:5], self.wanted(block)), None)
 
     def _pull_hidden(self, block: Block, base: Array, total: Array, delta: Array, doutput: Array) -> Any:
-        xp, (key, value) = self.backend.xp, block.columns
+        xp, value = self.backend.xp, block.columns[1]
         dvalue = xp.zeros_like(value)
         if self.whole.options.dropout is None:
             each = shards.pulled_hidden(self.whole, (None, base, total), doutput)
             dvalue = dvalue + sum_to(xp, each, (*value.shape[:-2], 1, value.shape[-1]))
-        zeros = tree_map(
-            xp.zeros_like, (block.rows[0], key, with_gradients(self.tiling, block.pairs.bias), self.floats(block))
-        )
-        return (*zeros[:2], dvalue, *zeros[2:], None)
+        dquery, dkey, _, *others = tree_map(xp.zeros_like, self.wanted(block))
+        return (dquery, dkey, self.exchange.placed(dvalue, value), *others, None)
+
+    def wanted(self, block: Block) -> tuple[Any, ...]:
+        """What of a block has a gradient, but for the sinks."""
+        return block.rows[0], *block.columns, with_gradients(self.tiling, block.pairs.bias), self.floats(block)
 
     def floats(self, block: Block) -> tuple[Any, ...]:
         """The parameters that have a gradient."""
@@ -316,12 +319,6 @@ def gathered(tiling: Tiling, exchange: Exchange, block: Block, kinds: Any) -> Ar
 
 def _as_given(ring: Ring, block: Block, found: Any) -> Any:
     """Gradients in the dtypes of what they belong to."""
-    wanted = (
-        block.rows[0],
-        *block.columns,
-        with_gradients(ring.tiling, block.pairs.bias),
-        ring.floats(block),
-        block.pairs.sinks,
-    )
+    wanted = (*ring.wanted(block), block.pairs.sinks)
     arrays = ring.backend.arrays
     return tree_map(lambda x, gradient: arrays.cast(gradient, arrays.dtype_name(x)), wanted, found)

@@ -56,8 +56,15 @@ def spread(call: Call, axis: Axis, asked: str | None = None) -> Call:
                 f"{name} {length} is one for each device of {axis.name}: a ring needs two or more. Gather the arrays, "
                 "which are small, and leave sequence_axis out"
             )
+    dropout = call.options.dropout
+    if dropout is not None and not dropout.broadcast and axis.others:
+        raise NotImplementedError(
+            f"dropout of each head, of parts along {', '.join(axis.others)} too: its bits are those of a batch entry and "
+            "head of the whole, which parts do not tell. Let the sequence axis alone be manual, as in "
+            "jax.shard_map(axis_names=...), or pass broadcast_dropout=True"
+        )
     halves = exchange == "ring" and q_length == kv_length and not kv_length % (2 * axis.size)
-    mask, dropout = call.structure, call.options.dropout
+    mask = call.structure
     # Dropout has no closed form of hidden keys, which then must have no weight.
     sure = not mask.rest and mask.kv_lengths is mask.kv_ids is None and mask.band_shows(q_length, kv_length)
     skip = call.operands.mask is not None and (dropout is None or (sure and call.operands.bias is None))

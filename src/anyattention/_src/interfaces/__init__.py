@@ -51,6 +51,15 @@ class Backend:
         """Whether a size is a symbol, on which no choice may depend."""
         self.vjp: Callable[..., tuple[Array, Callable[[Array], tuple[Array, ...]]]] | None = None
         """From a function and arrays its output and pullback, where the library differentiates functions."""
+        self.axis: Callable[[Any, Array, Array], Axis | None] = self._no_axis
+        """Where the sequence of a query and key is, by the caller's `sequence_axis`, or if that is None as arrays say."""
         self.localized: Callable[[Any], tuple[Any, Axis | None]] | None = None
         """From a call its own, of the parts that this process has, where arrays say how they are spread; and the axis
         over which its sequence is."""
+
+    def _no_axis(self, axis: Any, query: Array, key: Array) -> None:
+        if axis is not None:
+            raise TypeError(
+                f"sequence_axis={axis!r}: arrays of {self.name} are on one device. It is the name of a mesh axis for "
+                "JAX, a process group or one-dimensional DeviceMesh for PyTorch; Dask's arrays say how they are cut"
+            )

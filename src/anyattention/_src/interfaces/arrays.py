@@ -7,7 +7,6 @@ from typing import Any
 import array_api_compat
 
 from anyattention._src import dtypes, threefry
-from anyattention._src.interfaces.exchange import Axis
 from anyattention._src.interfaces.products import PRODUCTS, Axes
 
 Array = Any
@@ -140,19 +139,6 @@ class Arrays:
     def permute_dims(self, x: Array, axes: tuple[int, ...]) -> Array:
         """All axes in this order."""
         return self.xp.permute_dims(x, axes)
-
-    def axis(self, axis: Any, query: Array, key: Array) -> Axis | None:
-        """Where the sequence of these is, by the caller's `sequence_axis`, or, if that is None, as far as arrays say.
-
-        Raises:
-            TypeError, ValueError: no such axis, or none that this library knows.
-        """
-        if axis is None:
-            return None
-        raise TypeError(
-            f"sequence_axis={axis!r}: arrays of {self.name} are on one device. It is the name of a mesh axis for JAX, "
-            "a process group or one-dimensional DeviceMesh for PyTorch; Dask's arrays say themselves how they are cut"
-        )
 
     def traced(self, x: Array) -> bool:
         """Whether the array is part of a program that is compiled as a whole."""

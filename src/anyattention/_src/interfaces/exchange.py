@@ -21,6 +21,8 @@ class Axis(NamedTuple):
     """Whether queries, keys and values are this device's parts; else they are the whole."""
     whole_queries: bool = False
     """Of parts: whether every device has all queries, and the keys alone are spread."""
+    others: tuple[str, ...] = ()
+    """Of parts: along what else of the devices they may be parts, as messages say it, so that their place is unknown."""
     exchanges: tuple[str, ...] = ("ring", "reduce")
     """How keys may meet queries here, see `spread`."""
 
@@ -69,6 +71,10 @@ class Exchange:
     def uniform(self, tree: Any) -> Any:
         """Arrays that each device may have others of, where a library tells those from the same on all."""
         return tree
+
+    def placed(self, x: Array, like: Array) -> Array:
+        """An array that lies as another does along what else the devices share, where a library tells that."""
+        return x
 
     def repeat(self, step: Callable[[Any, Any], Any], carry: Any, count: int) -> Any:
         """The carry after ``carry = step(carry, turn)`` for so many turns."""

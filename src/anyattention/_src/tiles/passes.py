@@ -84,8 +84,9 @@ def attend_some(tiling: Tiling, parts: tuple[Block, ...]) -> tuple[Partial, tupl
     base = xp.zeros_like(state.total) if state.base is None else state.base
     if spoiled is None:
         return Partial(base, state.total, state.output), ()
-    low = base <= tiling.fill + 100.0
-    return Partial(base, state.total, xp.where(low, state.output + spoiled * state.total, state.output)), ()
+    low = base <= tiling.fill + 100.0  # where each key has the weight of one
+    count = sum(x.lengths[1] for x in parts) + sum(x.shape[-2] for x in parts[0].hidden)
+    return Partial(base, state.total, xp.where(low, state.output + spoiled * count, state.output)), ()
 
 
 def absorbed(tiling: Tiling, parts: tuple[Block, ...]) -> Any:
