@@ -136,7 +136,7 @@ class Kind:
 
 
 def compare(found, expected, tolerance):
-    """Of each array the largest difference, in ratio to the largest number; where that is rounding alone, absolutely."""
+    """Hold the largest difference of each array, in ratio to the largest number; what is rounding alone, absolutely."""
     for number, (x, y) in enumerate(zip(found, expected, strict=True)):
         assert x.shape == y.shape, (number, x.shape, y.shape)
         most = y.abs().max().item()

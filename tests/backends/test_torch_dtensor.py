@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from tests.backends.gloo import Kind, compare, dropout, error_of, identity, kinds, main, outcomes, same_bits
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
@@ -14,7 +15,6 @@ from torch.distributed.tensor.debug import CommDebugMode
 import anyattention as aa
 from anyattention import biases, masks
 from anyattention.partials import merge
-from tests.backends.gloo import Kind, compare, dropout, error_of, identity, kinds, main, outcomes, same_bits
 
 F = aa.dot_product_attention
 MODULE = "tests.backends.test_torch_dtensor"
@@ -60,7 +60,9 @@ OF_FOUR = (
 
 @cache
 def mesh_of(size):
-    return init_device_mesh("cpu", (2, 2) if size == 4 else (size,), mesh_dim_names=("data", "seq")[-(size // 2 or 1) :])
+    return init_device_mesh(
+        "cpu", (2, 2) if size == 4 else (size,), mesh_dim_names=("data", "seq")[-(size // 2 or 1) :]
+    )
 
 
 def spread(mesh, places, guests="plain"):
@@ -126,8 +128,10 @@ def placements_of_gradients():
 
 def uneven():
     """Batch entries and queries that do not divide."""
-    mesh, draw = mesh_of(2), torch.Generator().manual_seed(0)
-    kind = Kind((3, 33, 4, 16), mask=masks.LengthMask(torch.tensor([5, 0, 33])), bias=torch.randn(3, 1, 33, 33, generator=draw))
+    draw = torch.Generator().manual_seed(0)
+    kind = Kind(
+        (3, 33, 4, 16), mask=masks.LengthMask(torch.tensor([5, 0, 33])), bias=torch.randn(3, 1, 33, 33, generator=draw)
+    )
     for more in ({}, {"is_causal": True}, dropout(False)):
         kind.options |= more
         for place in ("batch", "queries"):
@@ -218,23 +222,27 @@ def mistakes(size):
     summed = DTensor.from_local(plain, mesh, [*others, Partial()], run_check=False)
     short = placed(ROWS, x=plain[:, :31])
     other = distribute_tensor(plain, init_device_mesh("cpu", (1, size)), [R, ROWS])
+    parted = (placed(BATCH), placed(HEADS), placed(HEADS))
+    one_head, ranks = placed(HEADS, x=plain[:, :, :1]), size // 2 if size == 4 else size
+    sinks = {"sinks": placed(R, x=plain[0, 0, :, 0])}
+    unlike, alike = f"on {where}, key and value", "redistribute key and value to Shard(dim="
     for said, arguments, options in (
         ("TypeError: key is a plain tensor beside DTensors: distribute it on the same mesh", (query, plain, plain), {}),
         ("TypeError: query is a plain tensor beside DTensors", (plain, query, query), {}),
-        ("TypeError: query is a plain tensor beside a bias, mask or sinks", (plain,) * 3, {"sinks": placed(R, x=plain[0, 0, :, 0])}),
+        ("TypeError: query is a plain tensor beside a bias, mask or sinks", (plain,) * 3, sinks),
         ("distribute both on one mesh", (query, other, other), {}),
         (f"key is Shard(dim=1) on {where}, value Replicate(): redistribute them alike", (query, query, placed(R)), {}),
         (f"key is Partial(sum) on {where}, a sum over ranks: redistribute it", (query, summed, summed), {}),
-        (f"the depth of query is sharded on {where}: redistribute it to Replicate(), or to heads, Shard(2)", (placed(DEPTH),) * 3, {}),
-        (f"query is Shard(dim=0) on {where}, key and value Shard(dim=2): redistribute key and value to Shard(dim=0)", (placed(BATCH), placed(HEADS), placed(HEADS)), {}),
-        (f"query is Shard(dim=0) on {where}, key and value Replicate(): redistribute key and value to Shard(dim=0)", (placed(BATCH), placed(R), placed(R)), {}),
-        (f"query is Shard(dim=1) on {where}, key and value Shard(dim=2): redistribute key and value to Shard(dim=1), or to Replicate()", (query, placed(HEADS), placed(HEADS)), {}),
-        (f"query is Replicate() on {where}, key and value Shard(dim=2): redistribute them to Replicate()", (placed(R), placed(HEADS), placed(HEADS)), {}),
-        (f"q_length 31 does not divide by the {size // 2 if size == 4 else size} ranks of {where}: pad to 32 and hide the rest with masks.LengthMask", (short,) * 3, {}),
-        (f"key has 1 heads, which do not divide by the 2 ranks of {where}", (placed(HEADS), *(placed(HEADS, x=plain[:, :, :1]),) * 2), {}),
+        (f"the depth of query is sharded on {where}: redistribute it to Replicate(), or to", (placed(DEPTH),) * 3, {}),
+        (f"query is Shard(dim=0) {unlike} Shard(dim=2): {alike}0)", parted, {}),
+        (f"query is Shard(dim=0) {unlike} Replicate(): {alike}0)", (placed(BATCH), placed(R), placed(R)), {}),
+        (f"query is Shard(dim=1) {unlike} Shard(dim=2): {alike}1), or to Replicate()", (query, *parted[1:]), {}),
+        (f"query is Replicate() {unlike} Shard(dim=2): redistribute them to", (placed(R), *parted[1:]), {}),
+        (f"q_length 31 does not divide by the {ranks} ranks of {where}: pad to 32 and hide the", (short,) * 3, {}),
+        (f"key has 1 heads, which do not divide by the 2 ranks of {where}", (placed(HEADS), one_head, one_head), {}),
         ("incompatible", (query,) * 3, {"bias": torch.zeros(16, 32)}),
         ("sinks have shape (3,)", (query,) * 3, {"sinks": torch.zeros(3)}),
-    ):  # fmt: skip
+    ):
         found = error_of(F, *arguments, **options)
         assert said.lower() in found.lower(), (said, found)
     if size == 4:

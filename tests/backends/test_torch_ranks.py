@@ -151,7 +151,7 @@ def compiled(group):
 
 
 def mistakes(group):
-    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    size = dist.get_world_size(group)
     (query, key, value), _ = parts(group, 16 * size)
     attend = partial(F, query, key, value)
     mesh = DeviceMesh("cpu", torch.arange(size)[None], mesh_dim_names=("data", "seq"))

@@ -28,7 +28,7 @@ def has_autocast(device: str) -> bool:
 
 
 def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Mark a function as `torch.compiler.disable` does, which takes a second to import: the graph breaks (2.11, 2.13)."""
+    """Break the graph at a function, as `torch.compiler.disable` does, which takes a second to import (2.11, 2.13)."""
 
     @functools.wraps(function)
     def run(*args: Any) -> Any:

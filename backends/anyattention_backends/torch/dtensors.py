@@ -65,8 +65,8 @@ class Layout:
             of_query, of_key, of_value = (self._axis(x, rank) for x in placed)
             if of_key != of_value:
                 raise ValueError(
-                    f"key is {placed[1]!r} on {where}, value {placed[2]!r}: redistribute them alike, for example value to "
-                    f"{placed[1]!r}"
+                    f"key is {placed[1]!r} on {where}, value {placed[2]!r}: redistribute them alike, for example value "
+                    f"to {placed[1]!r}"
                 )
             if self.mesh.size(number) == 1:
                 continue
@@ -139,7 +139,9 @@ def _check(name: str, placement: Any, rank: int, where: str) -> None:
     """Raise ValueError for a placement that no call can have."""
     heads = rank - 2
     if placement.is_partial():
-        raise ValueError(f"{name} is {placement!r} on {where}, a sum over ranks: redistribute it to Replicate() or Shard()")
+        raise ValueError(
+            f"{name} is {placement!r} on {where}, a sum over ranks: redistribute it to Replicate() or Shard()"
+        )
     if type(placement).__name__ not in ("Shard", "Replicate"):
         raise ValueError(f"{name} is {placement!r} on {where}: redistribute it to Shard() or Replicate()")
     if placement.is_shard() and placement.dim % rank == rank - 1:
@@ -151,20 +153,24 @@ def _check(name: str, placement: Any, rank: int, where: str) -> None:
 def _unlike(placed: Sequence[Any], where: str, rank: int) -> str:
     query, key, _ = placed
     length = query.is_shard() and query.dim % rank == rank - 3
-    both = f"key and value to {query!r}" + (", or to Replicate()" if length else "")
-    return f"query is {query!r} on {where}, key and value {key!r}: redistribute {both if query.is_shard() else f'them to {query!r}'}"
+    others = f"them to {query!r}"
+    if query.is_shard():
+        others = f"key and value to {query!r}" + (", or to Replicate()" if length else "")
+    return f"query is {query!r} on {where}, key and value {key!r}: redistribute {others}"
 
 
-def localized(call: Call) -> tuple[Call, Axis | None]:
+def localized(call: Call, axis: Axis | None) -> tuple[Call, Axis | None]:
     """The call of this rank's parts, and the axis over which its keys are exchanged; a call of plain tensors as it is.
 
     Raises:
         TypeError, ValueError: DTensors and others where there must be one kind, or placements that do not go together.
     """
+    query, key, value, bias, mask, *_, sinks = call.operands
+    if type(query) is type(key) is type(value) is Tensor and bias is mask is sinks is None:
+        return call, axis
     named = {name: x for name, x in zip(("query", "key", "value"), call.operands, strict=False) if x is not None}
     if not any(map(is_spread, (*named.values(), *_guests(call)))):
-        return call, None
-    query, key = call.operands[:2]
+        return call, axis
     for name, x in named.items():
         if not is_spread(x):
             of = "DTensors" if name != "query" or is_spread(key) else "a bias, mask or sinks that are DTensors"
@@ -174,7 +180,7 @@ def localized(call: Call) -> tuple[Call, Axis | None]:
             )
         if x.device_mesh != query.device_mesh:
             raise ValueError(f"query is on {query.device_mesh}, {name} on {x.device_mesh}: distribute both on one mesh")
-    layout = Layout(query, key, key if call.operands.value is None else call.operands.value)
+    layout = Layout(query, key, key if value is None else value)
     return Spreading(call, layout).local()
 
 
@@ -244,14 +250,13 @@ class Spreading:
         return (*batch, head, row, column), (*sizes, heads, rows, key.shape[LENGTH])
 
     def part(self, name: str, x: Any, axes: Sequence[str]) -> Tensor:
-        """This rank's part of an array whose axes mean this, and its place in the records of this name."""
-        from torch.distributed.tensor import DTensor, Replicate
+        """The part that this rank has of an array whose axes mean this; its place is noted under the name."""
+        from torch.distributed.tensor import DTensor
 
         layout = self.layout
         given = tuple(x.placements) if is_spread(x) else None
         if given is None:
-            whole = [Replicate()] * layout.mesh.ndim
-            x = DTensor.from_local(x, layout.mesh, whole, run_check=False)
+            x = DTensor.from_local(x, layout.mesh, [_replicate()] * layout.mesh.ndim, run_check=False)
         elif x.device_mesh != layout.mesh:
             raise ValueError(f"query is on {layout.mesh}, {name} on {x.device_mesh}: distribute both on one mesh")
         target = given if name in ("query", "key", "value") and given else layout.where(axes, x.shape)
@@ -262,7 +267,7 @@ class Spreading:
         return x.to_local(grad_placements=gradient)
 
     def guest(self, name: str, x: Any) -> Any:
-        """This rank's part of a bias or mask."""
+        """The part that this rank has of a bias or mask."""
         if isinstance(x, ByRule):
             return x.part(lambda array, axes: self.part(name, array, axes))
         return self.part(name, x, PAIRS) if isinstance(x, Tensor) else x
@@ -298,15 +303,17 @@ class Spreading:
 
         def pulled(doutput: Any) -> tuple[Any, ...]:
             dquery, dkey, dvalue, dbias, *dsinks = function(self.gradient_of(doutput))
-            found = zip(("query", "key", "value", "bias", "sinks"), (dquery, dkey, dvalue, dbias, *dsinks), strict=False)
-            return tuple(self._given(name, x) for name, x in found)
+            names, found = ("query", "key", "value", "bias", "sinks"), (dquery, dkey, dvalue, dbias, *dsinks)
+            return tuple(self._given(name, x) for name, x in zip(names, found, strict=False))
 
         return pulled
 
     def gradient_of(self, doutput: Any) -> Tensor:
-        """This rank's part of the gradient of the output."""
-        spread = doutput if is_spread(doutput) else self.dtensor(doutput, doutput.shape, [_replicate()] * self.layout.mesh.ndim)
-        return spread.redistribute(self.layout.mesh, self.layout.placements).to_local()
+        """The part that this rank has of the gradient of the output."""
+        mesh = self.layout.mesh
+        if not is_spread(doutput):
+            doutput = self.dtensor(doutput, doutput.shape, [_replicate()] * mesh.ndim)
+        return doutput.redistribute(mesh, self.layout.placements).to_local()
 
     def _given(self, name: str, x: Any) -> Any:
         """A gradient, or those of a bias by rule, as the array was given."""

@@ -253,16 +253,9 @@ def dot_product_attention_vjp(
         sinks=sinks,
     )
     plan.choose(call, TILED.name)  # which raises where tiled cannot serve the call
-    if call.options.spread is not None:
-        raise NotImplementedError(
-            f"dot_product_attention_vjp knows no sequence over {call.options.spread.name}: differentiate "
-            f"dot_product_attention, as {call.backend.name} does itself"
-        )
     arrays = call.backend.arrays
     given = [arrays.dtype_name(arguments.array_of(call.backend, "", x)) for x in (query, key, value)]
     output, pullback = arrays.run(call.operands.query, TILED.vjp, call, given)
-    if call.restore is not None:
-        output, pullback = call.restore(output), call.restore.pullback(pullback)
     return output, partial(_pulled_back, call.backend, pullback, tuple(output.shape))
 
 
@@ -403,6 +396,5 @@ def call_of(
         dropout_rng = arguments.key_of(backend, dropout_rng)
     axis = backend.axis(sequence_axis or settings.current().sequence_axis, query, key)
     call = make_call(backend, Operands(query, key, value, bias, mask, dropout_rng, origin, sinks), dtype, asked, axis)
-    if axis is None and backend.localized is not None:
-        call, axis = backend.localized(call)
+    call, axis = backend.localized(call, axis)
     return call if axis is None or axis.size == 1 else spread(call, axis, settings.current().exchange)

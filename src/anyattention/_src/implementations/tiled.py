@@ -66,6 +66,11 @@ class Tiled(Implementation):
         `given` are the dtypes that query, key and value had before promotion, which their gradients get back. The
         function keeps copies: whoever calls it may have changed the arguments and the output in place.
         """
+        if call.options.spread is not None:
+            raise NotImplementedError(
+                f"dot_product_attention_vjp knows no sequence over {call.options.spread.name}: differentiate "
+                f"dot_product_attention, as {call.backend.name} does itself"
+            )
         call = call.of_copies()
         how, block = prepare(call)
         arrays, tiles, sinks = call.backend.arrays, call.backend.tiles, call.operands.sinks
@@ -80,7 +85,8 @@ class Tiled(Implementation):
             found = _of_bias(call, {"operands": dbias, "parameters": dparameters})
             return dquery, dkey, dvalue, found, *([] if sinks is None else [_shaped(call, dsinks, sinks)])
 
-        return arrays.own(_restored(call, results[0])), pullback
+        output = arrays.own(_restored(call, results[0]))
+        return (output, pullback) if call.restore is None else (call.restore(output), call.restore.pullback(pullback))
 
 
 TILED = Tiled()
@@ -88,7 +94,7 @@ TILED = Tiled()
 
 def prepare(call: Call) -> tuple[Tiling, Block]:
     """The call as a block: heads first, all arrays of one rank, in the accumulators' dtype."""
-    (query, key, value, bias, mask, dropout_key, origin, _), sinks = call.operands, call.sinks
+    (query, key, value, bias, mask, dropout_key, *_), sinks = call.operands, call.sinks
     options, arrays, xp, group = call.options, call.backend.arrays, call.backend.xp, _group(call)
     wide = dtypes.promote(options.dtype, "float32")
     if bias is not None:
@@ -130,7 +136,7 @@ def prepare(call: Call) -> tuple[Tiling, Block]:
 
 
 def _place(call: Call, group: int | None) -> tuple[Any, Any]:
-    """The origin of a block in the whole, and its sizes, heads in two axes if grouped, as `threefry.counts` has them."""
+    """The origin of a block in the whole, and its sizes, as `threefry.counts` has them: grouped heads are two axes."""
     origin, whole = call.operands.origin, call.options.whole
     if origin is None or whole is None or len(whole) == 2:
         return origin, whole

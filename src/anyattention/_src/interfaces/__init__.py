@@ -53,9 +53,8 @@ class Backend:
         """From a function and arrays its output and pullback, where the library differentiates functions."""
         self.axis: Callable[[Any, Array, Array], Axis | None] = self._no_axis
         """Where the sequence of a query and key is, by the caller's `sequence_axis`, or if that is None as arrays say."""
-        self.localized: Callable[[Any], tuple[Any, Axis | None]] | None = None
-        """From a call its own, of the parts that this process has, where arrays say how they are spread; and the axis
-        over which its sequence is."""
+        self.localized: Callable[[Any, Axis | None], tuple[Any, Axis | None]] = lambda call, axis: (call, axis)
+        """From a call that of the parts which this process has, where arrays say how they are spread, and its axis."""
 
     def _no_axis(self, axis: Any, query: Array, key: Array) -> None:
         if axis is not None:

@@ -90,7 +90,7 @@ class Alibi(Bias):
     symmetric: bool = False
     offset: int | Array = 0
     _arrays, _offsets = ("slopes",), ("offset",)
-    _axes = {"slopes": ("heads",), "offset": ("batch",)}
+    _axes: ClassVar = {"slopes": ("heads",), "offset": ("batch",)}
 
     def terms(self, to: Lowering) -> tuple[Term, ...]:
         slopes = to.parameter(self, "slopes", "[num_heads]")
@@ -136,7 +136,7 @@ class Relative(Bias):
     max_distance: int = 128
     offset: int | Array = 0
     _arrays, _integers, _offsets = ("table",), ("max_distance",), ("offset",)
-    _axes = {"table": ("buckets", "heads"), "offset": ("batch",)}
+    _axes: ClassVar = {"table": ("buckets", "heads"), "offset": ("batch",)}
 
     def terms(self, to: Lowering) -> tuple[Term, ...]:
         table = to.parameter(self, "table", "[num_buckets, num_heads]")
@@ -175,7 +175,7 @@ class Rule(Bias):
     function: Callable[..., Array]
     query_arrays: tuple[Array, ...] = ()
     key_arrays: tuple[Array, ...] = ()
-    _axes = {"query_arrays": ("batch", "rows"), "key_arrays": ("batch", "columns")}
+    _axes: ClassVar = {"query_arrays": ("batch", "rows"), "key_arrays": ("batch", "columns")}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -203,7 +203,7 @@ class _Dense(Bias):
     """A dense bias beside others, broadcastable like `bias`."""
 
     array: Array
-    _axes = {"array": PAIRS}
+    _axes: ClassVar = {"array": PAIRS}
 
     def __repr__(self) -> str:
         return shown(self.array)

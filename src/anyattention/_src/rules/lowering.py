@@ -123,7 +123,7 @@ class Lowering:
     ) -> None:
         self.arrays, self.batch, self.lengths, self.like, self.key = arrays, batch, lengths, like, key
         self.origin, self.heads, self.head_axes = origin or (0, 0), heads, head_axes
-        self.head, self.whole_heads = self.origin[-3] if len(self.origin) > 2 else 0, whole_heads
+        self.head, self.whole_heads = next(iter(self.origin[-3:-2]), 0), whole_heads
         #: Between which numbers ``j - i`` is for all keys j that some query i may see; None where that is not known.
         self.reach: tuple[int, int] | None = None
         self.operands: list[Array] = []
