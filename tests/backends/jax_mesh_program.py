@@ -1,14 +1,17 @@
-"""Calls on a mesh of four devices, against float64 on one: prints for each what went wrong, as JSON.
+"""Calls on a mesh of virtual devices, against float64 on one: prints what was found, as JSON.
 
 A program of its own, since JAX has to be told of its devices before it is imported.
 """
 
 import json
+import re
 import sys
+from collections import Counter
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -43,6 +46,7 @@ CALLS = {
     "window to the left": {"mask": masks.LocalMask(20, 0)},
     "rows without keys": {"mask": masks.CausalMask(-40)},
     "lengths": {"mask": masks.LengthMask(np.array([77, 0]))},
+    "lengths of one": {"mask": masks.LengthMask(np.array([77]))},
     "lengths of both": {"mask": masks.LengthMask(np.array([77, 30]), np.array([LENGTH, 5]))},
     "segments": {"mask": masks.SegmentMask(IDS, IDS)},
     "segments, causal": {"mask": masks.SegmentMask(ODD, IDS), "is_causal": True},
@@ -69,7 +73,7 @@ CALLS = {
     "dropout, rows without keys": {**DROPOUT, "mask": masks.CausalMask(-40)},
     "dropout, bias": {**PER_HEAD, "bias": normal(1, HEADS, LENGTH, LENGTH), "kv_heads": 2},
     "hidden NaN": {"mask": masks.LengthMask(np.array([100, 60])), "spoiled": True},
-    "bfloat16": {"dtype": "bfloat16", "is_causal": True},
+    "bfloat16": {"dtype": "bfloat16", "bias": normal(1, HEADS, LENGTH, LENGTH), "is_causal": True},
     "float16": {"dtype": "float16", "mask": masks.SegmentMask(IDS, IDS)},
     "more keys": {"kv_length": 320, "q_length": 64, "mask": masks.LengthMask(np.array([300, 11]))},
     "one query": {"q_length": 1, "mask": masks.LengthMask(np.array([77, 3]))},
@@ -87,6 +91,8 @@ def arguments(name):
     ]
     given.pop("kv_heads", None)
     arrays = [np.random.default_rng(i).standard_normal(shape).astype(np.float32) for i, shape in enumerate(shapes)]
+    if "bias" in given and given.get("dtype") == "bfloat16":
+        given["bias"] = given["bias"].astype(ml_dtypes.bfloat16)
     if given.pop("spoiled", False):
         for x in arrays[1:]:
             x[0, 100:], x[1, 60:] = np.nan, np.nan
@@ -126,9 +132,10 @@ def truth(name):
     return arrays, cotangent, [output, dquery, dkey, dvalue, *(more[key] for key in floats)]
 
 
-def compare(found, expected, dtype):
-    """What is wrong with output and gradients, in words."""
-    bound, said = {"bfloat16": 3e-2, "float16": 4e-3}.get(dtype, 2e-5), []
+def compare(found, expected, kind):
+    """What is wrong with output and gradients of a dtype or a call, in words."""
+    # The gradient of a slope is a sum of terms of either sign, each times a distance of up to 127.
+    bound, said = {"bfloat16": 3e-2, "float16": 4e-3, "slopes": 1e-4}.get(kind, 2e-5), []
     for n, (x, y) in enumerate(zip(found, expected, strict=True)):
         x = np.asarray(x, np.float64)
         if x.shape != y.shape:
@@ -175,7 +182,7 @@ def run(name, mesh, spec, sequence_axis="seq", exchange=None):
         (_, output), gradients = jax.jit(graded)(place(cotangent), *placed, *map(jnp.asarray, floats))
     return {
         "exchange": plan.reasons[-1].partition(" over")[0],
-        "wrong": compare([output, *gradients], expected, dtype),
+        "wrong": compare([output, *gradients], expected, dtype or name),
         "spec": [str(x.sharding.spec) for x in (output, *gradients[:3])],
     }
 
@@ -213,14 +220,16 @@ def inside(name, mesh, spec, exchange=None):
         (_, output), gradients = jax.jit(graded)(
             cotangent.astype(np.float32), *map(jnp.asarray, (*arrays, *floats.values()))
         )
-    return {"wrong": compare([output, *gradients], expected, None)}
+    return {"wrong": compare([output, *gradients], expected, name)}
 
 
 def mesh_of(shape, names, kind=AxisType.Auto):
-    return jax.make_mesh(shape, names, axis_types=(kind,) * len(shape))
+    devices = jax.devices()[: int(np.prod(shape))]
+    return jax.make_mesh(shape, names, axis_types=(kind,) * len(shape), devices=devices)
 
 
-def main(which):
+def cases(which):
+    """What is wrong with calls in several placements."""
     line, square = mesh_of((4,), ("seq",)), mesh_of((2, 2), ("data", "seq"))
     of_heads = mesh_of((2, 2), ("seq", "heads"))
     explicit = mesh_of((2, 2), ("data", "seq"), AxisType.Explicit)
@@ -242,8 +251,213 @@ def main(which):
             found[f"{place}: {name}"] = places[place](name)
         except Exception as error:
             found[f"{place}: {name}"] = {"wrong": [f"{type(error).__name__}: {error}"[:600]]}
-    print(json.dumps(found))
+    return found
+
+
+COLLECTIVE = re.compile(r"= [^=]*? (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
+
+
+def compiled(asked):
+    """Collectives and MiB of a device, temporary and of results, of programs by length, devices and call."""
+    found = []
+    for length, devices, name, exchange in asked:
+        mesh, (_, given) = mesh_of((devices,), ("seq",)), arguments(name)
+        shape = jax.ShapeDtypeStruct((1, length, 2, 64), jnp.float32, sharding=NamedSharding(mesh, P(None, "seq")))
+
+        def attend(*x, given=given):
+            return dot_product_attention(*x, **given, sequence_axis="seq")
+
+        one = {}
+        with jax.set_mesh(mesh), config(exchange=exchange):
+            gradient = jax.grad(lambda *x: (attend(*x) ** 2).sum(), (0, 1, 2))
+            for kind, function in (("forward", attend), ("gradient", gradient)):
+                program = jax.jit(function).lower(*[shape] * 3).compile()
+                memory = program.memory_analysis()
+                one[kind] = {
+                    "collectives": dict(Counter(COLLECTIVE.findall(program.as_text()))),
+                    "temporary": memory.temp_size_in_bytes / 2**20,
+                    "results": memory.output_size_in_bytes / 2**20,
+                }
+        found.append(one)
+    return found
+
+
+def travelling(dtype):
+    """The types of what the devices of a ring send, as JAX hands it to XLA."""
+    mesh = mesh_of((4,), ("seq",))
+    shape = jax.ShapeDtypeStruct((2, 64, 4, 16), dtype)
+    with jax.set_mesh(mesh), config(exchange="ring"):
+        text = jax.jit(partial(dot_product_attention, sequence_axis="seq")).lower(*[shape] * 3).as_text()
+    return re.findall(r"collective_permute.*?-> tensor<([^>]*)>", text)
+
+
+def modes(_):
+    """Of ring and gather: what forward mode, second derivatives and `jax.vmap` give, as errors or messages."""
+    mesh, found = mesh_of((4,), ("seq",)), {}
+    x = [jnp.asarray(np.random.default_rng(n).standard_normal((2, 16, 2, 8)), jnp.float32) for n in range(4)]
+
+    def exact(*x):
+        return dot_product_attention(*x, is_causal=True, implementation="exact")
+
+    def spread(*x):
+        return dot_product_attention(*x, is_causal=True, sequence_axis="seq")
+
+    def forward_mode(f):
+        return jax.jvp(lambda query: f(query, *x[1:3]), (x[0],), (x[3],))[1]
+
+    def second(f):
+        return jax.grad(lambda query: (jax.grad(lambda q: (f(q, *x[1:3]) ** 2).sum())(query) ** 2).sum())(x[0])
+
+    def mapped(f):
+        many = [jnp.stack([y, 2 * y]) for y in x[:3]]
+        return jax.vmap(jax.grad(lambda *y: (f(*y) ** 2).sum()))(*many)
+
+    def checkpointed(f):
+        return jax.grad(lambda query: (jax.checkpoint(f)(query, *x[1:3]) ** 2).sum())(x[0])
+
+    for exchange in ("ring", "gather", "reduce"):
+        for function in (forward_mode, second, mapped, checkpointed):
+            with jax.set_mesh(mesh), config(exchange=exchange):
+                try:
+                    result = jax.jit(partial(function, spread))()
+                    said = str(float(abs(result - function(exact)).max() / abs(result).max()))
+                except NotImplementedError as error:
+                    said = str(error)
+            found[f"{function.__name__}, {exchange}"] = said
+    return found
+
+
+def decode(_):
+    """Steps of a decoder over keys that are sharded, in a compiled loop: the error, and its collectives."""
+    mesh = mesh_of((4,), ("seq",))
+    draw = np.random.default_rng(5)
+    key, value = (jnp.asarray(draw.standard_normal((2, 64, 2, 16)), jnp.float32) for _ in range(2))
+    queries = jnp.asarray(draw.standard_normal((5, 2, 1, 4, 16)), jnp.float32)
+
+    def steps(queries, key, value, **where):
+        def step(n, found):
+            one = dot_product_attention(queries[n], key, value, mask=masks.LengthMask(40 + n), **where)
+            return found.at[n].set(one)
+
+        return jax.lax.fori_loop(0, len(queries), step, jnp.zeros_like(queries))
+
+    place = NamedSharding(mesh, P(None, "seq"))
+    with jax.set_mesh(mesh):
+        spread = (
+            jax.jit(partial(steps, sequence_axis="seq"))
+            .lower(*(x := (queries, *(jax.device_put(y, place) for y in (key, value)))))
+            .compile()
+        )
+    expected = steps(queries, key, value, implementation="exact")
+    return {
+        "error": float(abs(spread(*x) - expected).max()),
+        "collectives": dict(Counter(COLLECTIVE.findall(spread.as_text()))),
+    }
+
+
+def bits(_):
+    """Whether dropout on a mesh drops the weights that Flax drops, which values that are the identity show."""
+    import flax.linen
+
+    found, length = {}, 64
+    draw = np.random.default_rng(6)
+    query, key = (jnp.asarray(draw.standard_normal((2, length, 3, 16)), jnp.float32) for _ in range(2))
+    value = jnp.broadcast_to(jnp.eye(length)[:, None], (2, length, 3, length))
+    places = {
+        "line": (mesh_of((4,), ("seq",)), P(None, "seq")),
+        "square": (mesh_of((2, 2), ("data", "seq")), P("data", "seq")),
+    }
+    for broadcast, causal in ((True, False), (False, False), (False, True)):
+        more = {"broadcast_dropout": broadcast, "dropout_rng": jax.random.key(3), "dropout_rate": 0.4}
+        mask = jnp.tri(length) if causal else None
+        expected = flax.linen.dot_product_attention(query, key, value, mask=mask, deterministic=False, **more)
+        for place, (mesh, spec) in places.items():
+            arrays = [jax.device_put(x, NamedSharding(mesh, spec)) for x in (query, key, value)]
+            for exchange in ("ring", "gather", "reduce"):
+                with jax.set_mesh(mesh), config(exchange=exchange):
+                    function = partial(dot_product_attention, is_causal=causal, sequence_axis="seq", **more)
+                    same = ((jax.jit(function)(*arrays) == 0.0) == (expected == 0.0)).all()
+                found[f"{place}, {exchange}, {'one' if broadcast else 'each head'}, {causal}"] = bool(same)
+    return found
+
+
+def error_of_flax(dtype):
+    """The largest and the mean square error of output and gradients, over those of Flax, which is on one device."""
+    import flax.linen
+
+    arrays = [np.random.default_rng(n).standard_normal((1, 2048, 2, 64)).astype(dtype) for n in range(3)]
+    cotangent = np.random.default_rng(9).standard_normal((1, 2048, 2, 64)).astype(np.float32)
+    wide = [x.astype(np.float64) for x in arrays]
+    output, pullback = dot_product_attention_vjp(*wide, is_causal=True)
+    right = [output, *pullback(cotangent.astype(np.float64))[:3]]
+
+    def found(function, mesh=None):
+        def loss(*x):
+            output = function(*x)
+            return (output.astype(jnp.float32) * cotangent).sum(), output
+
+        (_, output), gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(*map(jnp.asarray, arrays))
+        errors = [np.asarray(x, np.float64) - y for x, y in zip((output, *gradients), right, strict=True)]
+        return np.array([(abs(x).max(), np.sqrt((x**2).mean())) for x in errors])
+
+    flax_error = found(lambda *x: flax.linen.dot_product_attention(*x, mask=jnp.tri(2048, dtype=bool)))
+    ratios = {}
+    for exchange in ("ring", "gather"):
+        with jax.set_mesh(mesh_of((4,), ("seq",))), config(exchange=exchange):
+            mine = found(partial(dot_product_attention, is_causal=True, sequence_axis="seq"))
+        ratios[exchange] = float((mine / flax_error).max())
+    return ratios
+
+
+def refusals(_):
+    """What calls that cannot be served say."""
+    line, square = mesh_of((4,), ("seq",)), mesh_of((2, 2), ("data", "seq"))
+    explicit = mesh_of((2, 2), ("data", "seq"), AxisType.Explicit)
+    x, odd, few = (jnp.ones((2, n, 2, 4)) for n in (128, 126, 4))
+
+    def parts(mesh, *arrays, **given):
+        spec = P("data", "seq") if "data" in mesh.axis_names else P(None, "seq")
+        function = partial(dot_product_attention, sequence_axis="seq", **given)
+        with jax.set_mesh(mesh), config(exchange="ring"):
+            jax.jit(jax.shard_map(function, in_specs=spec, out_specs=spec))(*arrays)
+
+    def whole(mesh, *arrays, exchange=None, **given):
+        with jax.set_mesh(mesh), config(exchange=exchange):
+            dot_product_attention(*arrays, **{"sequence_axis": "seq", **given})
+
+    per_head = {"dropout_rng": jax.random.key(0), "dropout_rate": 0.5, "broadcast_dropout": False}
+    calls = {
+        "no mesh": lambda: dot_product_attention(x, x, x, sequence_axis="seq"),
+        "no such axis": lambda: whole(line, x, x, x, sequence_axis="context"),
+        "no name": lambda: whole(line, x, x, x, sequence_axis=3),
+        "queries": lambda: whole(line, odd, odd, odd),
+        "keys": lambda: whole(line, x, odd, odd),
+        "columns": lambda: whole(line, x, x, x, bias=jnp.ones((2, 128, 32))),
+        "columns of parts": lambda: parts(line, x, x, x, bias=jnp.ones((2, 32, 32))),
+        "rows of parts": lambda: parts(line, x, x, x, mask=jnp.ones((128, 128))),
+        "parts of one": lambda: parts(line, few, few, few),
+        "exact": lambda: whole(line, x, x, x, implementation="exact"),
+        "fused": lambda: whole(line, x, x, x, implementation="fused"),
+        "dropout of parts": lambda: parts(square, x, x, x, **per_head),
+        "another axis": lambda: whole(explicit, *[jax.device_put(x, NamedSharding(explicit, P(None, "data")))] * 3),
+        "numpy": lambda: dot_product_attention(*[np.ones((2, 8, 1, 4))] * 3, sequence_axis="seq"),
+        "unknown exchange": lambda: whole(line, x, x, x, exchange="all"),
+    }
+    found = {}
+    for name, call in calls.items():
+        try:
+            call()
+            found[name] = "nothing"
+        except (ValueError, TypeError, NotImplementedError) as error:
+            found[name] = f"{type(error).__name__}: {error}"
+    return found
+
+
+def main():
+    """Calls the function of this name with arguments in JSON."""
+    name, given = sys.argv[1:]
+    sys.stdout.write(json.dumps(globals()[name](json.loads(given))))
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    main()

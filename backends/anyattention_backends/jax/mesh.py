@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from anyattention._src import ring
 from anyattention._src.blocks import Block, tree_map
@@ -53,9 +53,8 @@ def axis_of(axis: Any, query: Array, key: Array) -> Axis | None:
     manual = getattr(mesh, "manual_axes", ())
     if axis not in manual:
         for name, x in (("query", query), ("key", key)):
-            others = [other for other in axes_of(x, -3) if other != axis]
-            if others:
-                raise ValueError(f"the length of {name} is sharded over {', '.join(others)}, not over {found.name}")
+            if elsewhere := [other for other in axes_of(x, -3) if other != axis]:
+                raise ValueError(f"the length of {name} is sharded over {', '.join(elsewhere)}, not over {found.name}")
         return found
     whole_queries = axis in varying(key) and axis not in varying(query)
     others = tuple(f"mesh axis {other!r}" for other in manual if other != axis and mesh.shape[other] > 1)
@@ -242,11 +241,26 @@ def _on_each(tiling: Any, kinds: Any, run: Any, block: Block, rows: int = 0) -> 
     pairs = tree_map(of_pair, block.pairs, kinds)
     columns = tuple(of_rows(x, name) for x in block.columns)
     own = of_rows(block.rows[0])
-    specs: Any = Block((own,), columns, pairs, tuple(PartitionSpec() for _ in block.parameters))
+    specs: Any = Block((own,), columns, pairs, tuple(PartitionSpec(*(None,) * x.ndim) for x in block.parameters))
     if rows:
-        given, results = (specs,), (own,) * rows
+        given: tuple[Any, ...] = (specs,)
+        results: tuple[Any, ...] = (own,) * rows
     else:
         dbias = ring.with_gradients(tiling, pairs.bias)
-        dparameters = tuple(PartitionSpec() for _ in block.parameters)
+        dparameters = tuple(PartitionSpec(*(None,) * x.ndim) for x in block.parameters)
         given, results = (specs, (own,) * 3, own), (own, *columns, dbias, dparameters, pairs.sinks)
-    return jax.shard_map(run, mesh=mesh, in_specs=given, out_specs=results, axis_names={name}, check_vma=False)
+    on_each = jax.shard_map(run, mesh=mesh, in_specs=given, out_specs=results, axis_names={name}, check_vma=False)
+    return lambda *trees: on_each(*jax.tree.map(partial(_cut_along, name), trees, given))
+
+
+def _cut_along(name: str, x: Array, spec: PartitionSpec) -> Array:
+    """An array that lies along an explicit axis as a `spec` has it: JAX 0.12 no longer moves it there."""
+    sharding = jax.typeof(x).sharding
+    if name not in sharding.mesh.axis_names or AxisType.Explicit not in sharding.mesh.axis_types:
+        return x
+    names: list[Any] = []
+    for there, wanted in zip(sharding.spec, spec, strict=True):
+        others = () if there is None else (there,) if isinstance(there, str) else tuple(there)
+        kept = (*(other for other in others if other != name), *(() if wanted is None else (wanted,)))
+        names.append(kept if len(kept) > 1 else kept[0] if kept else None)
+    return jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec(*names)))

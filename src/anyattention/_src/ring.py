@@ -12,6 +12,7 @@ Source: Liu, Zaharia and Abbeel, Ring attention with blockwise transformers (202
 (2023), for the balance.
 """
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,8 +158,12 @@ class Ring:
         if self.whole.options.dropout is None:
             each = shards.pulled_hidden(self.whole, (None, base, total), doutput)
             dvalue = dvalue + sum_to(xp, each, (*value.shape[:-2], 1, value.shape[-1]))
-        dquery, dkey, _, *others = tree_map(xp.zeros_like, self.wanted(block))
+        dquery, dkey, _, *others = tree_map(self.zeros, self.wanted(block))
         return (dquery, dkey, self.exchange.placed(dvalue, value), *others, None)
+
+    def zeros(self, x: Array) -> Array:
+        """What gradients are added to, in the accumulators' dtype."""
+        return self.backend.xp.zeros_like(x, dtype=self.block.rows[0].dtype)
 
     def wanted(self, block: Block) -> tuple[Any, ...]:
         """What of a block has a gradient, but for the sinks."""
@@ -203,7 +208,7 @@ def forward(tiling: Tiling, exchange: Exchange, block: Block, kinds: Any) -> Res
 
 def backward(tiling: Tiling, exchange: Exchange, block: Block, kinds: Any, results: Results, doutput: Array) -> Any:
     """The gradients of query, key, value, the operands and the parameters of the bias, and sinks, as they lie."""
-    ring, xp = Ring(tiling, exchange, block, kinds), tiling.backend.xp
+    ring = Ring(tiling, exchange, block, kinds)
     statistics = (*results[1:], shards.delta(results, doutput))
     given = [ring.cut(ring.swapped(x, -2), -2) for x in (*statistics, doutput)]
     bias_kinds, last = ring.kinds.bias, exchange.size - 1
@@ -211,12 +216,13 @@ def backward(tiling: Tiling, exchange: Exchange, block: Block, kinds: Any, resul
     going = [n for n, x in enumerate(with_gradients(tiling, bias_kinds)) if x is not None and x.travels]
 
     def zeros(x: Array, kind: Kind) -> list[Array] | None:
-        return None if kind.travels else [xp.zeros_like(y) for y in (ring.cut(x, -2) if kind.rows else [x])]
+        return None if kind.travels else [ring.zeros(y) for y in (ring.cut(x, -2) if kind.rows else [x])]
 
     def pulled(sums: Any, travelling: list[Array], turn: Any) -> tuple[Any, list[Array]]:
         """The gradients of what stays, and of what travels, the latter from this device's rows alone."""
-        (dquery, dbias, dparameters), moved = sums, {}
+        dquery, dbias, dparameters = sums
         dquery, dbias = list(dquery), [x if x is None else list(x) for x in dbias]
+        moved: dict[tuple[int, int], Array] = {}  # by number and half
         source = (exchange.index - turn) % exchange.size
         for row, column, part in ring.parts(travelling, source):
             dq, dk, dv, db, dp, _ = ring.pull(part, *(x[row] for x in given))
@@ -228,31 +234,28 @@ def backward(tiling: Tiling, exchange: Exchange, block: Block, kinds: Any, resul
                     continue
                 at, start = row if kind.rows else 0, ring.start(source, column)
                 sum_of[at] = exchange.add(sum_of[at], db[n], start, -1) if kind.columns else sum_of[at] + db[n]
-            dparameters = tree_map(lambda x, y: x + y, dparameters, dp)
-        halves = range(ring.halves)
-        return (dquery, dbias, dparameters), [
-            ring.join([moved[n, half] for half in halves], -2 if n < 2 else -1) for n in range(2 + len(going))
-        ]
+            dparameters = tree_map(operator.add, dparameters, dp)
+        own = [[moved[n, half] for half in range(ring.halves)] for n in range(2 + len(going))]
+        return (dquery, dbias, dparameters), [ring.join(x, -2 if n < 2 else -1) for n, x in enumerate(own)]
 
     def step(carry: Any, turn: Any) -> Any:
         sums, travelling, arriving = carry
         pending = exchange.send(travelling)
         sums, own = pulled(sums, travelling, turn)
         before = exchange.receive(arriving)  # of these columns, by the devices that had them
-        arriving = exchange.send([x + y for x, y in zip(before, own, strict=True)])
+        arriving = exchange.send([*map(operator.add, before, own)])
         return sums, exchange.receive(pending), arriving
 
     each = zip(with_gradients(tiling, ring.block.pairs.bias), bias_kinds, strict=True)
     bias = [None if x is None else zeros(x, kind) for x, kind in each]
     queries, parameters = ring.cut(ring.block.rows[0], -2), ring.floats(block)
-    sums = [xp.zeros_like(x) for x in queries], bias, tree_map(xp.zeros_like, parameters)
-    wide = [xp.zeros_like(x, dtype=block.rows[0].dtype) for x in ring.block.columns]
-    wide += [xp.zeros_like(ring.block.pairs.bias[n]) for n in going]
-    carry = (*exchange.uniform((sums, ring.travelling)), exchange.arrived(exchange.uniform(wide)))
+    sums = [*map(ring.zeros, queries)], bias, tree_map(ring.zeros, parameters)
+    nothing_yet = [ring.zeros(x) for x in (*ring.block.columns, *(ring.block.pairs.bias[n] for n in going))]
+    carry = (*exchange.uniform((sums, ring.travelling)), exchange.arrived(exchange.uniform(nothing_yet)))
     sums, travelling, arriving = exchange.repeat(step, carry, last)
     sums, own = pulled(sums, travelling, last)
     before = exchange.receive(arriving)
-    home = exchange.receive(exchange.send([x + y for x, y in zip(before, own, strict=True)]))
+    home = exchange.receive(exchange.send([*map(operator.add, before, own)]))
 
     dquery, dbias, dparameters = sums
     home = [ring.swapped(x, -2 if n < 2 else -1, back=True) for n, x in enumerate(home)]
@@ -291,13 +294,13 @@ def pulled_of_reduced(
     tiling: Tiling, exchange: Exchange, block: Block, kinds: Any, results: Results, doutput: Array
 ) -> Any:
     """The gradients, as `backward` has them."""
-    ring, xp = Ring(tiling, exchange, block, kinds), tiling.backend.xp
+    ring = Ring(tiling, exchange, block, kinds)
     ((_, _, part),) = ring.parts(ring.travelling, exchange.index)
     dquery, dkey, dvalue, dbias, dparameters, _ = ring.pull(part, *results[1:], shards.delta(results, doutput), doutput)
     found: list[Any] = []
     for x, gradient, kind in zip(block.pairs.bias, dbias, ring.kinds.bias, strict=True):
         if gradient is not None and kind.columns and not kind.travels:
-            gradient = exchange.add(xp.zeros_like(x), gradient, ring.start(exchange.index, 0), -1)
+            gradient = exchange.add(ring.zeros(x), gradient, ring.start(exchange.index, 0), -1)
         found.append(gradient if gradient is None or kind.travels else exchange.shared(gradient))
     dsinks = None if ring.sinks is None else shards.pulled_sinks(ring.sinks, results, doutput)
     dparameters = tree_map(exchange.shared, dparameters)

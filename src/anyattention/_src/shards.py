@@ -20,7 +20,7 @@ from anyattention._src.tiles.partials import Partial, finish, finite, of_hidden,
 from anyattention._src.tiles.tiling import Tiling, tiling
 
 Array = Any
-Results = tuple[Array | None, Array, Array]  # output, base and total of rows
+Results = tuple[Array, Array, Array]  # output, base and total of rows
 
 
 class Whole(NamedTuple):

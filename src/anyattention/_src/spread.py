@@ -59,8 +59,8 @@ def spread(call: Call, axis: Axis, asked: str | None = None) -> Call:
     dropout = call.options.dropout
     if dropout is not None and not dropout.broadcast and axis.others:
         raise NotImplementedError(
-            f"dropout of each head, of parts along {', '.join(axis.others)} too: its bits are those of a batch entry and "
-            "head of the whole, which parts do not tell. Let the sequence axis alone be manual, as in "
+            f"dropout of each head, of parts along {', '.join(axis.others)} too: its bits are those of a batch entry "
+            "and head of the whole, which parts do not tell. Let the sequence axis alone be manual, as in "
             "jax.shard_map(axis_names=...), or pass broadcast_dropout=True"
         )
     halves = exchange == "ring" and q_length == kv_length and not kv_length % (2 * axis.size)

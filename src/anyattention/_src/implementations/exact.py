@@ -117,12 +117,8 @@ def attention_logits(call: Call, query: Array, key: Array) -> Array:
 def weights_after_dropout(call: Call, dropout: Dropout, weights: Array) -> Array:
     """The weights kept, times 1 / keep_prob (rounded to the compute dtype); the others times zero."""
     arrays, steps, dtype = call.backend.arrays, call.backend.steps, call.options.dtype
-    shape, key, origin, whole = (
-        tuple(weights.shape),
-        call.operands.dropout_key,
-        call.operands.origin,
-        call.options.whole,
-    )
+    shape, key = tuple(weights.shape), call.operands.dropout_key
+    origin, whole = call.operands.origin, call.options.whole
     if dropout.broadcast:
         shape = (1,) * (call.operands.key.ndim - 2) + shape[-2:]
     if origin is None or whole is None:

@@ -52,7 +52,7 @@ class Backend:
         self.vjp: Callable[..., tuple[Array, Callable[[Array], tuple[Array, ...]]]] | None = None
         """From a function and arrays its output and pullback, where the library differentiates functions."""
         self.axis: Callable[[Any, Array, Array], Axis | None] = self._no_axis
-        """Where the sequence of a query and key is, by the caller's `sequence_axis`, or if that is None as arrays say."""
+        """Where the sequence of a query and key is, by `sequence_axis`, or where that is None as far as arrays say."""
         self.localized: Callable[[Any, Axis | None], tuple[Any, Axis | None]] = lambda call, axis: (call, axis)
         """From a call that of the parts which this process has, where arrays say how they are spread, and its axis."""
 

@@ -22,7 +22,7 @@ class Axis(NamedTuple):
     whole_queries: bool = False
     """Of parts: whether every device has all queries, and the keys alone are spread."""
     others: tuple[str, ...] = ()
-    """Of parts: along what else of the devices they may be parts, as messages say it, so that their place is unknown."""
+    """Of parts: along what else of the devices they may be parts, as messages say it; where is not known."""
     exchanges: tuple[str, ...] = ("ring", "reduce")
     """How keys may meet queries here, see `spread`."""
 
