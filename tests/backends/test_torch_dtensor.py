@@ -200,6 +200,19 @@ def engines():
         assert "it knows no sequence over several devices" in error_of(F, *part.arrays, implementation="exact")
 
 
+def second_derivatives():
+    for place in ("batch", "heads", "queries", "whole"):
+        for implementation in ("exact", "tiled"):
+            found = []
+            kind = Kind((2, 16, 2, 8), is_causal=True)
+            for part in (kind.mapped(spread(mesh_of(2), PLACES[place])), kind):
+                wanted = [x.requires_grad_() for x in part.arrays]
+                output = F(*wanted, **part.options, implementation=implementation)
+                first = torch.autograd.grad((output * part.weights).sum(), wanted, create_graph=True)
+                found.append(torch.autograd.grad(sum(x.square().sum() for x in first), wanted))
+            compare([x.full_tensor() for x in found[0]], found[1], 2e-5)
+
+
 def compiled():
     for place in ("batch", "heads", "queries"):
         kind = Kind((2, 32, 4, 16), is_causal=True)
@@ -280,7 +293,7 @@ def cases(size):
         found[f"pullbacks, {place}"] = partial(pullbacks, 2, PLACES[place])
         found[f"weights and partials, {place}"] = partial(weights_and_partials, 2, PLACES[place])
     more = {"placements of gradients": placements_of_gradients, "uneven": uneven, "hidden padding": hidden_padding}
-    more |= {"engines": engines, "compiled": compiled, "mistakes": partial(mistakes, 2)}
+    more |= {"engines": engines, "second derivatives": second_derivatives, "compiled": compiled, "mistakes": partial(mistakes, 2)}
     return found | more
 
 

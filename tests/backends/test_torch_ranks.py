@@ -63,6 +63,18 @@ def of_config(group):
         assert torch.equal(F(query, key, value, is_causal=True), expected)
 
 
+def of_all_queries(group, kind):
+    """Every rank has all queries, and some of the keys, as in decoding."""
+    cut, expected = cut_for(group), kind.truth()
+
+    def keys(x, axes):
+        return x.detach().clone() if "rows" in axes else cut(x, axes)
+
+    with aa.config(exchange="reduce"):
+        found = kind.mapped(keys).results(sequence_axis=group)
+    compare(found, [keys(x, axes) for x, axes in zip(expected, kind.axes(), strict=True)], kind.tolerance)
+
+
 def some_ranks(group):
     """Ranks 0 and 2 of three are 0 and 1 of their own group."""
     some = dist.new_group([0, 2])
@@ -261,6 +273,11 @@ def cases(size):
         "other shapes": other_shapes,
         "asked once": asked_once,
     }
+    for queries, more in ((1, {}), (3, {"is_causal": True}), (7, dropout(False) | {"kv_heads": 2})):
+        ids = torch.arange(40 * size)[None] // 9
+        options = more | {"mask": masks.SegmentMask(ids[:, :queries] + 2, ids)} if queries == 1 else more
+        kind = Kind((2, queries, 4, 16), kv_length=40 * size, **options)
+        found[f"all queries, {queries}"] = partial(of_all_queries, kind=kind)
     if size == 3:
         return found | {"some ranks": some_ranks}
     found |= {"a mesh": of_a_mesh, "config": of_config, "derivatives": derivatives, "compiled": compiled}

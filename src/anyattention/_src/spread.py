@@ -42,6 +42,8 @@ def spread(call: Call, axis: Axis, asked: str | None = None) -> Call:
         ValueError: lengths that do not divide by the devices, or an exchange that does not serve the call.
     """
     q_length, kv_length = call.lengths
+    if axis.local and asked == "reduce" and asked in axis.exchanges:  # which plain tensors cannot say
+        axis = axis._replace(whole_queries=True)
     if axis.local:
         q_length, kv_length = q_length * (1 if axis.whole_queries else axis.size), kv_length * axis.size
     exchange = _exchange(call, axis, q_length, kv_length, asked)
