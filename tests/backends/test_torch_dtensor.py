@@ -183,7 +183,7 @@ def weights_and_partials(size, places):
 
 def engines():
     """A rank's part may go to any implementation."""
-    kind = Kind((2, 88, 4, 16), is_causal=True)
+    kind, pullback = Kind((2, 88, 4, 16), is_causal=True), aa.dot_product_attention_vjp
     for place in ("batch", "heads"):
         for implementation in ("exact", "tiled", "fused"):
             check(kind, 2, PLACES[place], implementation=implementation)
@@ -198,6 +198,9 @@ def engines():
         assert plan.implementation == "tiled"
         assert f"{'zigzag ring' if place == 'both' else 'reduce'} over mesh dimension 'seq', 2 devices" in str(plan)
         assert "it knows no sequence over several devices" in error_of(F, *part.arrays, implementation="exact")
+        for function, arrays in ((aa.dot_product_attention_weights, part.arrays[:2]), (pullback, part.arrays)):
+            assert "no sequence over" in error_of(function, *arrays)
+        assert "partials know no sequence_axis" in error_of(aa.dot_product_attention_partial, *part.arrays)
 
 
 def second_derivatives():

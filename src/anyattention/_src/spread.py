@@ -111,7 +111,7 @@ def _exchange(call: Call, axis: Axis, q_length: int, kv_length: int, asked: str 
 
 def _columns(call: Call) -> int:
     """Bytes of keys and values as they travel."""
-    numbers = sum(math.prod(x.shape) for x in call.operands[1:3])
+    numbers = sum(math.prod(x.shape) for x in call.operands[1:3] if x is not None)
     return numbers * _BYTES.get(call.options.dtype, 2)
 
 
