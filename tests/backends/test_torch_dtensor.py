@@ -140,6 +140,23 @@ def uneven():
     check(Kind((1, 8, 2, 16), is_causal=True), 2, PLACES["batch"])  # of which one rank has none
 
 
+def few_key_heads():
+    """Key heads that are fewer than the ranks are on all of them, and each rank takes the one it needs."""
+    places = (HEADS,), (R,)
+    for name in ("one key head, causal", "one key head, dropout per head"):
+        check(kinds(44)[name], 2, places)
+    pullbacks(2, places, kinds(44)["one key head, causal"])
+
+
+def few_key_heads_on_two_axes():
+    kind = Kind((2, 24, 8, 16), kv_heads=2, **dropout(False))
+    check(kind, 4, ((HEADS, HEADS), (R, R)))
+    pullbacks(4, ((HEADS, HEADS), (R, R)), Kind((2, 24, 8, 16), kv_heads=2))
+    shared = [x.detach().clone() for x in kind.arrays]
+    part = [distribute_tensor(x, mesh_of(4), [HEADS, HEADS]) for x in shared]
+    assert "key has 2 heads, which do not divide by the 4 ranks of mesh dimension 'data' and" in error_of(F, *part)
+
+
 def hidden_padding():
     """NaN behind a mask does not show."""
     kind = Kind(mask=masks.LengthMask(torch.tensor([40, 88])), **dropout(False))
@@ -150,9 +167,11 @@ def hidden_padding():
         compare([F(*part.arrays, **part.options, implementation="tiled").full_tensor()], [expected], 2e-5)
 
 
-def pullbacks(size, places):
-    kind = kinds(32)["grouped, bias"]
-    options = kind.options | {"mask": masks.CausalMask(), "bias": kind.options["bias"] + biases.Alibi(torch.ones(4))}
+def pullbacks(size, places, kind=None):
+    kind, draw = kind or kinds(32)["grouped, bias"], torch.Generator().manual_seed(0)
+    length, heads = kind.arrays[0].shape[1:3]
+    slopes, sinks, bias = (torch.randn(x, generator=draw) for x in (heads, heads, (2, heads, length, length)))
+    options = {"mask": masks.CausalMask(), "bias": biases.Alibi(slopes) + bias, "sinks": sinks}
     for guests in ("plain", "replicated"):
         kind.options = dict(options)
         part = kind.mapped(spread(mesh_of(size), places, guests))
@@ -277,6 +296,7 @@ def cases(size):
                 found[f"{place}: {name}"] = partial(check, kind, 4, placements)
             found[f"{place}: bits"] = partial(bits, 4, placements, **dropout(False))
         found["pullbacks"] = partial(pullbacks, 4, ON_TWO_AXES["batch, heads"])
+        found["few key heads"] = few_key_heads_on_two_axes
         return found | {"mistakes": partial(mistakes, 4)}
     for place, placements in PLACES.items():
         for name, kind in kinds(44).items():
@@ -296,7 +316,13 @@ def cases(size):
         found[f"pullbacks, {place}"] = partial(pullbacks, 2, PLACES[place])
         found[f"weights and partials, {place}"] = partial(weights_and_partials, 2, PLACES[place])
     more = {"placements of gradients": placements_of_gradients, "uneven": uneven, "hidden padding": hidden_padding}
-    more |= {"engines": engines, "second derivatives": second_derivatives, "compiled": compiled, "mistakes": partial(mistakes, 2)}
+    more |= {
+        "few key heads": few_key_heads,
+        "engines": engines,
+        "second derivatives": second_derivatives,
+        "compiled": compiled,
+        "mistakes": partial(mistakes, 2),
+    }
     return found | more
 
 

@@ -4,6 +4,7 @@ Of batch, heads and queries every rank has its part of the logits, so that its c
 origin in the whole. Where the keys are sharded, ranks exchange them along that dimension of the mesh.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -57,7 +58,10 @@ class Layout:
         #: The mesh dimension over which keys are sharded too.
         self.exchange: int | None = None
         self.whole_queries = False
+        #: Whether every rank has all key heads, and needs one of them.
+        self.one_key_head = False
         of_length: list[int] = []
+        unlike: list[str] = []
         for number, placed in enumerate(zip(query.placements, key.placements, value.placements, strict=True)):
             where = self.name(number)
             for name, placement in zip(("query", "key", "value"), placed, strict=True):
@@ -79,6 +83,9 @@ class Layout:
                         raise ValueError(_unlike(placed, where, rank))
                 elif of_key is not None:
                     raise ValueError(_unlike(placed, where, rank))
+            elif of_query == "heads" and of_key is None:
+                self.cuts[number] = of_query
+                unlike.append(_unlike(placed, where, rank))
             elif of_query != of_key:
                 raise ValueError(_unlike(placed, where, rank))
             else:
@@ -86,12 +93,25 @@ class Layout:
         if len(of_length) > 1:
             names = " and ".join(self.name(x) for x in of_length)
             raise ValueError(f"lengths are sharded on {names}: redistribute so that one of them is Replicate()")
-        for number, cut in enumerate(self.cuts):
-            if cut == "heads" and key.shape[-2] % self.mesh.size(number):
-                raise ValueError(
-                    f"key has {key.shape[-2]} heads, which do not divide by the {self.mesh.size(number)} ranks of "
-                    f"{self.name(number)}: redistribute query, key and value to Replicate() there"
-                )
+        self._check_heads(query.shape[-2], key.shape[-2], unlike)
+
+    def _check_heads(self, heads: int, kv_heads: int, unlike: Sequence[str]) -> None:
+        """Raise ValueError unless each rank has whole groups of heads, or a part of one."""
+        over = [number for number, cut in enumerate(self.cuts) if cut == "heads"]
+        parts = math.prod(self.mesh.size(number) for number in over)
+        if unlike:  # where keys are not sharded, since these heads are too few
+            group, own = heads // max(kv_heads, 1), max(heads // parts, 1)
+            self.one_key_head = (
+                len(unlike) == len(over) and bool(kv_heads % parts) and not (heads % parts or group % own)
+            )
+            if not self.one_key_head:
+                raise ValueError(unlike[0])
+        elif kv_heads % parts:
+            names = " and ".join(map(self.name, over))
+            raise ValueError(
+                f"key has {kv_heads} heads, which do not divide by the {parts} ranks of {names}: redistribute key and "
+                "value to Replicate() there"
+            )
 
     def name(self, number: int) -> str:
         """A dimension of the mesh as messages say it."""
@@ -264,7 +284,14 @@ class Spreading:
             x = x.redistribute(layout.mesh, target)
         gradient = layout.gradient(target)
         self.placed.setdefault(name, []).append(Placed(tuple(x.shape), given, gradient))
-        return x.to_local(grad_placements=gradient)
+        own = x.to_local(grad_placements=gradient)
+        return own[..., self._key_head(), :] if layout.one_key_head and name in ("key", "value") else own
+
+    def _key_head(self) -> slice:
+        """The one key head that this rank needs of all."""
+        query, key = self.call.operands[:2]
+        first = _start(query)[-2] // (query.shape[-2] // key.shape[-2])
+        return slice(first, first + 1)
 
     def guest(self, name: str, x: Any) -> Any:
         """The part that this rank has of a bias or mask."""
@@ -303,10 +330,18 @@ class Spreading:
 
         def pulled(doutput: Any) -> tuple[Any, ...]:
             dquery, dkey, dvalue, dbias, *dsinks = function(self.gradient_of(doutput))
+            if self.layout.one_key_head:
+                dkey, dvalue = (self._of_all_heads(x) for x in (dkey, dvalue))
             names, found = ("query", "key", "value", "bias", "sinks"), (dquery, dkey, dvalue, dbias, *dsinks)
             return tuple(self._given(name, x) for name, x in zip(names, found, strict=False))
 
         return pulled
+
+    def _of_all_heads(self, x: Tensor) -> Tensor:
+        """The gradient of all key heads, from that of the one that this rank needs."""
+        whole = x.new_zeros((*x.shape[:-2], self.call.operands.key.shape[-2], x.shape[-1]))
+        whole[..., self._key_head(), :] = x
+        return whole
 
     def gradient_of(self, doutput: Any) -> Tensor:
         """The part that this rank has of the gradient of the output."""
