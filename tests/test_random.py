@@ -1,5 +1,7 @@
 """Our threefry against JAX's own, bit for bit."""
 
+import itertools
+
 import jax
 import jax.extend.random
 import numpy as np
@@ -66,3 +68,20 @@ def test_indices_beyond_32_bits():
     uniform = ((bits[:9] ^ bits[9:]) >> 9) * 2.0**-23
     for p in (*uniform, *(uniform + 2.0**-23)):  # at the number itself and the next, so that every bit of it counts
         np.testing.assert_array_equal(threefry.keep_at(xp, float(p), counts).ravel(), uniform < p)
+
+
+@pytest.mark.parametrize("origin", [(1, 2, 39_990, 290), (39_990, 290)])
+def test_counts_of_a_part_of_more_than_32_bits(origin):
+    """The bits of a part are those at its flat indices in the whole, which take two words here."""
+    import array_api_compat.numpy as xp
+
+    key, shape, whole = aa.random.key(5), (2, 3, 4, 5), (4, 7, 40_000, 40_000)
+    first = (0,) * (4 - len(origin)) + origin
+    whole = whole if len(origin) == 4 else (*shape[:2], *whole[2:])
+    ends = [range(start, start + size) for start, size in zip(first, shape, strict=True)]
+    flat = np.array([np.ravel_multi_index(x, whole) for x in itertools.product(*ends)], np.int64)
+    assert flat.max() >= 2**32
+    words = tuple(np.array([word], np.int32) for word in (0, 5))
+    x, y = threefry.threefry2x32(words, (flat >> 32).astype(np.int32), flat.astype(np.int32))
+    counts = threefry.counts(xp, key, shape, origin, whole[-len(origin) :])
+    assert np.array_equal(threefry.keep_at(xp, 0.5, counts).ravel(), ((x ^ y) >> 31) == 0)

@@ -59,7 +59,8 @@ def axis_of(axis: Any, query: Array, key: Array) -> Axis | None:
     whole_queries = axis in varying(key) and axis not in varying(query)
     others = tuple(f"mesh axis {other!r}" for other in manual if other != axis and mesh.shape[other] > 1)
     index = jax.lax.axis_index(axis)
-    return found._replace(index=index, local=True, whole_queries=whole_queries, others=others)
+    exchanges = exchanges if whole_queries else ("ring", "gather")
+    return found._replace(index=index, local=True, whole_queries=whole_queries, others=others, exchanges=exchanges)
 
 
 def _mesh(x: Array) -> Any:

@@ -4,7 +4,7 @@ import array_api_compat.torch as xp
 import torch
 
 from anyattention.extend import Backend
-from anyattention_backends.torch import compat, operators
+from anyattention_backends.torch import compat, dtensors, operators, ranks
 from anyattention_backends.torch.arrays import TorchArrays
 from anyattention_backends.torch.flex import Flex
 from anyattention_backends.torch.sdpa import SDPA
@@ -13,4 +13,5 @@ from anyattention_backends.torch.tiles import TorchTiles
 
 backend = Backend(xp, TorchArrays, TorchSteps, TorchTiles)
 backend.engines, backend.symbolic, backend.vjp = (SDPA(), Flex()), compat.is_symbol, torch.func.vjp
+backend.axis, backend.localized = ranks.axis_of, dtensors.localized
 operators.backend = backend

@@ -25,8 +25,9 @@ class TorchArrays(Arrays):
     def run(self, like: Array, function: Callable[..., Any], /, *args: Any) -> Any:
         """Without autocast; the results contiguous, so that callers may view heads and depth as one axis."""
         found = operators.without_autocast(like, function, *args)
-        if isinstance(found, tuple):  # of a function with its pullback, or of that
-            return tuple(map(_contiguous, found))
+        if isinstance(found, tuple):  # of a function with its pullback, or of that; a partial
+            parts = map(_contiguous, found)
+            return type(found)(*parts) if hasattr(found, "_fields") else tuple(parts)
         return _contiguous(found)
 
     def check_array(self, x: Array, like: Array | None = None) -> Any:

@@ -1,5 +1,7 @@
 """PyTorch's private names that the project needs, each with the versions it was seen on."""
 
+import functools
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,6 +25,19 @@ def full_precision() -> bool:
 def has_autocast(device: str) -> bool:
     """Whether a device has autocast, which the compiler of 2.11 cannot trace."""
     return torch.amp.is_autocast_available(device)
+
+
+def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Break the graph at a function, as `torch.compiler.disable` does, which takes a second to import (2.11, 2.13)."""
+
+    @functools.wraps(function)
+    def run(*args: Any) -> Any:
+        inside = torch.compiler.disable(function) if "torch._dynamo" in sys.modules else function
+        return inside(*args)
+
+    vars(run)["_torchdynamo_disable"] = True
+    vars(run)["_torchdynamo_disable_msg"] = "ranks exchange what depends on the values of masks"
+    return run
 
 
 # By the home of a class, what to pass instead.

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from anyattention.extend import Call, CausalMask, Fused, Operands, Options, Structure, tiled
-from anyattention_backends.torch import compat, dtensors, operators
+from anyattention_backends.torch import compat, operators
 
 
 class TorchKernel(Fused):
@@ -29,8 +29,6 @@ class TorchKernel(Fused):
 
 def beyond(call: Call) -> str:
     """Why a transformation's derivatives are not there, but the first in reverse mode; empty where they are."""
-    if dtensors.is_spread(call.operands.query):
-        return "PyTorch has no strategy for its gradient of DTensors"
     if torch.compiler.is_compiling() or not compat.is_transformed():
         return ""
     kinds = compat.transformations()

@@ -17,7 +17,7 @@ from anyattention._src.blocks import Block, Pairs, leaves
 from anyattention._src.tiles.passes import backward, forward
 from anyattention._src.tiles.tiling import Tiling, tiling
 from anyattention.extend import Backend, Dropout, Options
-from anyattention_backends.torch import compat, dtensors
+from anyattention_backends.torch import compat
 
 Many = Sequence[Tensor]
 Numbers = Sequence[float]
@@ -43,8 +43,6 @@ def _(key: Tensor, p: float, shape: Sequence[int]) -> Tensor:
 
 def beside(x: Tensor, like: Tensor) -> Tensor:
     """A tensor that our own code has made or was given, where it can meet `like`."""
-    if dtensors.is_spread(like):
-        return dtensors.beside(x, like)
     if x.ndim == 0 and x.device != like.device:  # a scalar, which PyTorch lets meet any device
         x = x.to(like.device)
     return x
@@ -52,9 +50,6 @@ def beside(x: Tensor, like: Tensor) -> Tensor:
 
 def without_autocast(like: Tensor, function: Callable[..., Any], /, *args: Any) -> Any:
     """``function(*args)`` for tensors such as `like`: autocast would compute the products in 16 bits."""
-    if dtensors.is_spread(like):
-        with dtensors.Beside(like), torch.autocast(like.device.type, enabled=False):
-            return function(*args)
     if like.is_cpu and not torch.is_autocast_enabled("cpu"):
         return function(*args)
     device = like.device.type

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from anyattention._src.blocks import Block, Group, Sizes, cut_lead, cut_rows, lead_parts, leaves, tree_map
 from anyattention._src.interfaces import Function, OfTiles, Pair
 from anyattention.extend import Call, Tiles
-from anyattention_backends.torch import compat, operators
+from anyattention_backends.torch import compat, operators, ranks
 
 Array = Any
 _LOG2_E = math.log2(math.e)
@@ -152,6 +152,8 @@ class TorchTiles(Tiles):
 
     def differentiable(self, forward: Function, backward: Function, tiling: Any, block: Block) -> Any:
         """The backward pass is the written one; autograd would keep every tile."""
+        if tiling.options.spread is not None:
+            return ranks.differentiable(tiling, block)
         if torch.compiler.is_compiling():  # one operator, not a program that grows with the number of tiles
             return operators.tiled(tiling, block)
         arrays = leaves(block)

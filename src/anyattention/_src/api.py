@@ -124,7 +124,12 @@ def dot_product_attention(
         qk_attn_weights_einsum=qk_attn_weights_einsum,
         attn_weights_value_einsum=attn_weights_value_einsum,
     )
-    return call.backend.arrays.run(call.operands.query, plan.choose(call, implementation).compute, call)
+    return _computed(call, implementation)
+
+
+def _computed(call: Call, implementation: Name | None) -> Any:
+    found = call.backend.arrays.run(call.operands.query, plan.choose(call, implementation).compute, call)
+    return found if call.restore is None else call.restore(found)
 
 
 def dot_product_attention_weights(
@@ -185,7 +190,7 @@ def dot_product_attention_weights(
         qk_attn_weights_einsum=einsum,
         weights_only=True,
     )
-    return call.backend.arrays.run(call.operands.query, plan.choose(call, implementation or "exact").compute, call)
+    return _computed(call, implementation or "exact")
 
 
 def dot_product_attention_vjp(
@@ -391,6 +396,5 @@ def call_of(
         dropout_rng = arguments.key_of(backend, dropout_rng)
     axis = backend.axis(sequence_axis or settings.current().sequence_axis, query, key)
     call = make_call(backend, Operands(query, key, value, bias, mask, dropout_rng, origin, sinks), dtype, asked, axis)
-    if axis is not None and axis.size > 1:
-        return spread(call, axis, settings.current().exchange)
-    return call if backend.localized is None else backend.localized(call)
+    call, axis = backend.localized(call, axis)
+    return call if axis is None or axis.size == 1 else spread(call, axis, settings.current().exchange)

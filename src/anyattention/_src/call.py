@@ -22,7 +22,9 @@ class Operands(NamedTuple):
     bias: Any = None  # by rule, an array or a scalar, broadcastable to [batch..., num_heads, q_length, kv_length]
     mask: Any = None  # by rule or an array, broadcastable likewise; with causality
     dropout_key: Any = None
-    origin: Any = None  # position of the first query and key in the whole of which they are a shard; None for the whole
+    # Position of the first query and key in the whole of which they are a shard, after that of the first batch entry
+    # and head if there are some of these; None for the whole.
+    origin: Any = None
     sinks: Any = None  # [num_heads], or of more axes broadcastable to [batch..., num_heads, q_length]
 
 
@@ -48,7 +50,7 @@ class Options:
     qk_attn_weights_einsum: Any = None
     attn_weights_value_einsum: Any = None
     weights_only: bool = False
-    whole: tuple[int, int] | None = None  # lengths of queries and keys of which the operands are a shard
+    whole: tuple[int, ...] | None = None  # lengths of queries and keys of which the operands are a shard, as `origin`
     spread: Any = None  # a `Spread`: how the sequence is computed on several devices
     partial: bool = False  # whether the row statistics are wanted too: there are other keys
 
@@ -76,6 +78,7 @@ class Call:
     backend: Backend
     operands: Operands
     options: Options
+    restore: Any = None  # what makes of local results what the caller gets, see `Backend.localized`
     fitted: Any = None  # the mask as the engine that was asked last is given it, see `Fused.fit`
     _structure: Structure | None = None  # not `cached_property`, which torch.compile cannot trace
 
@@ -107,6 +110,14 @@ class Call:
         return self.operands.query.shape[-3], self.operands.key.shape[-3]
 
     @property
+    def first(self) -> tuple[Any, Any] | None:
+        """The position of the first query and key, where these are some of a whole; None where they are all."""
+        origin, whole = self.operands.origin, self.options.whole
+        if origin is None or (whole is not None and tuple(whole[-2:]) == self.lengths):
+            return None
+        return origin[-2], origin[-1]
+
+    @property
     def batch(self) -> tuple[int, ...]:
         """The batch axes."""
         return tuple(self.operands.query.shape[:-3])
@@ -129,7 +140,9 @@ class Call:
         """What a mask or bias by rule is lowered to for this call."""
         (query, key, *_), origin = self.operands, self.operands.origin
         arrays, heads = self.backend.arrays, query.shape[-2]
-        return Lowering(arrays, self.batch, self.lengths, query, origin, key, heads, head_axes)
+        whole = self.options.whole
+        of_whole = None if whole is None or len(whole) < 3 else whole[-3]
+        return Lowering(arrays, self.batch, self.lengths, query, origin, key, heads, head_axes, of_whole)
 
     def added(self) -> Array:
         """The bias as an array or a scalar, broadcastable to ``[batch..., heads, q_length, kv_length]``."""

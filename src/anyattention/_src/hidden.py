@@ -19,10 +19,12 @@ HUGE = 1e30  # so many values of such a size have a sum that float32 holds
 def shown_keys(call: Call) -> Array | None:
     """Which keys some query may see, bool, ``[batch..., 1, 1, kv_length or 1]``; None for all.
 
-    Of a shard that is not known: the whole has other queries. A partial is of these queries alone.
+    Of a shard that is not known, which has some of the keys: the whole has other queries. A partial, and some queries
+    of all the keys, are of these queries alone.
     """
-    shard, partial = call.operands.origin is not None, call.options.partial
-    if call.operands.mask is None or (shard and not partial) or 0 in call.lengths:
+    shard, whole = call.first is not None, call.options.whole
+    alone = call.options.partial or (whole is not None and whole[-1] == call.lengths[1])
+    if call.operands.mask is None or (shard and not alone) or 0 in call.lengths:
         return None
     parts, xp = conjunction(call.operands.mask), call.backend.xp
     lowered = [(part, *_lowered(call, part)) for part in parts if shard or not _is_whole(part, call)]

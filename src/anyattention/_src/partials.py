@@ -160,15 +160,15 @@ def dot_product_attention_partial(
         whole=whole,
         partial=True,
     )
-    call = _placed(call)
-    backend, sinks = call.backend, call.sinks
+    call = _placed(call) if call.restore is None else call
+    backend, sinks, restore = call.backend, call.sinks, call.restore
     call = Call(backend=backend, operands=call.operands._replace(sinks=None), options=call.options)
     if reasons := list(TILED.refusals(call)):
         raise NotImplementedError(f"dot_product_attention_partial cannot serve this call: {'; '.join(reasons)}")
     found = Partial(*backend.arrays.run(call.operands.query, TILED.partial, call))
-    if sinks is None:
-        return found
-    return merge(found, Partial(*backend.arrays.run(sinks, _of_sinks, backend, sinks, found)))
+    if sinks is not None:
+        found = merge(found, Partial(*backend.arrays.run(sinks, _of_sinks, backend, sinks, found)))
+    return found if restore is None else Partial(*restore.partial(*found))
 
 
 def _lse(xp: Any, max_logit: Any, total: Any) -> Any:

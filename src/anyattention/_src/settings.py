@@ -109,6 +109,7 @@ def config(
         engines: those that may serve "fused", in order of preference; ("-cudnn",) means all but this one, () none.
         sequence_axis: as the argument of `dot_product_attention`, for models that call it deep inside.
         exchange: how keys and queries on several devices meet: "ring", "gather" or "reduce", as `explain` names them.
+            Of PyTorch's ranks, "reduce" says that each has all queries.
 
     Examples:
         >>> import numpy as np, anyattention

@@ -42,6 +42,8 @@ def spread(call: Call, axis: Axis, asked: str | None = None) -> Call:
         ValueError: lengths that do not divide by the devices, or an exchange that does not serve the call.
     """
     q_length, kv_length = call.lengths
+    if axis.local and asked == "reduce" and asked in axis.exchanges:  # which plain tensors cannot say
+        axis = axis._replace(whole_queries=True)
     if axis.local:
         q_length, kv_length = q_length * (1 if axis.whole_queries else axis.size), kv_length * axis.size
     exchange = _exchange(call, axis, q_length, kv_length, asked)
@@ -71,11 +73,11 @@ def spread(call: Call, axis: Axis, asked: str | None = None) -> Call:
     zigzag = halves and skip and mask.right is not None and mask.left is None
     found = Spread(axis.axis, axis.size, axis.name, axis.local, exchange, zigzag, skip)
     operands, options = call.operands, replace(call.options, spread=found)
-    if axis.local:
+    if axis.local and operands.origin is None:
         first = 0 if exchange == "reduce" else axis.index * call.lengths[0]
         operands = operands._replace(origin=(first, axis.index * call.lengths[1]))
         options = replace(options, whole=(q_length, kv_length))
-    return Call(backend=call.backend, operands=operands, options=options)
+    return replace(call, operands=operands, options=options)
 
 
 def remark(call: Call) -> str:
@@ -109,7 +111,7 @@ def _exchange(call: Call, axis: Axis, q_length: int, kv_length: int, asked: str 
 
 def _columns(call: Call) -> int:
     """Bytes of keys and values as they travel."""
-    numbers = sum(math.prod(x.shape) for x in call.operands[1:3])
+    numbers = sum(math.prod(x.shape) for x in call.operands[1:3] if x is not None)
     return numbers * _BYTES.get(call.options.dtype, 2)
 
 

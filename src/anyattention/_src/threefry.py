@@ -105,31 +105,30 @@ def counts(
     """What `keep_at` needs for every element of ``[lead..., rows, columns]``, in arrays that cut as its tiles do.
 
     The words of the key, the (high, low) count at the start of each row, high None if all are zero, and the column.
-    Of a shard, `origin` is the row and column of its first element in the `whole`, which has so many of both. `beside`
-    is the `device` argument that places the counts, by default with the key.
+    Of a shard, `origin` is the position of its first element in the `whole`: of row and column, before which axes of
+    `lead` may stand, of which it else has all. `beside` is the `device` argument that places the counts, by default
+    with the key.
     """
-    *lead, rows, columns = shape
-    beside = device_of(key) if beside is None else beside
-    whole = (*lead, *(whole or (rows, columns)))
+    shape, beside = tuple(shape), device_of(key) if beside is None else beside
+    origin, whole = tuple(origin or ()), tuple(whole or ())
+    first = (0,) * (len(shape) - len(origin)) + origin
+    whole = shape[: len(shape) - len(whole)] + whole
     size, ones = math.prod(whole), (1,) * len(shape)
     wide = not isinstance(size, int) or size > 2**32  # a symbol of jax.export may stand for as many
     # A position that is known at run time only is added to arrays that count from zero.
-    (row, row_later), (column, column_later) = ((x, 0) if isinstance(x, int) else (0, x) for x in origin or (0, 0))
+    *starts, (column, column_later) = ((x, 0) if isinstance(x, int) else (0, x) for x in first)
     words = tuple(xp.reshape(word, ones) for word in _key_words(key, xp))
     high = low = xp.reshape(_arange(xp, beside, 0, 1), ones)
-    for axis, (first, last) in enumerate([*((0, size) for size in lead), (row, row + rows)]):
-        if first == 0 and last == 1:
+    for axis, ((start, later), count) in enumerate(zip(starts, shape, strict=False)):
+        if start == 0 and count == 1 and isinstance(later, int):
             continue
         stride = math.prod(whole[axis + 1 :])
-        index = xp.reshape(_arange(xp, beside, first, last), (*ones[:axis], -1, *ones[axis + 1 :]))
+        index = xp.reshape(_arange(xp, beside, start, start + count), (*ones[:axis], -1, *ones[axis + 1 :])) + later
         if wide:
             high, low = _add((high, low), _times(xp, index, stride), xp)
         else:
             low = low + (index if stride == 1 else index * _int32(stride))
-    columns = xp.reshape(_arange(xp, beside, column, column + columns), (*ones[1:], columns))
-    if origin is not None:
-        high, low = _add((high, low), _times(xp, low * 0 + row_later, whole[-1]), xp)
-        columns = columns + column_later
+    columns = xp.reshape(_arange(xp, beside, column, column + shape[-1]), (*ones[1:], shape[-1])) + column_later
     return *words, high if wide else None, low, columns
 
 

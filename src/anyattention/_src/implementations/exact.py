@@ -23,6 +23,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from anyattention._src import threefry
 from anyattention._src.call import Call, Dropout
 from anyattention._src.implementations.base import EINSUMS, OWN, Implementation
 from anyattention._src.interfaces import products
@@ -36,7 +37,7 @@ class Exact(Implementation):
     """Flax's steps."""
 
     name = "exact"
-    serves = OWN | {*EINSUMS, "module", "weights_only"}
+    serves = OWN | {*EINSUMS, "module", "weights_only", "origin", "whole"}
 
     def compute(self, call: Call) -> Array:
         """The output; of a call for the weights alone these, ``[batch..., num_heads, q_length, kv_length]``."""
@@ -116,10 +117,18 @@ def attention_logits(call: Call, query: Array, key: Array) -> Array:
 def weights_after_dropout(call: Call, dropout: Dropout, weights: Array) -> Array:
     """The weights kept, times 1 / keep_prob (rounded to the compute dtype); the others times zero."""
     arrays, steps, dtype = call.backend.arrays, call.backend.steps, call.options.dtype
-    shape = tuple(weights.shape)
+    shape, key = tuple(weights.shape), call.operands.dropout_key
+    origin, whole = call.operands.origin, call.options.whole
     if dropout.broadcast:
         shape = (1,) * (call.operands.key.ndim - 2) + shape[-2:]
-    keep = arrays.cast(steps.keep(call.operands.dropout_key, dropout.keep_prob, shape, weights), dtype)
+    if origin is None or whole is None:
+        kept = steps.keep(key, dropout.keep_prob, shape, weights)
+    else:
+        origin, whole = (origin[-2:], whole[-2:]) if dropout.broadcast else (origin, whole)
+        words, beside = call.backend.tiles.key_words(key, weights), arrays.beside(weights)
+        counts = threefry.counts(call.backend.xp, words, shape, origin, whole, beside)
+        kept = threefry.keep_at(call.backend.xp, dropout.keep_prob, counts)
+    keep = arrays.cast(kept, dtype)
     weights, multiplier = arrays.join(weights, steps.divide_by_scalar(keep, dropout.keep_prob, dtype))
     return weights * multiplier
 

@@ -66,6 +66,11 @@ class Tiled(Implementation):
         `given` are the dtypes that query, key and value had before promotion, which their gradients get back. The
         function keeps copies: whoever calls it may have changed the arguments and the output in place.
         """
+        if call.options.spread is not None:
+            raise NotImplementedError(
+                f"dot_product_attention_vjp knows no sequence over {call.options.spread.name}: differentiate "
+                f"dot_product_attention, as {call.backend.name} does itself"
+            )
         call = call.of_copies()
         how, block = prepare(call)
         arrays, tiles, sinks = call.backend.arrays, call.backend.tiles, call.operands.sinks
@@ -80,7 +85,8 @@ class Tiled(Implementation):
             found = _of_bias(call, {"operands": dbias, "parameters": dparameters})
             return dquery, dkey, dvalue, found, *([] if sinks is None else [_shaped(call, dsinks, sinks)])
 
-        return arrays.own(_restored(call, results[0])), pullback
+        output = arrays.own(_restored(call, results[0]))
+        return (output, pullback) if call.restore is None else (call.restore(output), call.restore.pullback(pullback))
 
 
 TILED = Tiled()
@@ -88,7 +94,7 @@ TILED = Tiled()
 
 def prepare(call: Call) -> tuple[Tiling, Block]:
     """The call as a block: heads first, all arrays of one rank, in the accumulators' dtype."""
-    (query, key, value, bias, mask, dropout_key, origin, _), sinks = call.operands, call.sinks
+    (query, key, value, bias, mask, dropout_key, *_), sinks = call.operands, call.sinks
     options, arrays, xp, group = call.options, call.backend.arrays, call.backend.xp, _group(call)
     wide = dtypes.promote(options.dtype, "float32")
     if bias is not None:
@@ -100,7 +106,7 @@ def prepare(call: Call) -> tuple[Tiling, Block]:
     spread, lengths = options.spread, call.lengths
     to, by, mask = call.lowering(), call.lowering(1 if group is None else 2), as_mask(mask)
     expression = None if mask is None else mask.lower(to)
-    if arrays.inspects(query) and origin is None:
+    if arrays.inspects(query) and call.first is None and spread is None:
         by.reach = _reach(call)
     terms = () if bias is None else bias.terms(by)
     guests = (*to.operands, *by.operands, *by.parameters, *([] if sinks is None else [sinks]))
@@ -120,12 +126,28 @@ def prepare(call: Call) -> tuple[Tiling, Block]:
     if options.dropout is not None:
         shape = (*((1,) * len(lead) if options.dropout.broadcast else lead), rows, columns)
         words = call.backend.tiles.key_words(dropout_key, query)
-        pairs = pairs._replace(counts=threefry.counts(xp, words, shape, origin, options.whole, arrays.beside(query)))
+        place = *_place(call, group), arrays.beside(query)
+        pairs = pairs._replace(counts=threefry.counts(xp, words, shape, *place))
     block = Block((q,), (k, v), pairs, parameters, shown=shown)
     tiles = call.backend.tiles
-    plain = origin is None and spread is None
+    plain = call.first is None and spread is None
     ruled = mask if plain and tiles.most_groups and (options.dropout is None or tiles.chunks) else None
     return tiling(call.backend, options, wide, expression, terms, block, ruled), block
+
+
+def _place(call: Call, group: int | None) -> tuple[Any, Any]:
+    """The origin of a block in the whole, and its sizes, as `threefry.counts` has them: grouped heads are two axes."""
+    origin, whole = call.operands.origin, call.options.whole
+    if origin is None or whole is None or len(whole) == 2:
+        return origin, whole
+    if call.options.dropout is not None and call.options.dropout.broadcast:
+        return origin[-2:], whole[-2:]
+    if group is not None:
+        heads, of_whole = call.operands.query.shape[-2], whole[-3]
+        size = of_whole if group == 1 else heads // group  # with one key head, its group may be cut
+        origin = (*origin[:-3], origin[-3] // size, origin[-3] % size, *origin[-2:])
+        whole = (*whole[:-3], of_whole // size, size, *whole[-2:])
+    return origin, whole
 
 
 def _reach(call: Call) -> tuple[int, int]:

@@ -53,8 +53,8 @@ class Backend:
         """From a function and arrays its output and pullback, where the library differentiates functions."""
         self.axis: Callable[[Any, Array, Array], Axis | None] = self._no_axis
         """Where the sequence of a query and key is, by `sequence_axis`, or where that is None as far as arrays say."""
-        self.localized: Callable[[Any], Any] | None = None
-        """From a call its own, of the parts that this process has, where arrays say how they are spread."""
+        self.localized: Callable[[Any, Axis | None], tuple[Any, Axis | None]] = lambda call, axis: (call, axis)
+        """From a call that of the parts which this process has, where arrays say how they are spread, and its axis."""
 
     def _no_axis(self, axis: Any, query: Array, key: Array) -> None:
         if axis is not None:

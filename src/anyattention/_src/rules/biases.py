@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from anyattention._src import dtypes
 from anyattention._src.errors import ShapeError
 from anyattention._src.interfaces import Arrays
-from anyattention._src.rules.by_rule import AnyArray, ByRule, shown
+from anyattention._src.rules.by_rule import PAIRS, AnyArray, ByRule, shown
 from anyattention._src.rules.functions import check_function
 from anyattention._src.rules.lowering import Lowering
 from anyattention._src.rules.masks import Mask
@@ -90,6 +90,7 @@ class Alibi(Bias):
     symmetric: bool = False
     offset: int | Array = 0
     _arrays, _offsets = ("slopes",), ("offset",)
+    _axes: ClassVar = {"slopes": ("heads",), "offset": ("batch",)}
 
     def terms(self, to: Lowering) -> tuple[Term, ...]:
         slopes = to.parameter(self, "slopes", "[num_heads]")
@@ -135,6 +136,7 @@ class Relative(Bias):
     max_distance: int = 128
     offset: int | Array = 0
     _arrays, _integers, _offsets = ("table",), ("max_distance",), ("offset",)
+    _axes: ClassVar = {"table": ("buckets", "heads"), "offset": ("batch",)}
 
     def terms(self, to: Lowering) -> tuple[Term, ...]:
         table = to.parameter(self, "table", "[num_buckets, num_heads]")
@@ -173,6 +175,7 @@ class Rule(Bias):
     function: Callable[..., Array]
     query_arrays: tuple[Array, ...] = ()
     key_arrays: tuple[Array, ...] = ()
+    _axes: ClassVar = {"query_arrays": ("batch", "rows"), "key_arrays": ("batch", "columns")}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -186,10 +189,12 @@ class Rule(Bias):
 
     def _heads(self, to: Lowering, numbers: tuple[int, ...]) -> int | None:
         """An operand that tells the heads of a tile, if the function makes something else for each."""
-        found = numbers_of(to.arrays, self.function, [to.operands[n][..., :1, :1] for n in numbers], to.heads)
+        first, whole = to.head, to.heads if to.whole_heads is None else to.whole_heads
+        found = numbers_of(to.arrays, self.function, [to.operands[n][..., :1, :1] for n in numbers], whole)
         if found.ndim < 3 or found.shape[-3] == 1:
             return None
-        heads = to.arrays.xp.arange(found.shape[-3], dtype=to.arrays.xp.int32, **to.arrays.beside(to.like))
+        count = found.shape[-3] if to.heads is None else to.heads
+        heads = to.arrays.xp.arange(count, dtype=to.arrays.xp.int32, **to.arrays.beside(to.like)) + first
         return to.add(heads[:, None, None])
 
 
@@ -198,6 +203,7 @@ class _Dense(Bias):
     """A dense bias beside others, broadcastable like `bias`."""
 
     array: Array
+    _axes: ClassVar = {"array": PAIRS}
 
     def __repr__(self) -> str:
         return shown(self.array)

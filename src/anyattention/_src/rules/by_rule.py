@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 Array = Any
 Self = TypeVar("Self", bound="ByRule")
+PAIRS = ("batch", "heads", "rows", "columns")  # the axes of logits, and of what is broadcast to them
 
 
 class AnyArray(Protocol):
@@ -33,6 +34,9 @@ class ByRule:
     #: The fields that are arrays, which may not be missing.
     _arrays: ClassVar[tuple[str, ...]] = ()
     _of: ClassVar[str] = "numbers"  # that are in arrays
+    #: What the axes of each array mean: "batch", which stands for any number of axes, "heads", "rows" and "columns" as
+    #: in the logits; other names are of axes that no part of a whole cuts.
+    _axes: ClassVar[dict[str, tuple[str, ...]]] = {}
     #: Those that are integers, and those that may be arrays of integers too.
     _integers: ClassVar[tuple[str, ...]] = ()
     _offsets: ClassVar[tuple[str, ...]] = ()
@@ -112,20 +116,31 @@ class ByRule:
 
         `dense`, where given, is for dense masks and biases instead.
         """
+        return self._mapped(lambda rule, name, x: (dense or function)(x) if name == "array" else function(x))
+
+    def part(self: Self, cut: Callable[[Array, tuple[str, ...]], Array]) -> Self:
+        """The rule of a part of the whole: `cut` gives the part of each array, and is told what its axes mean.
+
+        Positions count from the origin of the part, see `Lowering`.
+        """
+        return self._mapped(lambda rule, name, x: cut(x, rule._axes[name]))
+
+    def _mapped(self: Self, function: Callable[["ByRule", str, Array], Array]) -> Self:
+        """The rule with the function applied to each of its arrays, beside the rule and the field it is of."""
         changed = {}
         for name in [field.name for field in fields(self)]:  # not `vars`, which PyTorch 2.11 cannot compile
             x = getattr(self, name)
             if name == "array":  # which may be a scalar
-                y: Any = (dense or function)(x)
+                y: Any = function(self, name, x)
             elif x is None or isinstance(x, int | float | str) or name == "function":
                 continue
             elif isinstance(x, ByRule):
-                y = x.with_arrays(function, dense)
+                y = x._mapped(function)
             elif isinstance(x, tuple):
-                parts = [p.with_arrays(function, dense) if isinstance(p, ByRule) else function(p) for p in x]
+                parts = [p._mapped(function) if isinstance(p, ByRule) else function(self, name, p) for p in x]
                 y = x if list(map(id, x)) == list(map(id, parts)) else tuple(parts)
             else:
-                y = function(x)
+                y = function(self, name, x)
             if y is not x:
                 changed[name] = y
         return replace(self, **changed) if changed else self

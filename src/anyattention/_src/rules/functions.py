@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from anyattention._src.rules.lowering import Expression, Lowering
 from anyattention._src.rules.masks import Mask
@@ -51,6 +51,7 @@ class Rule(Mask):
     function: Callable[..., Any]
     query_arrays: tuple[Array, ...] = ()
     key_arrays: tuple[Array, ...] = ()
+    _axes: ClassVar = {"query_arrays": ("batch", "rows"), "key_arrays": ("batch", "columns")}
 
     def __post_init__(self) -> None:
         super().__post_init__()

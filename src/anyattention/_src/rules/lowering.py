@@ -104,8 +104,9 @@ class Lowering:
     Of biases also the parameters, which are numbers of heads, ``[num_heads, *, 1]``.
 
     `like` is the query; it and `key` are counted where lengths are known at run time only. `origin` is the position of
-    the call's first query and key in the whole, of which the call may be a shard. `heads` is their number, None where
-    that is not known; `head_axes` are two in a block of grouped heads.
+    the call's first query and key in the whole, of which the call may be a shard, after that of its batch axes and
+    heads if it has some of these. `heads` is their number, None where that is not known, and `whole_heads` that of the
+    whole; `head_axes` are two in a block of grouped heads.
     """
 
     def __init__(
@@ -118,9 +119,11 @@ class Lowering:
         key: Any = None,
         heads: int | None = None,
         head_axes: int = 1,
+        whole_heads: int | None = None,
     ) -> None:
         self.arrays, self.batch, self.lengths, self.like, self.key = arrays, batch, lengths, like, key
         self.origin, self.heads, self.head_axes = origin or (0, 0), heads, head_axes
+        self.head, self.whole_heads = next(iter(self.origin[-3:-2]), 0), whole_heads
         #: Between which numbers ``j - i`` is for all keys j that some query i may see; None where that is not known.
         self.reach: tuple[int, int] | None = None
         self.operands: list[Array] = []

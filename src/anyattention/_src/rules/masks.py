@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from anyattention._src.blocks import Sizes
-from anyattention._src.rules.by_rule import AnyArray, ByRule, shown
+from anyattention._src.rules.by_rule import PAIRS, AnyArray, ByRule, shown
 from anyattention._src.rules.lowering import Expression, Lowering, visible
 
 Array = Any
@@ -81,6 +81,7 @@ class CausalMask(Mask):
 
     offset: int | Array = 0
     _offsets = ("offset",)
+    _axes: ClassVar = {"offset": ("batch",)}
 
     def lower(self, to: Lowering) -> Expression:
         return "<=", to.position(-1), to.position(-2, 0, self)
@@ -115,6 +116,7 @@ class LocalMask(Mask):
     offset: int | Array = 0
     _integers = ("left", "right")
     _offsets = ("offset",)
+    _axes: ClassVar = {"offset": ("batch",)}
 
     def lower(self, to: Lowering) -> Expression:
         column = to.position(-1)
@@ -156,6 +158,7 @@ class SegmentMask(Mask):
     query_ids: Array
     kv_ids: Array
     _arrays = ("query_ids", "kv_ids")
+    _axes: ClassVar = {"query_ids": ("batch", "rows"), "kv_ids": ("batch", "columns")}
 
     def lower(self, to: Lowering) -> Expression:
         kinds = {hasattr(x, "dtype") and to.arrays.dtype_name(x).startswith("u") for x in (self.query_ids, self.kv_ids)}
@@ -199,6 +202,7 @@ class LengthMask(Mask):
     kv_lengths: Array
     query_lengths: Array | None = None
     _arrays = ("kv_lengths",)
+    _axes: ClassVar = {"kv_lengths": ("batch",), "query_lengths": ("batch",)}
 
     def lower(self, to: Lowering) -> Expression:
         keys = "<", to.position(-1), to.given(self, "kv_lengths")
@@ -217,6 +221,7 @@ class _Dense(Mask):
     """A dense mask beside others: any dtype, broadcastable like `mask`."""
 
     array: Array
+    _axes: ClassVar = {"array": PAIRS}
 
     def __repr__(self) -> str:
         return shown(self.array)
