@@ -7,6 +7,7 @@ import torch
 
 from anyattention.extend import Call, CausalMask, Structure, tiled
 from anyattention_backends.torch import operators
+from anyattention_backends.torch.flash import attend_parts, of_parts
 from anyattention_backends.torch.fused import TorchKernel, beyond, for_cuda, told, with_second_derivative
 
 Array = Any
@@ -30,6 +31,8 @@ class SDPA(TorchKernel):
         return 0 if _is_plain(call) else int(self.elements(call, self.fit(call)[0]) > 0)
 
     def refusals(self, call: Call) -> Iterator[str]:
+        if call.options.spread is not None:
+            return of_parts(call)
         query, key, value, *_ = call.operands
         platform, dtype = call.backend.arrays.platform(query), call.options.dtype
         known = platform == "cpu" and dtype in self.dtypes
@@ -62,6 +65,12 @@ class SDPA(TorchKernel):
     def depths(self, call: Call) -> list[int]:
         multiple = 8 if call.backend.arrays.platform(call.operands.query) == "cuda" else 1
         return [-(-max(x.shape[-1] for x in call.operands[:3]) // multiple) * multiple] * 3
+
+    def remarks(self, call: Call) -> list[str]:
+        return super().remarks(call) if call.options.spread is None else tiled.remarks(call)
+
+    def compute(self, call: Call) -> Array:
+        return super().compute(call) if call.options.spread is None else attend_parts(call)
 
     def attend(self, call: Call) -> Array:
         query, key, value, bias, mask, *_ = call.operands

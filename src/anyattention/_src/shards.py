@@ -204,6 +204,13 @@ def may_see(arrays: Arrays, expression: Expression | None, block: Block) -> Any:
     return _holds(arrays, expression, block.pairs.mask, False)
 
 
+def shows_all(arrays: Arrays, expression: Expression | None, block: Block) -> Any:
+    """Whether every row sees every column of a block for certain; an array."""
+    if expression is None or block.pairs.mask is None or block.empty:
+        return not block.empty
+    return _holds(arrays, expression, block.pairs.mask, True)
+
+
 def _holds(arrays: Arrays, expression: Expression, operands: tuple[Array, ...], everywhere: bool) -> Any:
     """Whether an expression may hold somewhere; or whether it holds everywhere for certain."""
     xp, (name, *parts) = arrays.xp, expression
