@@ -11,27 +11,36 @@ import torch
 from torch import Tensor
 
 from anyattention.extend import Block, Call, tiled
+from anyattention_backends.torch.fused import TorchKernel
 
-_PARTS = frozenset({"spread", "origin", "whole", "mask", "grouped heads", "scale", "sinks", "precision"})
-
-
-def of_parts(call: Call) -> Iterator[str]:
-    """Why it cannot serve a sequence over several devices."""
-    yield from tiled.refusals(call)
-    if lacking := sorted(call.needs - _PARTS - {"force_fp32_for_softmax"}):
-        yield f"parts on several devices are computed without {' and '.join(lacking)}"
-    if call.operands.query.device.type != "cpu":
-        yield "its row statistics have been tested on CPU alone"
-    if call.operands.query.shape[-1] != call.operands.value.shape[-1]:
-        yield "depth and v_depth differ"
-    if call.scale <= 0.0:
-        yield "the scale is not positive"
+_PARTS = {"spread", "origin", "whole", "mask", "grouped heads", "scale", "sinks", "precision", "force_fp32_for_softmax"}
 
 
-def attend_parts(call: Call) -> Tensor:
-    """The output, whose parts on several devices are the kernel's where each query sees each key, else tiled's."""
-    way = call.options.spread._replace(kernel=True)
-    return tiled.compute(replace(call, options=replace(call.options, spread=way)))
+class OfParts(TorchKernel):
+    """What serves a sequence over several devices: the kernel where each query sees each key, else tiles."""
+
+    def refusals(self, call: Call) -> Iterator[str]:
+        if call.options.spread is None:
+            yield from super().refusals(call)
+            return
+        yield from tiled.refusals(call)
+        if lacking := sorted(call.needs - _PARTS):
+            yield f"parts on several devices are computed without {' and '.join(lacking)}"
+        if call.operands.query.device.type != "cpu":
+            yield "its row statistics have been tested on CPU alone"
+        if call.operands.query.shape[-1] != call.operands.value.shape[-1]:
+            yield "depth and v_depth differ"
+        if call.scale <= 0.0:
+            yield "the scale is not positive"
+
+    def remarks(self, call: Call) -> list[str]:
+        return super().remarks(call) if call.options.spread is None else tiled.remarks(call)
+
+    def compute(self, call: Call) -> Tensor:
+        if call.options.spread is None:
+            return super().compute(call)
+        way = call.options.spread._replace(kernel=True)
+        return tiled.compute(replace(call, options=replace(call.options, spread=way)))
 
 
 def fits(block: Block) -> bool:

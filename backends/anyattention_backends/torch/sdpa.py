@@ -7,14 +7,14 @@ import torch
 
 from anyattention.extend import Call, CausalMask, Structure, tiled
 from anyattention_backends.torch import operators
-from anyattention_backends.torch.flash import attend_parts, of_parts
-from anyattention_backends.torch.fused import TorchKernel, beyond, for_cuda, told, with_second_derivative
+from anyattention_backends.torch.flash import OfParts
+from anyattention_backends.torch.fused import beyond, for_cuda, told, with_second_derivative
 
 Array = Any
 _FULL, _CAUSAL, _SIMPLE = Structure(), Structure(right=0), frozenset(("mask", "scale", "grouped heads"))
 
 
-class SDPA(TorchKernel):
+class SDPA(OfParts):
     """Flash on CPU; flash, memory-efficient or cuDNN's on CUDA, but never the one that has all logits."""
 
     name = "sdpa"
@@ -31,8 +31,6 @@ class SDPA(TorchKernel):
         return 0 if _is_plain(call) else int(self.elements(call, self.fit(call)[0]) > 0)
 
     def refusals(self, call: Call) -> Iterator[str]:
-        if call.options.spread is not None:
-            return of_parts(call)
         query, key, value, *_ = call.operands
         platform, dtype = call.backend.arrays.platform(query), call.options.dtype
         known = platform == "cpu" and dtype in self.dtypes
@@ -65,12 +63,6 @@ class SDPA(TorchKernel):
     def depths(self, call: Call) -> list[int]:
         multiple = 8 if call.backend.arrays.platform(call.operands.query) == "cuda" else 1
         return [-(-max(x.shape[-1] for x in call.operands[:3]) // multiple) * multiple] * 3
-
-    def remarks(self, call: Call) -> list[str]:
-        return super().remarks(call) if call.options.spread is None else tiled.remarks(call)
-
-    def compute(self, call: Call) -> Array:
-        return super().compute(call) if call.options.spread is None else attend_parts(call)
 
     def attend(self, call: Call) -> Array:
         query, key, value, bias, mask, *_ = call.operands
