@@ -1,6 +1,7 @@
 """PyTorch's `scaled_dot_product_attention` on CPU and CUDA: transposition, kernel, transposition where that is all."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,9 +76,7 @@ class SDPA(OfParts):
             return self.kernel(query, key, value, None, _FULL if mask is None else _CAUSAL, call.scale)
         return self.mended(call)
 
-    def kernel(
-        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, mask: Structure, scale: float
-    ) -> Tensor:
+    def kernel(self, query: Tensor, key: Tensor, value: Tensor, bias: Any, mask: Structure, scale: float) -> Tensor:
         causal, shown = mask.causal and bias is None and not mask.rest, mask.joined
         if bias is not None:
             shown = bias if shown is None else torch.where(shown, bias, -torch.inf)
@@ -90,9 +89,8 @@ class SDPA(OfParts):
         options = {"attn_mask": shown, "is_causal": causal, "scale": scale, **grouped}
         if operators.backend.arrays.platform(query) == "cuda":
             four, options = for_cuda(four, options)
-        return with_second_derivative(torch.nn.functional.scaled_dot_product_attention, *four, **options).transpose(
-            1, 2
-        )
+        attend = torch.nn.functional.scaled_dot_product_attention
+        return with_second_derivative(attend, *four, **options).transpose(1, 2)
 
 
 def _is_plain(call: Call) -> bool:
