@@ -28,6 +28,7 @@ COMPANIONS = (  # packages that tests need beside an array library: chosen where
     "flatbuffers",
     "equinox",
     "onnxscript",
+    "distributed",
 )
 PACKAGES = {*ARRAY_LIBRARIES, *COMPANIONS}
 OURS = str(Path(__file__).parent)  # the tests

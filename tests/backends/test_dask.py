@@ -1,7 +1,9 @@
 """Dask: attention by chunks, lazily, against the formula in float64; and what the graph is made of."""
 
+import importlib
+import sys
 import time
-from functools import cache
+from functools import cache, partial
 
 import dask
 import dask.array as da
@@ -304,6 +306,37 @@ def test_equal_calls_share_their_tasks():
     assert gradients[0].name == gradients[1].name
 
 
+class Every:
+    """A function with a state of its own."""
+
+    def __init__(self, n):
+        self.n = n
+
+    def __call__(self, i, j):
+        return (i + j) % self.n * 1.0
+
+
+@pytest.mark.parametrize("make", [lambda x: {"mask": masks.Rule(x)}, lambda x: {"bias": biases.Rule(x)}])
+def test_names_of_functions(make, tmp_path, monkeypatch):
+    """Those that differ in what they hold, or in their code alone, are never taken for each other."""
+
+    def name(function):
+        given = [put(x, (2, 96, 4, 16)) for x in (QUERY, KEY, VALUE)]
+        return aa.dot_product_attention(*given, **make(function)).name
+
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "rule_of_a_module", raising=False)
+    module, names = tmp_path / "rule_of_a_module.py", []
+    for n in (4, 56789):  # whose files differ in size, by which Python knows them apart
+        module.write_text(f"def function(i, j):\n    return (i + j) % {n} * 1.0\n")
+        names.append(name(importlib.reload(importlib.import_module("rule_of_a_module")).function))
+    others = [Every(2), Every(3), partial(lambda n, i, j: (i + j) % n * 1.0, 2)]
+    others += [lambda i, j, n=n: (i + j) % n * 1.0 for n in (2, 3)]
+    others += [lambda i, j: (i + j) % 2 * 1.0, lambda i, j: (i + j) % 3 * 1.0]
+    assert len({*names, *map(name, others)}) == 9
+    assert [*map(name, others)] == [*map(name, others)]
+
+
 def test_everything_is_lazy():
     def refuse(*args, **kwargs):
         raise AssertionError("computed")
@@ -343,15 +376,30 @@ def unknown(x):
     return x[:, da.from_array(np.arange(x.shape[1])) % 2 == 0]
 
 
-@pytest.mark.parametrize("implementation", [None, "tiled"])
-@pytest.mark.parametrize("name", ["query", "key", "mask", "bias"])
-def test_unknown_chunks(name, implementation):
+UNKNOWN = {  # of these arguments, the last named first
+    "query": lambda q, k, v, dense: {"query": unknown(q)},
+    "key": lambda q, k, v, dense: {"key": unknown(k)},
+    "key, value": lambda q, k, v, dense: {"value": unknown(v), "key": unknown(k)},
+    "value": lambda q, k, v, dense: {"value": unknown(v)},
+    "mask": lambda q, k, v, dense: {"mask": unknown(dense)},
+    "mask by rule": lambda q, k, v, dense: {"mask": masks.SegmentMask(unknown(dense)[:, :, 0], dense[:, :, 0])},
+    "mask by rule and array": lambda q, k, v, dense: {"mask": masks.CausalMask() & unknown(dense)},
+    "bias": lambda q, k, v, dense: {"bias": unknown(dense)},
+    "bias by rule": lambda q, k, v, dense: {"bias": biases.Alibi(unknown(dense[0, :1, :4])[0])},
+    "sinks": lambda q, k, v, dense: {"sinks": unknown(dense[:, :4])},
+}
+
+
+@pytest.mark.parametrize("function", [aa.dot_product_attention, aa.dot_product_attention_vjp, aa.explain])
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_unknown_chunks(name, function):
+    """At once, with what to do, whatever the others are."""
     query, key, value = arrays()
-    given = {"query": query, "key": key, "value": value}
     dense = put(np.ones((1, LENGTH, LENGTH), np.float32), -1)
-    given |= {name: unknown(given.get(name, dense))} | ({"value": unknown(value)} if name == "key" else {})
+    given = {"query": query, "key": key, "value": value} | UNKNOWN[name](query, key, value, dense)
+    name = name.split()[0].strip(",")
     with pytest.raises(ValueError, match=rf"^{name} has chunks of unknown size: call compute_chunk_sizes\(\) first$"):
-        aa.dot_product_attention(**given, implementation=implementation)
+        function(**given)
 
 
 def test_exact_takes_unknown_chunks():

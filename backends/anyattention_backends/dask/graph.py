@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial, reduce
 from itertools import accumulate, count, product
+from types import CodeType
 from typing import Any
 
 import array_api_compat
@@ -111,7 +112,8 @@ class _Graph:
         self.kinds = [(_numbered(x), leaves(x)) for x in (paired, shown)]
         self.arrays = [x.array for x in (*leaves(self.block), *others)]
         names = [x.name for x in self.arrays]
-        self.token = tokenize(grid.whole, grid.seen, names, self.kinds[0][0], self.sinks is None)
+        made_of = grid.whole, _codes(grid.whole), grid.seen, names, self.kinds[0][0], self.sinks is None
+        self.token = tokenize(*made_of)
         self.tasks: dict[Key, Any] = {}
 
     def add(self, name: str, at: Index, *task: Any) -> Key:
@@ -281,6 +283,18 @@ def _added(n: int, found: Any, before: Array | None = None) -> Array:
 
 def _zeros(x: Array) -> Array:
     return array_api_compat.array_namespace(x).zeros_like(x)
+
+
+def _codes(x: Any) -> list[Any]:
+    """The code of all functions in a tuple: Dask names those of a module by their name, which a reload may leave."""
+    if isinstance(x, tuple):
+        return [code for part in x for code in _codes(part)]
+    code = x if isinstance(x, CodeType) else getattr(getattr(x, "func", x), "__code__", None)
+    if code is None:
+        return []
+    inner = [const for const in code.co_consts if isinstance(const, CodeType)]
+    others = [const for const in code.co_consts if not isinstance(const, CodeType)]
+    return [code.co_code, code.co_names, others, *_codes(tuple(inner))]
 
 
 def _numbered(block: Block) -> Block:

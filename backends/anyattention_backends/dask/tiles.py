@@ -17,7 +17,7 @@ class DaskTiles(Tiles):
 
     def no_tiles(self, call: Any, by_rule: bool = False) -> str:
         """Raise ValueError where sizes are unknown: exact would need all logits, in chunks that do not fit."""
-        for name in ("query", "key", "value", "bias", "mask"):
+        for name in ("query", "key", "value", "bias", "mask", "sinks"):
             x = getattr(call.operands, name)
             for part in x.arrays() if isinstance(x, ByRule) else [x]:
                 if any(size != size for axis in getattr(part, "chunks", ()) for size in axis):

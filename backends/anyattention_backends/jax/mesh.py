@@ -43,13 +43,9 @@ def axis_of(axis: Any, query: Array, key: Array) -> Axis | None:
     if axis not in names:
         has = ", ".join(names) if names else "none: call it within `with jax.set_mesh(mesh)`"
         raise ValueError(f"there is no mesh axis {axis!r}: the mesh has {has}")
-    size, exchanges = mesh.shape[axis], ("ring", "gather", "reduce")
-    found = Axis(
-        MeshAxis(axis, None if mesh is jax.sharding.get_abstract_mesh() else mesh),
-        size,
-        f"mesh axis {axis!r}",
-        exchanges=exchanges,
-    )
+    of = MeshAxis(axis, None if mesh is jax.sharding.get_abstract_mesh() else mesh)
+    exchanges: tuple[str, ...] = ("ring", "gather", "reduce")
+    found = Axis(of, mesh.shape[axis], f"mesh axis {axis!r}", exchanges=exchanges)
     manual = getattr(mesh, "manual_axes", ())
     if axis not in manual:
         for name, x in (("query", query), ("key", key)):

@@ -7,13 +7,14 @@ import torch
 
 from anyattention.extend import Call, CausalMask, Structure, tiled
 from anyattention_backends.torch import operators
-from anyattention_backends.torch.fused import TorchKernel, beyond, for_cuda, told, with_second_derivative
+from anyattention_backends.torch.flash import OfParts
+from anyattention_backends.torch.fused import beyond, for_cuda, told, with_second_derivative
 
 Array = Any
 _FULL, _CAUSAL, _SIMPLE = Structure(), Structure(right=0), frozenset(("mask", "scale", "grouped heads"))
 
 
-class SDPA(TorchKernel):
+class SDPA(OfParts):
     """Flash on CPU; flash, memory-efficient or cuDNN's on CUDA, but never the one that has all logits."""
 
     name = "sdpa"

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from anyattention._src.blocks import Block, Group, Sizes, cut_lead, cut_rows, lead_parts, leaves, tree_map
 from anyattention._src.interfaces import Function, OfTiles, Pair
 from anyattention.extend import Call, Tiles
-from anyattention_backends.torch import compat, operators, ranks
+from anyattention_backends.torch import compat, flash, operators, ranks
 
 Array = Any
 _LOG2_E = math.log2(math.e)
@@ -20,6 +20,8 @@ _FEW_THREADS = 8  # of PyTorch, with which its tanh takes little longer than Num
 
 
 class TorchTiles(Tiles):
+    kernel = flash
+
     @property
     def most_groups(self) -> int:  # type: ignore[override]
         """None in a trace, where lengths may be symbols."""

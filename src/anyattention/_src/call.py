@@ -248,7 +248,9 @@ def _check_sinks(backend: Backend, sinks: Array, query: Array) -> None:
     *batch, q_length, heads, _ = query.shape
     whole, shape = (*batch, heads, q_length), (*sinks.shape, 1) if sinks.ndim == 1 else tuple(sinks.shape)
     pairs = zip(reversed(shape), reversed(whole), strict=False)
-    if not 2 <= len(shape) <= len(whole) or any(size not in (1, to) and not unknown(to) for size, to in pairs):
+    if not 2 <= len(shape) <= len(whole) or any(
+        size not in (1, to) and not (unknown(size) or unknown(to)) for size, to in pairs
+    ):
         raise ShapeError(
             f"sinks have shape {tuple(sinks.shape)}, but need [num_heads], ({heads},), or two axes or more that can be "
             f"broadcast to [batch..., num_heads, q_length], {whole}"

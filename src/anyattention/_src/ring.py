@@ -135,7 +135,15 @@ class Ring:
         return self.choose(self._seen, self._hidden, block)
 
     def _seen(self, block: Block) -> Partial:
+        if self.by_kernel(block):
+            return Partial(*self.backend.tiles.kernel.forward(self.tiling, block))
         return shards.seen(self.whole, block)
+
+    def by_kernel(self, block: Block) -> bool:
+        """Whether a part is for a kernel, which has no mask."""
+        if not self.spread.kernel or not self.backend.tiles.kernel.fits(block):
+            return False
+        return bool(shards.shows_all(self.backend.arrays, self.tiling.expression, block))
 
     def _hidden(self, block: Block) -> Partial:
         """Without dropout in closed form; beside it, `spread` lets no key be hidden that has some weight."""
@@ -144,11 +152,19 @@ class Ring:
             return nothing(self.backend.xp, rows, value.shape[-1])
         return shards.hidden(self.whole, rows, value.shape[-2], (self.backend.tiles.column_sum(value),))
 
+    def statistics(self, results: Results, doutput: Array) -> list[Array]:
+        """What `pull` takes: kernels take the output, tiles what gradients have of it, a number for each row."""
+        return [*results[1:], results[0] if self.spread.kernel else shards.delta(results, doutput), doutput]
+
     def pull(self, block: Block, base: Array, total: Array, delta: Array, doutput: Array) -> Any:
-        """The gradients of a part, as `passes.backward` has them."""
+        """The gradients of a part, as `passes.backward` has them; by a kernel, `delta` is the output."""
         return self.choose(self._pull_seen, self._pull_hidden, block, base, total, delta, doutput)
 
     def _pull_seen(self, block: Block, base: Array, total: Array, delta: Array, doutput: Array) -> Any:
+        if self.by_kernel(block):
+            found = self.backend.tiles.kernel.backward(self.tiling, block, delta, base, total, doutput)
+            return (*found, (), tuple([None for _ in block.parameters]), None)
+        delta = shards.delta((delta, base, total), doutput) if self.spread.kernel else delta
         found = tuple(shards.pulled(self.whole, block, (None, base, total), doutput, delta))
         return (*tree_map(self.exchange.placed, found[:5], self.wanted(block)), None)
 
@@ -209,8 +225,7 @@ def forward(tiling: Tiling, exchange: Exchange, block: Block, kinds: Any) -> Res
 def backward(tiling: Tiling, exchange: Exchange, block: Block, kinds: Any, results: Results, doutput: Array) -> Any:
     """The gradients of query, key, value, the operands and the parameters of the bias, and sinks, as they lie."""
     ring = Ring(tiling, exchange, block, kinds)
-    statistics = (*results[1:], shards.delta(results, doutput))
-    given = [ring.cut(ring.swapped(x, -2), -2) for x in (*statistics, doutput)]
+    given = [ring.cut(ring.swapped(x, -2), -2) for x in ring.statistics(results, doutput)]
     bias_kinds, last = ring.kinds.bias, exchange.size - 1
     #: By number, the operands of the bias whose gradients travel.
     going = [n for n, x in enumerate(with_gradients(tiling, bias_kinds)) if x is not None and x.travels]
@@ -282,7 +297,7 @@ def reduced(tiling: Tiling, exchange: Exchange, block: Block, kinds: Any) -> Res
     """Output, base and total of all rows, which every device has, from its own columns and those of the others."""
     ring, xp = Ring(tiling, exchange, block, kinds), tiling.backend.xp
     ((_, _, part),) = ring.parts(ring.travelling, exchange.index)
-    mine = ring.partial(part)
+    mine: Any = ring.partial(part)
     base = exchange.maximum(mine.base)
     weight = xp.exp(mine.base - finite(tiling.backend.tiles, base))
     total, output = mine.total * weight, xp.where(weight == 0.0, 0.0, mine.output) * weight
@@ -296,7 +311,7 @@ def pulled_of_reduced(
     """The gradients, as `backward` has them."""
     ring = Ring(tiling, exchange, block, kinds)
     ((_, _, part),) = ring.parts(ring.travelling, exchange.index)
-    dquery, dkey, dvalue, dbias, dparameters, _ = ring.pull(part, *results[1:], shards.delta(results, doutput), doutput)
+    dquery, dkey, dvalue, dbias, dparameters, _ = ring.pull(part, *ring.statistics(results, doutput))
     found: list[Any] = []
     for x, gradient, kind in zip(block.pairs.bias, dbias, ring.kinds.bias, strict=True):
         if gradient is not None and kind.columns and not kind.travels:

@@ -167,8 +167,12 @@ def _joined(backend: Backend, one: Partial, two: Partial) -> Partial:
     base = xp.maximum(*bases)
     shift = finite(backend.tiles, base)
     left, right = (xp.exp(x - shift) for x in bases)
-    sums = [xp.where(weight == 0.0, 0.0, x.output) * weight for x, weight in ((one, left), (two, right))]
-    return Partial(base, one.total * left + two.total * right, sums[0] + sums[1])
+
+    def weighed(x: Array, weight: Array) -> Array:
+        return (x if backend.arrays.surely(weight > 0.0, True) else xp.where(weight == 0.0, 0.0, x)) * weight
+
+    output = backend.tiles.plus(weighed(one.output, left), weighed(two.output, right))
+    return Partial(base, one.total * left + two.total * right, output)
 
 
 def _pulled(backend: Backend, whole: Whole, block: Block, results: Results, doutput: Array, delta: Array | None) -> Any:
@@ -198,6 +202,13 @@ def may_see(arrays: Arrays, expression: Expression | None, block: Block) -> Any:
     if expression is None or block.pairs.mask is None or block.empty:
         return True
     return _holds(arrays, expression, block.pairs.mask, False)
+
+
+def shows_all(arrays: Arrays, expression: Expression | None, block: Block) -> Any:
+    """Whether every row sees every column of a block for certain; an array."""
+    if expression is None or block.pairs.mask is None or block.empty:
+        return not block.empty
+    return _holds(arrays, expression, block.pairs.mask, True)
 
 
 def _holds(arrays: Arrays, expression: Expression, operands: tuple[Array, ...], everywhere: bool) -> Any:

@@ -28,6 +28,7 @@ class Spread(NamedTuple):
     exchange: str  # "ring", "gather" or "reduce"
     zigzag: bool
     skip: bool  # leave out shards of keys that the mask's rule hides
+    kernel: bool = False  # whether `Tiles.kernel` computes parts of which every query sees every key
 
     @property
     def whole_queries(self) -> bool:

@@ -21,7 +21,7 @@ _WHY = {
     "dropout": "it has no dropout of Flax's bits",
     "precision": "its precision is its own",
     "origin": "it takes no shard of a whole",
-    "spread": "it knows no sequence over several devices",
+    "spread": "it gives no row statistics, by which the parts of several devices are joined",
     "partial": "it gives no row statistics",
     "logits_soft_cap": "it has no soft cap",
     "sinks": "it has no sinks",

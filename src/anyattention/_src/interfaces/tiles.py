@@ -102,6 +102,11 @@ class Tiles(TileSteps):
 
     most_groups = 2**31
     """Into how many groups of rows a mask by rule may divide the queries; none where lengths may be symbols."""
+    kernel: Any = None
+    """What computes a block of which every row sees every column, if a kernel for that gives the row statistics.
+
+    ``fits(block)``, ``forward(tiling, block)`` and ``backward(tiling, block, output, base, total, doutput)``.
+    """
     chunks = False
     """Whether arrays are in chunks, so that a block is computed by its shards; each looks after its hidden padding."""
 

@@ -43,13 +43,13 @@ def of_sinks(xp: Any, sinks: Array, rows: Partial, small: bool) -> Partial:
 
 
 def merge(tiles: Tiles, a: Partial, b: Partial) -> Partial:
-    """The partial of the union of two disjoint sets of keys, whose bases it may overwrite."""
+    """The partial of the union of two disjoint sets of keys, whose bases and outputs it may overwrite."""
     if a.base is None and b.base is None:
-        return Partial(None, a.total + b.total, a.output + b.output)
+        return Partial(None, a.total + b.total, tiles.plus(a.output, b.output))
     bases = [tiles.xp.zeros_like(x.total) if x.base is None else x.base for x in (a, b)]
     base = tiles.xp.maximum(*bases)
     left, right = (tiles.exp_minus(x, finite(tiles, base)) for x in bases)
-    return Partial(base, a.total * left + b.total * right, a.output * left + b.output * right)
+    return Partial(base, a.total * left + b.total * right, tiles.plus(a.output * left, b.output * right))
 
 
 def finish(partial: Partial, keep_prob: float) -> Array:

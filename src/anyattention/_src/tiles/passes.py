@@ -121,7 +121,8 @@ def absorb(tiling: Tiling, state: Partial | None, tile: Block) -> tuple[Partial 
     total = tiles.row_sum(weights)
     if keep is not None:  # dropout takes weights out of the output, never out of the normalizer
         weights = tiles.fill(weights, keep, 0.0)
-    new = Partial(base, total, tiles.product(weights, tile.columns[1], tiling.options.precision))
+    scratch = "" if state is None else "output"
+    new = Partial(base, total, tiles.product(weights, tile.columns[1], tiling.options.precision, scratch))
     return (new if state is None else merge(tiles, state, new)), ()
 
 

@@ -1,0 +1,1 @@
+"""Attention past one device and past memory, measured: ``python -m benchmarks.scale``."""
