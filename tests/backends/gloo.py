@@ -227,6 +227,7 @@ def kinds(length=88):
         "scale and cap": {"scale": 0.7, "logits_soft_cap": 2.0, "is_causal": True},
         "sinks": {"sinks": normal(4), "is_causal": True},
         "sinks of queries": {"sinks": normal(2, 4, n), "mask": masks.LengthMask(torch.tensor([0, n]))},
+        "sinks of queries, causal": {"sinks": normal(2, 4, n), "is_causal": True},
         "dropout": dropout(True),
         "dropout per head": dropout(False),
         "dropout, causal": dropout(True) | {"is_causal": True},

@@ -125,7 +125,7 @@ def what_is_sent(group):
             noted("product", product),
         )
         with torch.no_grad():
-            F(query, key, value, sequence_axis=group)
+            F(query, key, value, sequence_axis=group, implementation="tiled")
     finally:
         Ranks.send, Ranks.receive, torch.matmul = send, receive, product
     assert log[0] == ("send", [torch.bfloat16] * 2)
@@ -181,8 +181,8 @@ def mistakes(group):
         (f"mask has {16 * size} rows, but this device has 16 queries", attend, {"mask": mask}),
         ("query_ids of", attend, {"mask": masks.SegmentMask(torch.zeros(16 * size).int(), torch.zeros(16).int())}),
         ("query_arrays[0] of", attend, {"bias": biases.Rule(lambda i, j, a: a, (torch.zeros(1, 16 * size),))}),
-        ("exact", attend, {"implementation": "exact"}),
-        ("it knows no sequence over several devices", attend, {"implementation": "fused"}),
+        ("it gives no row statistics", attend, {"implementation": "exact"}),
+        ("are computed without bias", attend, {"implementation": "fused", "bias": torch.zeros(16, 1)}),
     ):
         found = error_of(function, **({"sequence_axis": group} | options))
         assert said in found, (said, found)

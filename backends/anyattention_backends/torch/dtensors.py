@@ -98,7 +98,7 @@ class Layout:
     def _check_heads(self, heads: int, kv_heads: int, unlike: Sequence[str]) -> None:
         """Raise ValueError unless each rank has whole groups of heads, or a part of one."""
         over = [number for number, cut in enumerate(self.cuts) if cut == "heads"]
-        parts = math.prod(self.mesh.size(number) for number in over)
+        parts = math.prod([self.mesh.size(number) for number in over])  # of a generator dynamo has no product
         if unlike:  # where keys are not sharded, since these heads are too few
             group, own = heads // max(kv_heads, 1), max(heads // parts, 1)
             self.one_key_head = (

@@ -55,17 +55,10 @@ class Ranks(Exchange):
     def maximum(self, x: Tensor) -> Tensor:
         return self._reduced(x, "MAX")
 
-    def gather(self, x: Tensor, axis: int) -> Tensor:
-        import torch.distributed as dist
-
-        x = x.contiguous()
-        parts = [torch.empty_like(x) for _ in range(self.size)]
-        self._noted(None, lambda: dist.all_gather(parts, x, group=self.group))
-        return torch.cat(parts, dim=axis)
-
     def repeat(self, step: Callable[[Any, Any], Any], carry: Any, count: int) -> Any:
-        for self.turn in range(count):
-            carry = step(carry, self.turn)
+        for turn in range(count):
+            carry = step(carry, turn)
+            self.turn = turn + 1
         return carry
 
     def add(self, x: Tensor, part: Tensor, start: int, axis: int) -> Tensor:
@@ -198,9 +191,9 @@ class _Spread(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def forward(ctx: Any, how: _How, block: Block, *arrays: Tensor) -> Tensor:
         output, base, total = how.forward(arrays)
-        ctx.how = how
+        output, ctx.how = operators.as_returned(output, block), how
         ctx.save_for_backward(output, base, total, *arrays)
-        return operators.as_returned(output, block)
+        return output
 
     @staticmethod
     def backward(ctx: Any, doutput: Tensor) -> tuple[Any, ...]:
