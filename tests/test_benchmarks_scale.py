@@ -89,9 +89,11 @@ def test_times(quick):
 def test_report(quick):
     printed, data, path = quick
     assert data["quick"] is True
-    assert len(data["load"]) == 2
+    assert len(data["jax"]["load"]) == 2
     assert "The devices are virtual" in printed
     assert run("--report", str(path)) in printed
+    with pytest.raises(AssertionError, match="other lengths"):
+        run("--only", "", "--results", str(path))
 
 
 @pytest.mark.slow

@@ -14,24 +14,23 @@ PACKAGES = ("numpy", "jax", "jaxlib", "torch", "dask", "distributed")
 
 
 class Record:
-    """What has been found so far, by framework."""
+    """What has been found so far, by framework; a file that is there already is added to."""
 
     def __init__(self, path: Path, processor: str, quick: bool) -> None:
-        self.path = path
-        self.data: dict[str, Any] = {
-            "date": date.today().isoformat(),
-            "quick": quick,
-            "processor": processor,
-            "cores": cores(),
-            "python": platform.python_version(),
-            "versions": {name: found for name in PACKAGES if (found := _version(name))},
-            "load": [load()],  # of the machine, at the start and after each part: other programs in the times
-        }
+        self.path, self.load = path, load()
+        self.data: dict[str, Any] = {"quick": quick, "processor": processor, "cores": cores()}
+        if path.exists():
+            found = json.loads(path.read_text())
+            if any(found[name] != x for name, x in self.data.items()):
+                raise SystemExit(f"{path} holds results of another machine, or other lengths: pass another --results")
+            self.data = found
 
-    def add(self, name: str, found: Any) -> None:
-        """What a framework has given, kept at once."""
-        self.data[name] = found
-        self.data["load"].append(load())
+    def add(self, name: str, found: dict[str, Any]) -> None:
+        """What a framework has given, kept at once, with the load of the machine before and after."""
+        about = {"date": date.today().isoformat(), "python": platform.python_version(), "load": [self.load, load()]}
+        about["versions"] = {package: x for package in PACKAGES if (x := _version(package))}
+        self.data[name] = about | found
+        self.load = load()
         self.save()
 
     def save(self) -> None:

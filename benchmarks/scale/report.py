@@ -16,14 +16,14 @@ def table(head: list[str], rows: Iterable[list[str]]) -> Iterator[str]:
 
 def everything(data: Row) -> Iterator[str]:
     """All of it, one text after the other."""
-    yield f"{data['date']}, {data['processor']}, {data['cores']} cores; load of the machine {data['load']}"
-    yield ", ".join(f"{name} {found}" for name, found in data["versions"].items())
-    if "jax" in data:
-        yield from jax(data["jax"], data["cores"])
-    if "torch" in data:
-        yield from torch(data["torch"], data["cores"])
-    if "dask" in data:
-        yield from dask(data["dask"])
+    yield f"{data['processor']}, {data['cores']} cores"
+    for part, tables in {"jax": jax, "torch": torch, "dask": dask}.items():
+        if part in data:
+            found = data[part]
+            versions = ", ".join(f"{package} {x}" for package, x in found["versions"].items())
+            start, end = found["load"]
+            yield f"\n{found['date']}, Python {found['python']}, {versions}; load of the machine {start} to {end}"
+            yield from tables(found, data["cores"])
 
 
 def jax(found: Row, cores: int) -> Iterator[str]:
@@ -91,7 +91,7 @@ def torch(found: Row, cores: int) -> Iterator[str]:
     yield from table(head, rows)
 
 
-def dask(found: Row) -> Iterator[str]:
+def dask(found: Row, cores: int) -> Iterator[str]:
     """The cluster beside one process."""
     yield "\n## Dask: worker processes with little memory, beside NumPy's tiled in one with as many threads\n"
     if why := found.get("not run"):
