@@ -149,6 +149,40 @@ def test_wrong_answer_gets_no_time(cases, monkeypatch):
         assert json.dumps(figures, allow_nan=False)
 
 
+def test_what_fails_is_said(cases):
+    """A process that dies takes its case alone; after the time is up no case begins. Each row is kept at once."""
+    from benchmarks.scale import measure, report
+
+    from anyattention_conformance.workers import DiedError
+
+    kept, rows = [], []
+    budget = measure.Budget(60.0, 1, lambda: kept.append(len(rows)))
+
+    def figures(case):
+        if case.kind == "full":
+            raise DiedError("its process ended with status -9", "Killed")
+        budget.end = 0.0
+        return {"sharded": {"seconds": 0.5}, "one": {"seconds": 0.25}}
+
+    measure._each(rows, [cases.Case(64, 2, kind) for kind in ("full", "causal", "full")], budget, figures)
+    assert kept == [1, 2, 3]
+    assert [row.get("failed") for row in rows] == [
+        *("its process ended with status -9: Killed", None, "not run: the time was up")
+    ]
+    assert [report.ratio(row, "one") for row in rows] == ["–", "2.00", "–"]
+
+
+def test_report_of_dask(cases):
+    from benchmarks.scale import report
+
+    row = {"case": "full", "gradient": True, "q_length": 64, "kv_length": 128, "tasks": 9, "build_seconds": 0.1}
+    row |= {"seconds": 3.0, "one_process_seconds": 2.0, "peak_mib": 99.0, "pauses": 0, "spilled_bytes": 0}
+    few = row | {"case": "few queries", "gradient": False, "one_process_seconds": None}
+    *_, first, second = report.dask({"rows": [row, few]}, 2)
+    assert first == "| full, with gradient, 64 x 128 | 9 | 0.10 | 3.0 | 2.0 | 1.50 | 99 | 0 | 0 |"
+    assert second == "| few queries, 64 x 128 | 9 | 0.10 | 3.0 | – | – | 99 | 0 | 0 |"
+
+
 def test_collectives_of_a_text(cases):
     from benchmarks.scale import programs
 

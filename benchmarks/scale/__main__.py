@@ -18,7 +18,7 @@ from benchmarks.__main__ import processor
 from benchmarks.scale import report
 from benchmarks.scale.cases import QUICK
 from benchmarks.scale.measure import Budget, of_dask, of_jax, of_torch, say
-from benchmarks.scale.record import Record
+from benchmarks.scale.record import Record, load
 from benchmarks.worker import cores
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -43,16 +43,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_CPP_MIN_LOG_LEVEL": "2"}
     folder = Path(tempfile.gettempdir()) if options.quick else RESULTS
     path = options.results or folder / f"scale-{date.today().isoformat()}.json"
-    record, budget = Record(path, processor(), options.quick), Budget(options.seconds, options.turns)
+    record = Record(path, processor(), options.quick)
+    budget, scale = Budget(options.seconds, options.turns, record.save), QUICK if options.quick else None
     jobs = {
-        "jax": lambda: of_jax(QUICK if options.quick else None, budget, 2 if options.quick else VIRTUAL),
-        "torch": lambda: of_torch(QUICK if options.quick else None, budget, 2 if options.quick else cores()),
-        "dask": lambda: of_dask(options.quick, budget),
+        "jax": lambda found: of_jax(found, scale, budget, 2 if scale else VIRTUAL),
+        "torch": lambda found: of_torch(found, scale, budget, 2 if scale else cores()),
+        "dask": lambda found: of_dask(found, options.quick, budget),
     }
     for name in FRAMEWORKS:
         if name in options.only.split(","):
             say(f"{name}:")
-            record.add(name, jobs[name]())
+            found = record.part(name)
+            jobs[name](found)
+            found["load"].append(load())
+            record.save()
     print(*report.everything(record.data), sep="\n")
     print(f"\nresults: {path}")
     return int("wrong" in json.dumps(record.data))

@@ -34,10 +34,10 @@ Rows = list[dict[str, Any]]
 
 
 class Budget:
-    """The seconds that may be spent, and turns that each contestant gets."""
+    """The seconds that may be spent, the turns that each contestant gets, and what keeps a row once it is there."""
 
-    def __init__(self, seconds: float, turns: int) -> None:
-        self.end, self.turns = time.monotonic() + seconds, turns
+    def __init__(self, seconds: float, turns: int, keep: Callable[[], None]) -> None:
+        self.end, self.turns, self.keep = time.monotonic() + seconds, turns, keep
 
     @property
     def spent(self) -> bool:
@@ -88,7 +88,7 @@ class Processes:
         self.workers = []
 
 
-def of_jax(scale: Scale | None, budget: Budget, most: int) -> dict[str, Any]:
+def of_jax(found: dict[str, Any], scale: Scale | None, budget: Budget, most: int) -> None:
     """Programs that are compiled alone, what is computed, and times; of virtual devices at most so many."""
     here = _jax(2**20, virtual=False)
     places: dict[int, Processes] = {}
@@ -99,7 +99,7 @@ def of_jax(scale: Scale | None, budget: Budget, most: int) -> dict[str, Any]:
         scale = scale or (ACCELERATORS if real else CPU)
         most = about["count"] if real else most
         places = {n: _jax(n, virtual=True) for n in {1, *(n for _, n in (*scale.memory, *scale.counted)), *sizes(most)}}
-        found = {"about": about, "programs": [], "counted": [], "times": []}
+        found |= {"about": about, "programs": [], "counted": [], "times": []}
         _each(found["programs"], _programs(scale), budget, lambda case: _compiled(case, places, here, about))
         _each(found["counted"], _counted(scale), budget, lambda case: _logits(case, places))
 
@@ -109,13 +109,12 @@ def of_jax(scale: Scale | None, budget: Budget, most: int) -> dict[str, Any]:
             return _turns(case, {"sharded": (many, case), "one": (one, alone)}, budget.turns, _joined_of_jax)
 
         _each(found["times"], timed(scale, most), budget, time_of)
-        return found
     finally:
         for processes in (*places.values(), here):
             processes.stop()
 
 
-def of_torch(scale: Scale | None, budget: Budget, most: int) -> dict[str, Any]:
+def of_torch(found: dict[str, Any], scale: Scale | None, budget: Budget, most: int) -> None:
     """Times of ranks, what each computes and holds, beside one process with as many threads."""
     with tempfile.TemporaryDirectory(prefix="anyattention-") as folder:
         probe = _ranks(1, folder, 1)
@@ -123,7 +122,7 @@ def of_torch(scale: Scale | None, budget: Budget, most: int) -> dict[str, Any]:
         probe.stop()
         most = about["count"] or most
         scale = scale or (ACCELERATORS if about["count"] else CPU)
-        found: dict[str, Any] = {"about": about, "times": []}
+        found |= {"about": about, "times": []}
         for n in sizes(most)[1:]:
             ranks, one = _ranks(n, folder, 1), _ranks(1, folder, n)
             try:
@@ -144,20 +143,22 @@ def of_torch(scale: Scale | None, budget: Budget, most: int) -> dict[str, Any]:
             finally:
                 ranks.stop()
                 one.stop()
-        return found
 
 
-def of_dask(quick: bool, budget: Budget) -> dict[str, Any]:
+def of_dask(found: dict[str, Any], quick: bool, budget: Budget) -> None:
     """The rows of `dask_side`, whose cluster has two processes with a GiB each."""
+    found["rows"] = []
     if find_spec("benchmarks.scale.dask_side") is None or find_spec("distributed") is None:
-        return {"rows": [], "not run": "dask and distributed are needed"}
+        found["not run"] = "dask and distributed are needed"
+        return
+    if budget.spent:
+        found["not run"] = "the time was up"
+        return
     from benchmarks.scale.dask_side import measure
 
-    if budget.spent:
-        return {"rows": [], "not run": "the time was up"}
     sizes = {"length": 256, "chunk": 64} if quick else {"length": 65536, "chunk": 4096}
     more = {"keys": 512, "keys_chunk": 128, "turns": 1} if quick else {"turns": budget.turns}
-    return {"rows": measure(**sizes, memory="1GiB", workers=2, **more)}
+    found["rows"] = measure(**sizes, memory="1GiB", workers=2, **more)
 
 
 def say(text: str) -> None:
@@ -190,6 +191,7 @@ def _each(rows: Rows, cases: list[Case], budget: Budget, figures: Callable[[Case
             except DiedError as died:
                 found = {"failed": str(died)[:300]}
         rows.append(asdict(case) | found)
+        budget.keep()
 
 
 def _programs(scale: Scale) -> list[Case]:

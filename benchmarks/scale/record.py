@@ -17,7 +17,7 @@ class Record:
     """What has been found so far, by framework; a file that is there already is added to."""
 
     def __init__(self, path: Path, processor: str, quick: bool) -> None:
-        self.path, self.load = path, load()
+        self.path = path
         self.data: dict[str, Any] = {"quick": quick, "processor": processor, "cores": cores()}
         if path.exists():
             found = json.loads(path.read_text())
@@ -25,13 +25,12 @@ class Record:
                 raise SystemExit(f"{path} holds results of another machine, or other lengths: pass another --results")
             self.data = found
 
-    def add(self, name: str, found: dict[str, Any]) -> None:
-        """What a framework has given, kept at once, with the load of the machine before and after."""
-        about = {"date": date.today().isoformat(), "python": platform.python_version(), "load": [self.load, load()]}
-        about["versions"] = {package: x for package in PACKAGES if (x := _version(package))}
-        self.data[name] = about | found
-        self.load = load()
-        self.save()
+    def part(self, name: str) -> dict[str, Any]:
+        """What a framework is to fill: it has when, with what, and at which load of the machine it began."""
+        found = {"date": date.today().isoformat(), "python": platform.python_version(), "load": [load()]}
+        found["versions"] = {package: x for package in PACKAGES if (x := _version(package))}
+        self.data[name] = found
+        return found
 
     def save(self) -> None:
         """Write the file whole."""
