@@ -21,8 +21,8 @@ def everything(data: Row) -> Iterator[str]:
         if part in data:
             found = data[part]
             versions = ", ".join(f"{package} {x}" for package, x in found["versions"].items())
-            start, end = found["load"]
-            yield f"\n{found['date']}, Python {found['python']}, {versions}; load of the machine {start} to {end}"
+            load = " to ".join(str(x) for x in found["load"])  # at the end too, unless it was cut off
+            yield f"\n{found['date']}, Python {found['python']}, {versions}; load of the machine {load}"
             yield from tables(found, data["cores"])
 
 

@@ -1,5 +1,6 @@
 """The page about several devices: its programs print what it says, and its table of choices is the code's."""
 
+import json
 import os
 import re
 import shlex
@@ -41,6 +42,16 @@ def test_programs(name, code, command, printed, tmp_path):
 
 def test_every_program_is_run():
     assert len(PROGRAMS) == PAGE.count("title=") == 5
+
+
+def test_memory_is_that_of_the_committed_run():
+    (committed,) = (ROOT / "benchmarks" / "results").glob("scale-*.json")
+    programs = json.loads(committed.read_text())["jax"]["programs"]
+    found = {}
+    for row in programs:
+        found.setdefault((row["length"], row["devices"]), []).append(str(round(row["temporaries_mib"])))
+    lines = re.findall(r"^\| (\d+) on (\d+) \| (.*) \|$", PAGE, re.MULTILINE)
+    assert {(int(length), int(n)): cells.split(" | ") for length, n, cells in lines} == found
 
 
 @pytest.mark.needs("jax")
