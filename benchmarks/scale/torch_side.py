@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -112,23 +113,33 @@ class Rank:
 
 
 class Counted:
-    """Counts the logits that tiles compute, in this process and all of its threads."""
+    """Counts the logits that tiles, and kernels in their place, compute in this process and all of its threads."""
 
     def __enter__(self) -> "Counted":
         from anyattention._src.tiles import passes
+        from anyattention_backends.torch import backend
 
-        self.passes, self.real, self.logits = passes, passes.tile_logits, 0
-
-        def tile_logits(*arguments: Any, **named: Any) -> Any:
-            found = self.real(*arguments, **named)
-            self.logits += int(np.prod(found[0].shape))
-            return found
-
-        passes.tile_logits = tile_logits
+        self.logits, self.real = 0, ExitStack()
+        kernel = backend.tiles.kernel
+        self._count(passes, "tile_logits", lambda found, *_: int(np.prod(found[0].shape)))
+        for name in ("forward", "backward") if kernel else ():
+            self._count(kernel, name, lambda _, tiling, block, *rest: int(np.prod((*block.lead, *block.lengths))))
         return self
 
+    def _count(self, owner: Any, name: str, size: Callable[..., int]) -> None:
+        """Call a function as before, and add what it computes."""
+        real = getattr(owner, name)
+
+        def counted(*arguments: Any, **named: Any) -> Any:
+            found = real(*arguments, **named)
+            self.logits += size(found, *arguments)
+            return found
+
+        setattr(owner, name, counted)
+        self.real.callback(setattr, owner, name, real)
+
     def __exit__(self, *_: object) -> None:
-        self.passes.tile_logits = self.real
+        self.real.close()
 
 
 def joined(parts: list[dict[str, Any]]) -> tuple[list[np.ndarray], list[np.ndarray]]:
