@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from anyattention._src import ring
 from anyattention._src.blocks import Block, tree_map
@@ -15,6 +15,7 @@ from anyattention._src.interfaces import Axis, Exchange
 from anyattention_backends.jax.once import once
 from anyattention_backends.jax.placement import axes_of, vary, varying
 
+_EXPLICIT = getattr(getattr(jax.sharding, "AxisType", None), "Explicit", None)  # which JAX 0.5.0 has not
 _GATHER = "wrap the call in config(exchange='gather'), which has all derivatives, in memory for all keys"
 
 
@@ -69,11 +70,11 @@ def _mesh(x: Array) -> Any:
 
 
 def _explicit(mesh: Any, query: Array, key: Array) -> str | None:
-    if AxisType.Explicit not in getattr(mesh, "axis_types", ()):
+    if _EXPLICIT not in getattr(mesh, "axis_types", ()):
         return None
     one, two = axes_of(query, -3), axes_of(key, -3)
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    return one[0] if one == two and len(one) == 1 and kinds[one[0]] == AxisType.Explicit else None
+    return one[0] if one == two and len(one) == 1 and kinds[one[0]] == _EXPLICIT else None
 
 
 class Devices(Exchange):
@@ -135,7 +136,7 @@ class Devices(Exchange):
 def typed_as(x: Array, like: Array) -> Array:
     """An array that lies along explicit axes as another does: they are part of types, which branches and loops keep."""
     sharding = jax.typeof(like).sharding
-    explicit = AxisType.Explicit in getattr(sharding.mesh, "axis_types", ())
+    explicit = _EXPLICIT in getattr(sharding.mesh, "axis_types", ())
     return jax.sharding.reshard(x, sharding) if explicit and jax.typeof(x).sharding != sharding else x
 
 
@@ -253,7 +254,7 @@ def _on_each(tiling: Any, kinds: Any, run: Any, block: Block, rows: int = 0) -> 
 def _cut_along(name: str, x: Array, spec: PartitionSpec) -> Array:
     """An array that lies along an explicit axis as a `spec` has it: JAX 0.12 no longer moves it there."""
     sharding = jax.typeof(x).sharding
-    if name not in sharding.mesh.axis_names or AxisType.Explicit not in sharding.mesh.axis_types:
+    if name not in sharding.mesh.axis_names or _EXPLICIT not in sharding.mesh.axis_types:
         return x
     names: list[Any] = []
     for there, wanted in zip(sharding.spec, spec, strict=True):

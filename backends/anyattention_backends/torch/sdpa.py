@@ -4,13 +4,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from anyattention.extend import Call, CausalMask, Structure, tiled
 from anyattention_backends.torch import operators
 from anyattention_backends.torch.flash import OfParts
 from anyattention_backends.torch.fused import beyond, for_cuda, told, with_second_derivative
 
-Array = Any
 _FULL, _CAUSAL, _SIMPLE = Structure(), Structure(right=0), frozenset(("mask", "scale", "grouped heads"))
 
 
@@ -64,20 +64,19 @@ class SDPA(OfParts):
         multiple = 8 if call.backend.arrays.platform(call.operands.query) == "cuda" else 1
         return [-(-max(x.shape[-1] for x in call.operands[:3]) // multiple) * multiple] * 3
 
-    def attend(self, call: Call) -> Array:
+    def attend(self, call: Call) -> Tensor:
         query, key, value, bias, mask, *_ = call.operands
         if call.options.precision is not None:
             call.backend.steps.check_precision(call.options.precision, None, query)
         if bias is not None and self.is_low(call):
             return tiled.compute(call)
         fits = query.shape[-1] % 8 == 0 or call.backend.arrays.platform(query) == "cpu"
-        if mask is not None and key.shape[-3] > query.shape[-3]:  # which hides keys from all queries
-            return self.mended(call)
-        if fits and query.shape[-1] == value.shape[-1] and query.ndim == 4 and _is_plain(call):
+        hides = mask is not None and key.shape[-3] > query.shape[-3]  # keys from all queries
+        if not hides and fits and query.shape[-1] == value.shape[-1] and query.ndim == 4 and _is_plain(call):
             return self.kernel(query, key, value, None, _FULL if mask is None else _CAUSAL, call.scale)
         return self.mended(call)
 
-    def kernel(self, query: Array, key: Array, value: Array, bias: Array | None, mask: Structure, scale: float) -> Any:
+    def kernel(self, query: Tensor, key: Tensor, value: Tensor, bias: Any, mask: Structure, scale: float) -> Tensor:
         causal, shown = mask.causal and bias is None and not mask.rest, mask.joined
         if bias is not None:
             shown = bias if shown is None else torch.where(shown, bias, -torch.inf)
