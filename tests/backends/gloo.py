@@ -21,7 +21,7 @@ from anyattention import biases, masks
 PAIRS = ("batch", "heads", "rows", "columns")
 
 
-def outcomes(module, size, folder, case="", survivors=None, timeout=100.0):
+def outcomes(module, size, folder, case="", survivors=None, timeout=150.0):
     """What came of each case, by name, on each rank: "ok", or the text of an error; of one `case`, if it is named.
 
     `survivors` are the ranks that live to tell.
@@ -55,7 +55,7 @@ def main(cases, alone=None):
     some = {only: ((alone or {}) | cases)[only]} if only else cases
     for name, case in some.items():
         try:
-            case(dist.new_group(timeout=timedelta(seconds=5)))
+            case(dist.new_group(timeout=timedelta(seconds=40)))
             found[name] = "ok"
         except Exception as error:  # of any kind, to be read by the test
             notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))

@@ -140,6 +140,21 @@ def uneven():
     check(Kind((1, 8, 2, 16), is_causal=True), 2, PLACES["batch"])  # of which one rank has none
 
 
+def grown():
+    """A bias or mask has more axes than the query, or a batch where it has one entry."""
+    draw = torch.Generator().manual_seed(0)
+    bias, mask = torch.randn(3, 1, 1, 44, 44, generator=draw), torch.rand(5, 3, 1, 1, 44, 44, generator=draw) < 0.8
+    for place in ("heads", "queries", "whole"):
+        for options in ({"bias": bias[:, 0]}, {"bias": bias, "is_causal": True}, {"mask": mask}):
+            kind = Kind((1, 44, 4, 16), **options)
+            expected = F(*kind.arrays, **options, implementation="exact")
+            part = kind.mapped(spread(mesh_of(2), PLACES[place]))
+            for implementation in ("exact", "tiled"):
+                compare(
+                    [F(*part.arrays, **part.options, implementation=implementation).full_tensor()], [expected], 2e-5
+                )
+
+
 def few_key_heads():
     """Key heads that are fewer than the ranks are on all of them, and each rank takes the one it needs."""
     places = (HEADS,), (R,)
@@ -318,7 +333,12 @@ def cases(size):
     for place in ("batch", "heads", "queries"):
         found[f"pullbacks, {place}"] = partial(pullbacks, 2, PLACES[place])
         found[f"weights and partials, {place}"] = partial(weights_and_partials, 2, PLACES[place])
-    more = {"placements of gradients": placements_of_gradients, "uneven": uneven, "hidden padding": hidden_padding}
+    more = {
+        "placements of gradients": placements_of_gradients,
+        "uneven": uneven,
+        "grown": grown,
+        "hidden padding": hidden_padding,
+    }
     more |= {
         "few key heads": few_key_heads,
         "engines": engines,

@@ -4,6 +4,7 @@ import os
 import sys
 import time
 import warnings
+from datetime import timedelta
 from functools import partial
 
 import ml_dtypes
@@ -223,6 +224,7 @@ def noted(said):
 
 def stuck(group):
     """No rank waits longer than the timeout, which is 5 seconds."""
+    group = dist.new_group(timeout=timedelta(seconds=5))
     (query, key, value), _ = parts(group)
     F(query, key, value, sequence_axis=group)
     if dist.get_rank(group) == 0:
@@ -235,6 +237,8 @@ def stuck(group):
 
 
 def dead(group):
+    """A rank that is gone is told at once, and after the timeout at the latest."""
+    group = dist.new_group(timeout=timedelta(seconds=5))
     (query, key, value), _ = parts(group)
     F(query, key, value, sequence_axis=group)
     if dist.get_rank(group) == 1:

@@ -304,11 +304,18 @@ class Spreading:
         return self.whole(found, PAIRS if self.call.options.weights_only else ROWS)
 
     def whole(self, x: Tensor, axes: Sequence[str]) -> Any:
-        """The DTensor of parts whose axes mean this."""
-        query = self.call.operands.query
-        sizes = {"heads": query.shape[-2], "rows": query.shape[LENGTH], "columns": self.call.operands.key.shape[LENGTH]}
-        shape = (*self.call.batch, *(sizes.get(name, x.shape[-1]) for name in axes[1:]))
-        return self.dtensor(x, shape, self.layout.placements if axes is ROWS else self.layout.where(axes, shape))
+        """The DTensor of parts whose axes mean this; a bias or mask may have given them more axes than query has."""
+        from torch.distributed.tensor import Shard
+
+        query, rank = self.call.operands.query, x.ndim
+        sizes = {meaning(ROWS, query.ndim, axis): size for axis, size in enumerate(query.shape)}
+        means = [meaning(axes, rank, axis) for axis in range(rank)]
+        cuts = [x for x in self.layout.cuts if x is not None]
+        shape = [sizes[mean] if mean in cuts else size for mean, size in zip(means, x.shape, strict=True)]
+        if axes is not ROWS:
+            return self.dtensor(x, shape, self.layout.where(axes, shape))
+        more = rank - query.ndim
+        return self.dtensor(x, shape, [Shard(y.dim + more) if y.is_shard() else y for y in self.layout.placements])
 
     def partial(self, output: Tensor, *statistics: Tensor) -> tuple[Any, ...]:
         """The same of the results of a partial."""
