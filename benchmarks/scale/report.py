@@ -66,6 +66,7 @@ def jax(found: Row, cores: int) -> Iterator[str]:
             f"The devices are virtual: all of them are these {cores} cores, which one device alone has as well. The "
             "ratio shows what the exchange costs, not what more devices would gain.\n"
         )
+    yield "Weak scaling are the rows whose length grows with the devices, strong scaling those of one length.\n"
     rows = [[name(row), ms(row, "sharded"), ms(row, "one"), ratio(row, "one")] for row in found["times"]]
     yield from table(["call", "sharded, ms", "one device, ms", "ratio"], rows)
 
@@ -95,8 +96,7 @@ def dask(found: Row, cores: int) -> Iterator[str]:
     """The cluster beside one process."""
     yield "\n## Dask: worker processes with little memory, beside NumPy's tiled in one with as many threads\n"
     if why := found.get("not run"):
-        yield f"Not run: {why}."
-        return
+        yield f"Not run: {why}.\n"
     head = ["call", "tasks", "graph, s", "cluster, s", "one process, s", "ratio", "peak of a worker, MiB"]
     head += ["pauses", "spilled"]
     rows = []

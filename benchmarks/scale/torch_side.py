@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -75,11 +76,8 @@ class Rank:
         options |= {"implementation": case.implementation} if case.exchange == ONE else {"sequence_axis": self.group}
         return lambda *arrays: dot_product_attention(*arrays, **options)
 
-    def prepare(self, case: Case) -> dict[str, Any]:
-        """Those of the rows that are checked that this rank has, by number; memory; logits computed.
-
-        Memory is the most that the first call had, beyond what the process and its part of the arrays have.
-        """
+    def call(self, case: Case) -> Callable[[], list[Array]]:
+        """What computes the output of this rank's part, and the gradients if they are asked for."""
         torch, each = self.torch, case.length // self.size
         mine = slice(self.rank * each, (self.rank + 1) * each)
         parts = [torch.tensor(x[:, mine]).to(self.device, getattr(torch, case.dtype)) for x in inputs(case)]
@@ -92,7 +90,16 @@ class Rank:
                 return [output]
             return [output, *torch.autograd.grad((output.float() ** 2).sum(), parts)]
 
-        chosen = [(n, row - mine.start) for n, row in enumerate(rows(case)) if mine.start <= row < mine.stop]
+        return call
+
+    def prepare(self, case: Case) -> dict[str, Any]:
+        """Those of the rows that are checked that this rank has, by number; memory; logits computed.
+
+        Memory is the most that the first call had, beyond what the process and its part of the arrays have.
+        """
+        self.call(replace(case, length=16 * self.size))()  # loads code
+        each, call = case.length // self.size, self.call(case)
+        chosen = [(n, row - self.rank * each) for n, row in enumerate(rows(case)) if row // each == self.rank]
         before = self.start()
         with Counted() as counted:
             found = call()
