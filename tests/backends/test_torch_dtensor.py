@@ -396,5 +396,10 @@ def test_a_mesh_of_one_rank_exchanges_nothing(mesh):
     assert aa.explain(x, x, x).implementation == "fused"
 
 
+def test_a_group_of_one_rank_exchanges_nothing(mesh):
+    for axis in (dist.group.WORLD, mesh):
+        assert torch.equal(F(Q, K, V, implementation="exact", sequence_axis=axis), F(Q, K, V, implementation="exact"))
+
+
 if __name__ == "__main__":
     main({name: lambda group, case=case: case() for name, case in cases(int(sys.argv[1])).items()})
