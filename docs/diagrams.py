@@ -82,6 +82,32 @@ def tiles() -> str:
     return picture("The tiles of a causal call", 950, 325, parts)
 
 
+def zigzag() -> str:
+    """Which rows of a causal call are at which of four devices, and what each computes of them: in halves of shards."""
+    size, top, fills = 40, 62, (BLUE, GREEN, AMBER, ROSE)
+    orders = {"as the sequence lies": [0, 0, 1, 1, 2, 2, 3, 3], "zigzag": [0, 1, 2, 3, 3, 2, 1, 0]}
+    parts = []
+    for n, (title, devices) in enumerate(orders.items()):
+        left, counts = 10 + n * 510, [0] * 4
+        parts.append(box(left, 4, 130 + 8 * size, 26, GRAY, title, size=13))
+        parts.append(box(left + 130, 33, 8 * size, 24, GRAY, "keys", size=12))
+        for i, device in enumerate(devices):
+            y = top + i * size
+            parts.append(box(left, y, 124, size - 4, fills[device], f"device {device}", size=13))
+            for j in range(8):
+                # A shard of keys is left out where the mask hides all of it: in zigzag, half a shard.
+                computed = j <= i if title == "zigzag" else j // 2 <= i // 2
+                counts[device] += computed
+                fill = fills[device] if computed else "#ffffff"
+                parts.append(box(left + 130 + j * size, y, size - 4, size - 4, fill, "", size=10))
+        for device, count in enumerate(counts):
+            x = left + device * 113
+            parts.append(
+                box(x, top + 8 * size + 8, 107, 44, fills[device], f"device {device}", f"{count} blocks", size=12)
+            )
+    return picture("The rows of a causal call at four devices", 990, 445, parts)
+
+
 COLOURS = {  # ours are drawn as lines, others as dashes
     "anyattention, NumPy": "#1d4ed8",
     "np.einsum": "#1d4ed8",
@@ -139,7 +165,7 @@ def speed() -> str:
     return picture("Time and memory against length", 1000, 400, parts)
 
 
-PICTURES = {"flow.svg": flow, "tiles.svg": tiles, "speed.svg": speed}
+PICTURES = {"flow.svg": flow, "tiles.svg": tiles, "zigzag.svg": zigzag, "speed.svg": speed}
 
 if __name__ == "__main__":
     FOLDER.mkdir(exist_ok=True)

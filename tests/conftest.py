@@ -120,13 +120,14 @@ def gpu_with_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
 def run_examples(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
     """Runs the Python examples of a Markdown file in order, all in one namespace.
 
-    A block of ``text`` right after one of ``python`` is what the example prints.
+    A block of ``text`` right after one of ``python`` is what the example prints. One with a title is a file, which the
+    page runs itself.
     """
 
     def run(page: Path) -> None:
         text, module = page.read_text(), ModuleType("example")
         monkeypatch.setitem(sys.modules, "example", module)  # PyTorch's compiler imports the module of a function
-        blocks = re.finditer(r"^( *)```python.*?\n(.*?)^ *```\n(?:\n *```text\n(.*?)^ *```\n)?", text, re.M | re.S)
+        blocks = re.finditer(r"^( *)```python\n(.*?)^ *```\n(?:\n *```text\n(.*?)^ *```\n)?", text, re.M | re.S)
         for indent, code, printed in (block.groups() for block in blocks):
             line = "\n" * text[: text.index(code)].count("\n")  # so that errors tell the line of the page
             exec(compile(line + textwrap.dedent(code), str(page), "exec"), vars(module))

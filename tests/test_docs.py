@@ -27,7 +27,7 @@ TABLES = script("tables")
 DIAGRAMS = script("diagrams")
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if "```python" in page.read_text()], ids=names)
+@pytest.mark.parametrize("page", [page for page in PAGES if "```python\n" in page.read_text()], ids=names)
 def test_examples(page, run_examples):
     run_examples(page)
 

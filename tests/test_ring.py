@@ -99,11 +99,11 @@ class World:
         self.barrier = threading.Barrier(size)
 
 
-def on_devices(size, function):
+def on_devices(size, function, kind=Threads):
     """``function(exchange)`` on so many devices."""
     world = World(size)
     with ThreadPoolExecutor(size) as pool:
-        return list(pool.map(lambda n: function(Threads(size, n, world)), range(size)))
+        return list(pool.map(lambda n: function(kind(size, n, world)), range(size)))
 
 
 def cut(x, axis, size, index):
@@ -241,6 +241,49 @@ def test_mistakes_are_seen(name, monkeypatch):
         return True
 
     assert not all(passes(*each) for each in itertools.product(CALLS, ("ring", "reduce"), (of_parts, of_whole)))
+
+
+@pytest.mark.parametrize("differentiated", [False, True])
+def test_sends_go_on_during_the_work(differentiated, monkeypatch):
+    """In each turn keys are sent before, and those of the next turn received after the work with them."""
+    told = {}
+
+    class Telling(Threads):
+        def send(self, arrays):
+            told.setdefault(threading.get_ident(), []).append("send")
+            return super().send(arrays)
+
+        def receive(self, pending):
+            told[threading.get_ident()].append("receive")
+            return super().receive(pending)
+
+    def telling(function):
+        def work(*args):
+            told[threading.get_ident()].append("work")
+            return function(*args)
+
+        return work
+
+    for name in ("seen", "pulled"):
+        monkeypatch.setattr(ring.shards, name, telling(getattr(ring.shards, name)))
+
+    def compute(devices):
+        block, kinds = part_of(tiling, whole, 3, devices.index)
+        results = ring.forward(tiling, devices, block, kinds)
+        if differentiated:
+            told[threading.get_ident()].clear()
+            ring.backward(tiling, devices, block, kinds, results, results[0])
+        return told[threading.get_ident()]
+
+    given = {**REST, **dict(zip(("query", "key", "value"), QKV, strict=True))}
+    tiling, whole = prepare(spreads.spread(call_of(**given), Axis("", 3, ""), "ring"))
+    turn = ["send", "work", "receive"]
+    if differentiated:  # gradients go on too, a turn behind
+        turn = ["send", "work", "receive", "send", "receive"]
+        expected = [*turn, *turn, "work", "receive", "send", "receive"]
+    else:
+        expected = [*turn, *turn, "work"]
+    assert on_devices(3, compute, Telling) == [expected] * 3
 
 
 @pytest.mark.parametrize("size", [4, 8])

@@ -168,7 +168,7 @@ def test_refusals():
         "columns of parts": "ShapeError: bias has 32 columns, but kv_length of the whole is 128 (4 parts of 32)",
         "rows of parts": "ShapeError: mask has 128 rows, but this device has 32 queries",
         "parts of one": "ValueError: q_length 4 is one for each device of mesh axis 'seq': a ring needs two or more. ",
-        "exact": "NotImplementedError: implementation='exact' cannot serve this call: it knows no sequence over",
+        "exact": "NotImplementedError: implementation='exact' cannot serve this call: it gives no row",
         "fused": "NotImplementedError: implementation='fused' cannot serve this call: ",
         "dropout of parts": "NotImplementedError: dropout of each head, of parts along mesh axis 'data' too: ",
         "another axis": "ValueError: the length of query is sharded over data, not over mesh axis 'seq'",
