@@ -56,6 +56,11 @@ OF_FOUR = (
     *("bias of one row", "a bias by rule", "a bias by rule for each head", "grouped, bias"),
     *("dropout per head, causal", "grouped, dropout per head"),
 )
+#: Where queries or keys alone are cut, these.
+OF_ONE_LENGTH = (
+    *(*OF_FOUR, "none", "window", "bias", "a rule", "sinks of queries", "scale and cap", "dense, one row"),
+    *("segments, causal", "causal by batch entry", "other lengths, causal", "bfloat16, causal"),
+)
 
 
 @cache
@@ -319,7 +324,8 @@ def cases(size):
         for name, kind in kinds(44).items():
             if "one key head" in name and place == "heads":  # which a key head cannot be
                 continue
-            if place != "whole" or name in OF_FOUR:  # where ranks exchange keys, `test_torch_ranks` has the kernel
+            some = {"whole": OF_FOUR, "queries": OF_ONE_LENGTH, "keys": OF_ONE_LENGTH}.get(place, (name,))
+            if name in some:  # where ranks exchange keys, `test_torch_ranks` has the kernel
                 more = {"implementation": "tiled"} if place in ("both", "keys") else {}
                 found[f"{place}: {name}"] = partial(check, kind, 2, placements, **more)
             guests = {"both": "sharded", "heads": "replicated"}.get(place)

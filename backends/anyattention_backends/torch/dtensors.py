@@ -308,14 +308,18 @@ class Spreading:
         from torch.distributed.tensor import Shard
 
         query, rank = self.call.operands.query, x.ndim
-        sizes = {meaning(ROWS, query.ndim, axis): size for axis, size in enumerate(query.shape)}
-        means = [meaning(axes, rank, axis) for axis in range(rank)]
-        cuts = [x for x in self.layout.cuts if x is not None]
-        shape = [sizes[mean] if mean in cuts else size for mean, size in zip(means, x.shape, strict=True)]
+        sizes = {meaning(ROWS, query.ndim, axis): size for axis, size in enumerate(query.shape[:-1])}
+        sizes["columns"] = self.call.operands.key.shape[LENGTH]
+        shape = []
+        for axis in range(rank):
+            size = sizes.get(mean := meaning(axes, rank, axis), 1)
+            shape.append(size if size != 1 or mean in self.layout.cuts else x.shape[axis])
         if axes is not ROWS:
             return self.dtensor(x, shape, self.layout.where(axes, shape))
-        more = rank - query.ndim
-        return self.dtensor(x, shape, [Shard(y.dim + more) if y.is_shard() else y for y in self.layout.placements])
+        placements, more = self.layout.placements, rank - query.ndim
+        if more:  # dynamo does not trace what makes new placements
+            placements = tuple([Shard(y.dim + more) if y.is_shard() else y for y in placements])
+        return self.dtensor(x, shape, placements)
 
     def partial(self, output: Tensor, *statistics: Tensor) -> tuple[Any, ...]:
         """The same of the results of a partial."""
