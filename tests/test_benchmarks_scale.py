@@ -183,6 +183,16 @@ def test_report_of_dask(cases):
     assert second == "| few queries, 64 x 128 | 9 | 0.10 | 3.0 | – | – | 99 | 0 | 0 |"
 
 
+def test_report_of_a_single_device(cases):
+    from benchmarks.scale import report
+
+    about = {"platform": "gpu", "device": "card", "count": 1, "virtual": False}
+    lines = [*report.jax({"about": about, "programs": [], "counted": [], "times": []}, 8)]
+    assert lines[-1] == "None: one device."
+    assert not any("virtual" in line for line in lines)
+    assert [*report.torch({"about": about, "times": []}, 8)][-1] == "None: one device."
+
+
 def test_collectives_of_a_text(cases):
     from benchmarks.scale import programs
 

@@ -1,15 +1,14 @@
 """Dask arrays on a cluster of processes with little memory, beside NumPy in one process that has it all."""
 
-import resource
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from benchmarks.scale.memory import forget, now_mib, peak_mib
 
 HEADS, DEPTH, FEW = 2, 64, 256
 PAUSED = "Pausing worker"  # in the log of a worker that takes no more tasks, for want of memory
@@ -191,30 +190,3 @@ def spilled(dask_worker: Any) -> int:
     """How many bytes this worker has written to disk for want of memory."""
     counts = getattr(dask_worker.data, "cumulative_metrics", {})
     return int(sum(count for (label, unit), count in counts.items() if (label, unit) == ("disk-write", "bytes")))
-
-
-def forget() -> None:
-    """Let the peak of this process's memory start anew, where the system can."""
-    import gc
-
-    gc.collect()
-    if (path := Path("/proc/self/clear_refs")).exists():
-        path.write_text("5")
-
-
-def now_mib() -> float:
-    """The memory of this process."""
-    return _status("VmRSS") or peak_mib()
-
-
-def peak_mib() -> float:
-    """The most memory that this process had, since it was forgotten if it can be."""
-    return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
-        2**20 if sys.platform == "darwin" else 2**10
-    )
-
-
-def _status(name: str) -> float:
-    path = Path("/proc/self/status")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((int(line.split()[1]) / 2**10 for line in lines if line.startswith(f"{name}:")), 0.0)

@@ -8,10 +8,9 @@ NAMES = {"ring": "ring", "gather": "gather", "": "tiled, without sequence_axis"}
 
 
 def table(head: list[str], rows: Iterable[list[str]]) -> Iterator[str]:
-    """The lines of one."""
-    yield f"| {' | '.join(head)} |"
-    yield f"|{'---|' * len(head)}"
-    yield from (f"| {' | '.join(row)} |" for row in rows)
+    """The lines of one; of none, where a machine has one device alone."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    yield from (f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *lines) if lines else ("None: one device.",)
 
 
 def everything(data: Row) -> Iterator[str]:

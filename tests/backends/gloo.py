@@ -3,6 +3,7 @@
 Also the kinds of call that a sequence over several ranks is tested with.
 """
 
+import fcntl
 import json
 import os
 import subprocess
@@ -41,6 +42,19 @@ def outcomes(module, size, folder, case="", survivors=None, timeout=150.0):
     assert all(path.exists() for path in found), "\n".join(text[-2000:] for text in texts)
     ranks = [json.loads(path.read_text()) for path in found]
     return {name: [rank.get(name, "not run") for rank in ranks] for name in ranks[0]}
+
+
+def once(tmp_path_factory, name, make):
+    """What ``make(folder)`` returns, in JSON: made once, for all the processes of a run of tests."""
+    home = tmp_path_factory.getbasetemp()
+    home = (home.parent if "PYTEST_XDIST_WORKER" in os.environ else home) / name
+    home.mkdir(exist_ok=True)
+    with (home / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        kept = home / "found.json"
+        if not kept.exists():
+            kept.write_text(json.dumps(make(home)))
+    return json.loads(kept.read_text())
 
 
 def main(cases, alone=None):

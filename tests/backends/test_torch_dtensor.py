@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from tests.backends.gloo import Kind, compare, dropout, error_of, identity, kinds, main, outcomes, same_bits
+from tests.backends.gloo import Kind, compare, dropout, error_of, identity, kinds, main, once, outcomes, same_bits
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
@@ -357,12 +357,9 @@ def cases(size):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    found = {}
-
+    @cache
     def of(size):
-        if size not in found:
-            found[size] = outcomes(MODULE, size, tmp_path_factory.mktemp("ranks"))
-        return found[size]
+        return once(tmp_path_factory, f"dtensors-{size}", lambda folder: outcomes(MODULE, size, folder))
 
     return of
 

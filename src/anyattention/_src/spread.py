@@ -89,8 +89,8 @@ def remark(call: Call) -> str:
     share = _size(_columns(call) // (1 if way.local else size))
     if way.exchange == "gather":
         return f"gather over {way.name}, {size} devices: {share} of keys and values go from each to all"
-    kind = "zigzag ring" if way.zigzag else "ring"
-    return f"{kind} over {way.name}, {size} devices: {share} of keys and values go on in each of {size - 1} turns"
+    kind, turns = "zigzag ring" if way.zigzag else "ring", "1 turn" if size == 2 else f"each of {size - 1} turns"
+    return f"{kind} over {way.name}, {size} devices: {share} of keys and values go on in {turns}"
 
 
 def _exchange(call: Call, axis: Axis, q_length: int, kv_length: int, asked: str | None) -> str:
