@@ -27,11 +27,8 @@ _WHY = {
     "sinks": "it has no sinks",
     **dict.fromkeys(EINSUMS, "einsum overrides take whole products"),
 }
-_SILENT = {
-    "dropout_key": "dropout",
-    "whole": "origin",
-    "origin": "spread",
-}  # words that come with another, which is told instead
+# Words that come with another, which is told instead.
+_SILENT = {"dropout_key": "dropout", "whole": "origin", "origin": "spread"}
 
 
 class Implementation:
