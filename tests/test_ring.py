@@ -47,7 +47,13 @@ CALLS = {
 }
 REST = {
     **dict.fromkeys(("bias", "mask", "dropout_rng", "dtype", "scale", "logits_soft_cap", "sinks")),
-    **{"dropout_rate": 0.0, "broadcast_dropout": True, "deterministic": False, "is_causal": False},
+    **{
+        "sequence_axis": None,
+        "dropout_rate": 0.0,
+        "broadcast_dropout": True,
+        "deterministic": False,
+        "is_causal": False,
+    },
 }
 
 

@@ -64,11 +64,14 @@ def test_sharded_lengths(results, case, sharded):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
-def test_none_chooses_exact_where_it_knows(results, kind):
-    plan = results[f"{kind} both plan"]
+def test_what_none_chooses(results):
+    """Exact where only a look at arrays tells; explicit axes say how the sequence is spread."""
+    plan = results["Auto both plan"]
     assert plan.startswith("implementation  exact")
     assert "the length of query is sharded over a" in plan
+    plan = results["Explicit both plan"]
+    assert plan.startswith("implementation  tiled")
+    assert "ring over mesh axis 'a', 2 devices" in plan
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from anyattention._src import ring
 from anyattention._src.blocks import Block, tree_map
 from anyattention._src.interfaces import Axis, Exchange
 from anyattention_backends.jax.once import once
-from anyattention_backends.jax.placement import axes_of, vary, varying
+from anyattention_backends.jax.placement import axes_of, sharding_of, vary, varying
 
 _EXPLICIT = getattr(getattr(jax.sharding, "AxisType", None), "Explicit", None)  # which JAX 0.5.0 has not
 _GATHER = "wrap the call in config(exchange='gather'), which has all derivatives, in memory for all keys"
@@ -31,22 +31,22 @@ def axis_of(axis: Any, query: Array, key: Array) -> Axis | None:
 
     Inside `jax.shard_map` over the axis arrays are the device's parts, elsewhere they are the whole.
     """
-    mesh = _mesh(query)
-    if axis is None:
-        axis = None if mesh is None else _explicit(mesh, query, key)
-        if axis is None:
-            return None
+    mesh, asked, able = _mesh(query), axis is not None, hasattr(jax.lax, "pcast") and hasattr(jax, "shard_map")
+    if not asked and (mesh is None or not able or (axis := _explicit(mesh, query, key)) is None):
+        return None
     if not isinstance(axis, str):
         raise TypeError(f"sequence_axis={axis!r}: for JAX's arrays it is the name of an axis of the mesh")
-    if not hasattr(jax.lax, "pcast") or not hasattr(jax, "shard_map"):
+    if not able:
         raise NotImplementedError(f"sequence_axis needs JAX 0.8 or newer, this is {jax.__version__}")
     names = () if mesh is None else tuple(mesh.axis_names)
     if axis not in names:
         has = ", ".join(names) if names else "none: call it within `with jax.set_mesh(mesh)`"
         raise ValueError(f"there is no mesh axis {axis!r}: the mesh has {has}")
     of = MeshAxis(axis, None if mesh is jax.sharding.get_abstract_mesh() else mesh)
-    exchanges: tuple[str, ...] = ("ring", "gather", "reduce")
-    found = Axis(of, mesh.shape[axis], f"mesh axis {axis!r}", exchanges=exchanges)
+    exchanges: tuple[str, ...] = ("gather", "ring", "reduce")
+    if _EXPLICIT in getattr(mesh, "axis_types", ()):  # beside explicit axes JAX 0.10 cannot lower gather's gradient
+        exchanges = ("ring", "gather", "reduce")
+    found = Axis(of, mesh.shape[axis], f"mesh axis {axis!r}", exchanges=exchanges, asked=asked)
     manual = getattr(mesh, "manual_axes", ())
     if axis not in manual:
         for name, x in (("query", query), ("key", key)):
@@ -56,7 +56,7 @@ def axis_of(axis: Any, query: Array, key: Array) -> Axis | None:
     whole_queries = axis in varying(key) and axis not in varying(query)
     others = tuple(f"mesh axis {other!r}" for other in manual if other != axis and mesh.shape[other] > 1)
     index = jax.lax.axis_index(axis)
-    exchanges = exchanges if whole_queries else ("ring", "gather")
+    exchanges = exchanges if whole_queries else tuple(x for x in exchanges if x != "reduce")
     return found._replace(index=index, local=True, whole_queries=whole_queries, others=others, exchanges=exchanges)
 
 
@@ -65,7 +65,10 @@ def _mesh(x: Array) -> Any:
     mesh = jax.sharding.get_abstract_mesh() if hasattr(jax.sharding, "get_abstract_mesh") else None
     if mesh is not None and not mesh.empty:
         return mesh
-    found = None if isinstance(x, jax.core.Tracer) else getattr(x.sharding, "mesh", None)
+    if isinstance(x, jax.core.Tracer):  # of which explicit axes are known alone
+        sharding = sharding_of(x)
+        return None if sharding is None else sharding.mesh
+    found = getattr(x.sharding, "mesh", None)
     return None if found is None or found.empty else found
 
 

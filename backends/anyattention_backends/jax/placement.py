@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from anyattention.extend import Block, tree_map
 
 
-def _sharding(x: Array) -> Any:
+def sharding_of(x: Array) -> Any:
     """How an array, even a tracer, lies on a mesh as JAX knows it when it traces; None where there is no mesh."""
     typeof = getattr(jax, "typeof", None)
     sharding = getattr(typeof(x), "sharding", None) if typeof else None
@@ -27,7 +27,7 @@ def _all_auto(sharding: Any) -> bool:
 
 def axes_of(x: Array, axis: int) -> tuple[str, ...]:
     """The axes of a mesh over which this axis of the array is known to be sharded."""
-    sharding = _sharding(x)
+    sharding = sharding_of(x)
     if sharding is None:
         return ()
     if not isinstance(x, jax.core.Tracer):
@@ -61,7 +61,7 @@ def vary(tree: Any, like: Any) -> Any:
 
 def whole(x: Array, axis: int, where: Any = None) -> Array:
     """The array with all of an axis on each device; where "explicit", only if the mesh has such axes."""
-    sharding, axis = _sharding(x), axis % x.ndim
+    sharding, axis = sharding_of(x), axis % x.ndim
     if sharding is None or x.shape[axis] == 1:
         return x
     if not _all_auto(sharding):
@@ -87,7 +87,7 @@ def placed_as(x: Array | None, other: Array | None) -> Array | None:
     """The array with rows where those of the other are, which has as many."""
     if x is None or other is None:
         return x
-    sharding = _sharding(other)
+    sharding = sharding_of(other)
     if sharding is None:
         return x
     if _all_auto(sharding):  # where they are XLA alone knows
@@ -98,6 +98,6 @@ def placed_as(x: Array | None, other: Array | None) -> Array | None:
 
 
 def _resharded(x: Array, axis: int, names: Any) -> Array:
-    sharding = _sharding(x)
+    sharding = sharding_of(x)
     spec = (*sharding.spec[:axis], names, *sharding.spec[axis + 1 :])
     return jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec(*spec)))

@@ -65,8 +65,7 @@ def dot_product_attention(
         dropout_rng: a key from `anyattention.random`, a JAX key, or raw ``uint32[2]``.
         dropout_rate: probability, in [0, 1), that a weight is dropped.
         deterministic: no dropout, whatever the rate.
-        dtype: dtype of the computation; None takes it from query, key and value by JAX's promotion. Integers
-            compute in float32.
+        dtype: of the computation; None takes it from query, key and value by JAX's promotion, float32 of integers.
         precision: of the products, on JAX as in ``jax.lax.Precision``. Elsewhere the classic levels change
             nothing, since products are in full precision, and anything else is an error.
         module: a Flax module that is given the weights, before dropout, by its ``sow``.
@@ -364,7 +363,7 @@ def call_of(
     logits_soft_cap: Any,
     sinks: Any,
     origin: Any = None,
-    sequence_axis: Any = None,
+    sequence_axis: Any = False,
     **options: Any,
 ) -> Call:
     """The call, with all arrays in the one library that serves them."""
@@ -394,7 +393,8 @@ def call_of(
     else:
         asked["dropout"] = dropout_of(arguments.rate_of(dropout_rate), broadcast_dropout, dropout_rng)
         dropout_rng = arguments.key_of(backend, dropout_rng)
-    axis = backend.axis(sequence_axis or settings.current().sequence_axis, query, key)
+    named = sequence_axis or settings.current().sequence_axis  # of functions that take none False: arrays are not asked
+    axis = None if (named or sequence_axis) is False else backend.axis(named, query, key)
     call = make_call(backend, Operands(query, key, value, bias, mask, dropout_rng, origin, sinks), dtype, asked, axis)
     call, axis = backend.localized(call, axis)
     return call if axis is None or axis.size == 1 else spread(call, axis, settings.current().exchange)

@@ -87,6 +87,8 @@ class Call:
         """What the call asks for beyond query, key and value: names of operands and options, and "grouped heads"."""
         query, key, _, bias, mask, dropout_key, origin, sinks = self.operands
         words = _NOTHING if _PLAIN.get(self.options.dtype) is self.options else self.options.needs
+        if "spread" in words and not self.options.spread.asked:
+            words = words - {"spread"}
         if not (bias is mask is dropout_key is origin is sinks is None):
             words = words.union([name for name, x in self.operands._asdict().items() if x is not None]) - _ALWAYS
         if isinstance(bias, Bias):

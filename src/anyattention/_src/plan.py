@@ -157,7 +157,8 @@ def _rules(call: Call, told: list[str] | None) -> Sequence[Rule]:
     (queries, keys), heads = call.lengths, query.shape[-2]
     fitting: tuple[Rule, ...] = ()
     if call.options.spread is not None:
-        fitting, reasons = (Rule("fused"), Rule("tiled")), ["the sequence is on several devices"]
+        fitting = (Rule("fused"), Rule("tiled")) if call.options.spread.asked else (Rule("tiled"),)
+        reasons = ["the sequence is on several devices"]
     elif library not in _RULED:
         reasons = ["exact is the default of this library"]
     elif call.backend.symbolic(queries * keys * heads):

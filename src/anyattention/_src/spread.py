@@ -28,6 +28,7 @@ class Spread(NamedTuple):
     exchange: str  # "ring", "gather" or "reduce"
     zigzag: bool
     skip: bool  # leave out shards of keys that the mask's rule hides
+    asked: bool = True  # whether the caller named the axis; else whole arrays say it
     kernel: bool = False  # whether `Tiles.kernel` computes parts of which every query sees every key
 
     @property
@@ -37,7 +38,9 @@ class Spread(NamedTuple):
 
 
 def spread(call: Call, axis: Axis, asked: str | None = None) -> Call:
-    """The call with what says how it is spread; by the exchange that is `asked` for, if any.
+    """The call with what says how it is spread, by the exchange that is `asked` for, if any.
+
+    Where arrays say that they are sharded, but a call like theirs cannot be spread, it stays what it is.
 
     Raises:
         ValueError: lengths that do not divide by the devices, or an exchange that does not serve the call.
@@ -48,7 +51,10 @@ def spread(call: Call, axis: Axis, asked: str | None = None) -> Call:
     if axis.local:
         q_length, kv_length = q_length * (1 if axis.whole_queries else axis.size), kv_length * axis.size
     exchange = _exchange(call, axis, q_length, kv_length, asked)
-    for name, length in (("q_length", q_length), ("kv_length", kv_length))[exchange == "reduce" :]:
+    lengths = (("q_length", q_length), ("kv_length", kv_length))[exchange == "reduce" :]
+    if not axis.asked and any(length % axis.size or length == axis.size for _, length in lengths):
+        return call
+    for name, length in lengths:
         if length % axis.size:
             raise ValueError(
                 f"{name} {length} does not divide by the {axis.size} devices of {axis.name}: pad to "
@@ -72,7 +78,7 @@ def spread(call: Call, axis: Axis, asked: str | None = None) -> Call:
     sure = not mask.rest and mask.kv_lengths is mask.kv_ids is None and mask.band_shows(q_length, kv_length)
     skip = call.operands.mask is not None and (dropout is None or (sure and call.operands.bias is None))
     zigzag = halves and skip and mask.right is not None and mask.left is None
-    found = Spread(axis.axis, axis.size, axis.name, axis.local, exchange, zigzag, skip)
+    found = Spread(axis.axis, axis.size, axis.name, axis.local, exchange, zigzag, skip, axis.asked)
     operands, options = call.operands, replace(call.options, spread=found)
     if axis.local and operands.origin is None:
         first = 0 if exchange == "reduce" else axis.index * call.lengths[0]
@@ -107,7 +113,7 @@ def _exchange(call: Call, axis: Axis, q_length: int, kv_length: int, asked: str 
     if few and not axis.local:
         return "reduce"
     short = _columns(call) * (axis.size if axis.local else 1) <= SHORT
-    return "gather" if short and "gather" in axis.exchanges else "ring"
+    return "gather" if short and axis.exchanges[0] == "gather" else "ring"
 
 
 def _columns(call: Call) -> int:

@@ -24,7 +24,9 @@ class Axis(NamedTuple):
     others: tuple[str, ...] = ()
     """Of parts: along what else of the devices they may be parts, as messages say it; where is not known."""
     exchanges: tuple[str, ...] = ("ring", "reduce")
-    """How keys may meet queries here, see `spread`."""
+    """How keys may meet queries here, see `spread`; "gather" first, if it is for short keys without being asked for."""
+    asked: bool = True
+    """Whether the caller named it; else the arrays say it, and what can do without it may."""
 
 
 class Exchange:
