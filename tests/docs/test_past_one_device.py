@@ -6,7 +6,6 @@ import re
 import shlex
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -14,15 +13,18 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "past-one-device.md").read_text()
 PROGRAMS = re.findall(r'```python title="(.*?)"\n(.*?)```\n\n```console\n\$ (.*?)\n(.*?)```', PAGE, re.DOTALL)
-RANKS = find_spec("anyattention_backends.torch.ranks") is not None
+
+
+def of(program):
+    """The parameters of a program, which needs the libraries that it imports."""
+    libraries = re.findall(r"^(?:import|from) (jax|torch|dask)\b", program[1], re.MULTILINE)
+    return pytest.param(*program, id=program[0], marks=pytest.mark.needs(*sorted({*libraries})))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "code", "command", "printed"), PROGRAMS, ids=[x[0] for x in PROGRAMS])
+@pytest.mark.parametrize(("name", "code", "command", "printed"), [of(program) for program in PROGRAMS])
 def test_programs(name, code, command, printed, tmp_path):
     """In processes of their own: JAX has to be told of virtual devices before it is imported, and ranks are several."""
-    if "torch" in code and not RANKS:
-        pytest.skip("PyTorch has no ranks here")
     (tmp_path / name).write_text(code)
     python, torchrun = shlex.quote(sys.executable), "-m torch.distributed.run"
     command = re.sub(r"\bpython\b", f"{python} -W error", command).replace("torchrun", f"{python} {torchrun}")
