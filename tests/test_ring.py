@@ -82,9 +82,6 @@ class Threads(Exchange):
     def maximum(self, x):
         return np.max(self._together(x), axis=0)
 
-    def gather(self, x, axis):
-        return np.concatenate(self._together(x), axis=axis)
-
     def add(self, x, part, start, axis):
         x = x.copy()
         x[..., start : start + part.shape[-1]] += part

@@ -153,22 +153,23 @@ class Ring:
         return shards.hidden(self.whole, rows, value.shape[-2], (self.backend.tiles.column_sum(value),))
 
     def statistics(self, results: Results, doutput: Array) -> list[Array]:
-        """What `pull` takes: kernels take the output, tiles what gradients have of it, a number for each row."""
-        return [*results[1:], results[0] if self.spread.kernel else shards.delta(results, doutput), doutput]
+        """What `pull` takes: of the output, kernels take all, tiles what gradients have of it, a number a row."""
+        of_output = results[0] if self.spread.kernel else shards.delta(results, doutput)
+        return [*results[1:], of_output, doutput]
 
-    def pull(self, block: Block, base: Array, total: Array, delta: Array, doutput: Array) -> Any:
-        """The gradients of a part, as `passes.backward` has them; by a kernel, `delta` is the output."""
-        return self.choose(self._pull_seen, self._pull_hidden, block, base, total, delta, doutput)
+    def pull(self, block: Block, base: Array, total: Array, of_output: Array, doutput: Array) -> Any:
+        """The gradients of a part, as `passes.backward` has them."""
+        return self.choose(self._pull_seen, self._pull_hidden, block, base, total, of_output, doutput)
 
-    def _pull_seen(self, block: Block, base: Array, total: Array, delta: Array, doutput: Array) -> Any:
+    def _pull_seen(self, block: Block, base: Array, total: Array, of_output: Array, doutput: Array) -> Any:
         if self.by_kernel(block):
-            found = self.backend.tiles.kernel.backward(self.tiling, block, delta, base, total, doutput)
+            found = self.backend.tiles.kernel.backward(self.tiling, block, of_output, base, total, doutput)
             return (*found, (), tuple([None for _ in block.parameters]), None)
-        delta = shards.delta((delta, base, total), doutput) if self.spread.kernel else delta
+        delta = shards.delta((of_output, base, total), doutput) if self.spread.kernel else of_output
         found = tuple(shards.pulled(self.whole, block, (None, base, total), doutput, delta))
         return (*tree_map(self.exchange.placed, found[:5], self.wanted(block)), None)
 
-    def _pull_hidden(self, block: Block, base: Array, total: Array, delta: Array, doutput: Array) -> Any:
+    def _pull_hidden(self, block: Block, base: Array, total: Array, of_output: Array, doutput: Array) -> Any:
         xp, value = self.backend.xp, block.columns[1]
         dvalue = xp.zeros_like(value)
         if self.whole.options.dropout is None:
