@@ -77,7 +77,7 @@ def cluster(memory: str, workers: int) -> Iterator[Any]:
     from distributed import Client, LocalCluster
 
     sizes = {"n_workers": workers, "threads_per_worker": 1, "memory_limit": memory}
-    with LocalCluster(processes=True, dashboard_address=None, **sizes) as place, Client(place) as client:
+    with LocalCluster(processes=True, dashboard_address=":0", **sizes) as place, Client(place) as client:
         yield client
 
 

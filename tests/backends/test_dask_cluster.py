@@ -51,7 +51,7 @@ def cluster():
     sizes = {"n_workers": 2, "threads_per_worker": 1, "memory_limit": MEMORY}
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT))
-        with distributed.LocalCluster(processes=True, dashboard_address=None, **sizes) as found:
+        with distributed.LocalCluster(processes=True, dashboard_address=":0", **sizes) as found:
             yield found
 
 
